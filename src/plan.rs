@@ -1,0 +1,158 @@
+//! The plan of one prefill: chunks, segments, pieces and scratch, computed from shape, tile and limits before anything
+//! touches a device. Every backend uses it; kernels only read its tables.
+//!
+//! - A *chunk* is up to C consecutive tokens of one sequence.
+//! - A *segment* is a run of chunks of one sequence that one scan cell walks in order, from the state in its slot and back
+//!   into it. Today a sequence has one segment per piece and slot n belongs to sequence n; further slots are room for cutting
+//!   a sequence into segments that run in parallel.
+//! - A *piece* is a run of segments that is launched together. Its windows of q, k, v and o fit the device's bindings and
+//!   its scratch fits the tile's budget, so memory does not grow with T.
+
+use crate::error::{Error, Result};
+use crate::shape::Shape;
+use crate::tune::Tile;
+
+/// Up to C consecutive tokens of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chunk {
+    /// First token, counted over the whole batch.
+    pub start: u64,
+    /// Tokens, 1 to C.
+    pub len: u32,
+    /// The sequence.
+    pub seq: u32,
+}
+
+/// A run of chunks of one sequence, walked in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// First chunk, counted from the piece's first.
+    pub first_chunk: u32,
+    /// Number of chunks.
+    pub chunks: u32,
+    /// Where its state is taken from and left.
+    pub slot: u32,
+}
+
+/// What is launched together.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    /// Its chunks, as indices into [`Plan::chunks`].
+    pub chunks: std::ops::Range<usize>,
+    /// Its segments.
+    pub segments: Vec<Segment>,
+    /// Its tokens: the window of q, k, v, g, beta and o that its launches see.
+    pub tokens: std::ops::Range<u64>,
+    /// Byte offset of its chunk table in [`Plan::tables`].
+    pub chunk_table: u64,
+    /// Byte offset of its segment table in [`Plan::tables`].
+    pub segment_table: u64,
+}
+
+/// Limits that a plan keeps to.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Largest window of one argument, in bytes.
+    pub max_binding: u64,
+    /// Windows start at multiples of this.
+    pub align: u64,
+    /// Bytes between consecutive tokens in the widest of q, k, v, g and o.
+    pub token_bytes: u64,
+}
+
+/// Chunks, segments, pieces and scratch of one prefill.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// All chunks in order of tokens.
+    pub chunks: Vec<Chunk>,
+    /// All pieces in order; they run one after the other.
+    pub pieces: Vec<Piece>,
+    /// Bytes of scratch: one piece's worth, used again by each.
+    pub scratch: u64,
+    /// The chunk and segment tables of all pieces as the kernels read them, rows of four u32.
+    pub tables: Vec<u32>,
+}
+
+/// Bytes of scratch per chunk and value head: A and P `[C, C]`, three vectors `[C]`, one `[C]` with gamma_C.
+pub const fn scratch_per_chunk_head(chunk: u32) -> u64 {
+    4 * (2 * chunk as u64 * chunk as u64 + 4 * chunk as u64)
+}
+
+impl Plan {
+    /// Plans a prefill.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if a single chunk does not fit the limits.
+    pub fn new(shape: &Shape, tile: &Tile, limits: &Limits) -> Result<Plan> {
+        let c = tile.chunk as u64;
+        let chunk_scratch = scratch_per_chunk_head(tile.chunk) * shape.heads.hv as u64;
+        // A window may begin up to `align` bytes early, at the last aligned address before its first token.
+        let window_tokens = limits.max_binding.saturating_sub(limits.align) / limits.token_bytes.max(1);
+        if window_tokens < c || chunk_scratch > limits.max_binding {
+            return Err(Error::Unsupported {
+                what: format!("a chunk of {c} tokens with {} value heads", shape.heads.hv),
+                by: "the device".into(),
+                why: format!(
+                    "it needs {} bytes of one tensor and {chunk_scratch} of scratch, and a binding holds {}",
+                    c * limits.token_bytes,
+                    limits.max_binding
+                ),
+            });
+        }
+        let most_chunks = (tile.scratch.min(limits.max_binding) / chunk_scratch).clamp(1, 1 << 20) as usize;
+
+        let chunks: Vec<Chunk> = shape
+            .cu_seqlens()
+            .windows(2)
+            .enumerate()
+            .flat_map(|(seq, w)| {
+                let (begin, end) = (w[0], w[1]);
+                (begin..end).step_by(c as usize).map(move |start| Chunk {
+                    start,
+                    len: (end - start).min(c) as u32,
+                    seq: seq as u32,
+                })
+            })
+            .collect();
+
+        let mut pieces = Vec::new();
+        let mut tables = Vec::new();
+        let mut first = 0;
+        while first < chunks.len() {
+            let t0 = chunks[first].start;
+            let end = (first + 1..chunks.len().min(first + most_chunks))
+                .find(|&i| chunks[i].start + chunks[i].len as u64 - t0 > window_tokens)
+                .unwrap_or(chunks.len().min(first + most_chunks));
+            pieces.push(piece(&chunks, first..end, limits.align, &mut tables));
+            first = end;
+        }
+        let most = pieces.iter().map(|p| p.chunks.len()).max().unwrap_or(0) as u64;
+        Ok(Plan { chunks, pieces, scratch: most * chunk_scratch, tables })
+    }
+}
+
+/// One piece and its rows in the tables.
+fn piece(chunks: &[Chunk], range: std::ops::Range<usize>, align: u64, tables: &mut Vec<u32>) -> Piece {
+    let own = &chunks[range.clone()];
+    let t0 = own[0].start;
+    let last = own[own.len() - 1];
+    let mut segments: Vec<Segment> = Vec::new();
+    for (i, chunk) in own.iter().enumerate() {
+        match segments.last_mut() {
+            Some(s) if s.slot == chunk.seq => s.chunks += 1,
+            _ => segments.push(Segment { first_chunk: i as u32, chunks: 1, slot: chunk.seq }),
+        }
+    }
+    let chunk_table = begin_table(tables, align);
+    tables.extend(own.iter().flat_map(|c| [(c.start - t0) as u32, c.len, c.seq, 0]));
+    let segment_table = begin_table(tables, align);
+    tables.extend(segments.iter().flat_map(|s| [s.first_chunk, s.chunks, s.slot, 0]));
+    Piece { chunks: range, segments, tokens: t0..last.start + last.len as u64, chunk_table, segment_table }
+}
+
+/// Pads the tables so that the next one starts aligned; its byte offset.
+fn begin_table(tables: &mut Vec<u32>, align: u64) -> u64 {
+    let align_words = (align.max(16) / 4) as usize;
+    tables.resize(tables.len().next_multiple_of(align_words), 0);
+    tables.len() as u64 * 4
+}
