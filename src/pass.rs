@@ -74,3 +74,33 @@ impl Pass {
         self.launches.extend(other.launches);
     }
 }
+
+/// A matrix of tokens by numbers inside a view: row t starts at number `off + t * stride`.
+///
+/// Offsets and strides count numbers of the stored type, so that several tensors can share the rows of one buffer.
+#[derive(Debug, Clone)]
+pub struct Rows {
+    /// The memory.
+    pub view: View,
+    /// Number where row 0 starts.
+    pub off: u64,
+    /// Numbers from one row to the next.
+    pub stride: u64,
+}
+
+impl Rows {
+    /// Rows of `stride` numbers that fill the view from its start.
+    pub fn packed(view: View, stride: u64) -> Self {
+        Rows { view, off: 0, stride }
+    }
+
+    /// The same rows from `numbers` further right: another tensor in them.
+    pub fn at(&self, numbers: u64) -> Self {
+        Rows { view: self.view.clone(), off: self.off + numbers, stride: self.stride }
+    }
+
+    /// The numbers that `rows` rows of `width` numbers reach to, counted from the start of the view.
+    pub fn reach(&self, rows: u64, width: u64) -> u64 {
+        if rows == 0 { 0 } else { self.off + (rows - 1) * self.stride + width }
+    }
+}
