@@ -30,7 +30,7 @@ pub struct Segment {
     pub first_chunk: u32,
     /// Number of chunks.
     pub chunks: u32,
-    /// Where its state is taken from and left.
+    /// Where its state is taken from and left, counted from the piece's first slot.
     pub slot: u32,
 }
 
@@ -43,6 +43,8 @@ pub struct Piece {
     pub segments: Vec<Segment>,
     /// Its tokens: the window of q, k, v, g, beta and o that its launches see.
     pub tokens: std::ops::Range<u64>,
+    /// Its state slots: the window of the states that its launches see.
+    pub slots: std::ops::Range<u32>,
     /// Byte offset of its chunk table in [`Plan::tables`].
     pub chunk_table: u64,
     /// Byte offset of its segment table in [`Plan::tables`].
@@ -58,6 +60,8 @@ pub struct Limits {
     pub align: u64,
     /// Bytes between consecutive tokens in the widest of q, k, v, g and o.
     pub token_bytes: u64,
+    /// Bytes of the state of one sequence.
+    pub state_bytes: u64,
 }
 
 /// Chunks, segments, pieces and scratch of one prefill.
@@ -88,13 +92,15 @@ impl Plan {
         let chunk_scratch = scratch_per_chunk_head(tile.chunk) * shape.heads.hv as u64;
         // A window may begin up to `align` bytes early, at the last aligned address before its first token.
         let window_tokens = limits.max_binding.saturating_sub(limits.align) / limits.token_bytes.max(1);
-        if window_tokens < c || chunk_scratch > limits.max_binding {
+        let window_slots = limits.max_binding / limits.state_bytes.max(1);
+        if window_tokens < c || chunk_scratch > limits.max_binding || window_slots < 1 {
             return Err(Error::Unsupported {
                 what: format!("a chunk of {c} tokens with {} value heads", shape.heads.hv),
                 by: "the device".into(),
                 why: format!(
-                    "it needs {} bytes of one tensor and {chunk_scratch} of scratch, and a binding holds {}",
+                    "it needs {} bytes of one tensor, {chunk_scratch} of scratch and {} of state, and a binding holds {}",
                     c * limits.token_bytes,
+                    limits.state_bytes,
                     limits.max_binding
                 ),
             });
@@ -119,10 +125,10 @@ impl Plan {
         let mut tables = Vec::new();
         let mut first = 0;
         while first < chunks.len() {
-            let t0 = chunks[first].start;
-            let end = (first + 1..chunks.len().min(first + most_chunks))
-                .find(|&i| chunks[i].start + chunks[i].len as u64 - t0 > window_tokens)
-                .unwrap_or(chunks.len().min(first + most_chunks));
+            let Chunk { start: t0, seq: s0, .. } = chunks[first];
+            let most = chunks.len().min(first + most_chunks);
+            let fits = |c: &Chunk| c.start + c.len as u64 - t0 <= window_tokens && ((c.seq - s0) as u64) < window_slots;
+            let end = (first + 1..most).find(|&i| !fits(&chunks[i])).unwrap_or(most);
             pieces.push(piece(&chunks, first..end, limits.align, &mut tables));
             first = end;
         }
@@ -136,18 +142,20 @@ fn piece(chunks: &[Chunk], range: std::ops::Range<usize>, align: u64, tables: &m
     let own = &chunks[range.clone()];
     let t0 = own[0].start;
     let last = own[own.len() - 1];
+    let slots = own[0].seq..last.seq + 1;
     let mut segments: Vec<Segment> = Vec::new();
     for (i, chunk) in own.iter().enumerate() {
+        let slot = chunk.seq - slots.start;
         match segments.last_mut() {
-            Some(s) if s.slot == chunk.seq => s.chunks += 1,
-            _ => segments.push(Segment { first_chunk: i as u32, chunks: 1, slot: chunk.seq }),
+            Some(s) if s.slot == slot => s.chunks += 1,
+            _ => segments.push(Segment { first_chunk: i as u32, chunks: 1, slot }),
         }
     }
     let chunk_table = begin_table(tables, align);
     tables.extend(own.iter().flat_map(|c| [(c.start - t0) as u32, c.len, c.seq, 0]));
     let segment_table = begin_table(tables, align);
     tables.extend(segments.iter().flat_map(|s| [s.first_chunk, s.chunks, s.slot, 0]));
-    Piece { chunks: range, segments, tokens: t0..last.start + last.len as u64, chunk_table, segment_table }
+    Piece { chunks: range, segments, tokens: t0..last.start + last.len as u64, slots, chunk_table, segment_table }
 }
 
 /// Pads the tables so that the next one starts aligned; its byte offset.

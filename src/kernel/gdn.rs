@@ -275,6 +275,8 @@ fields! {
         o_stride: u32,
         /// Element of o where token 0 starts.
         o_off: u32,
+        /// Element of g and beta where token 0 starts; their row is hv.
+        g_off: u32,
         /// s: factor of q.
         scale: f32,
     }
