@@ -10,6 +10,7 @@ pub mod plan;
 #[cfg(feature = "qwen")]
 pub mod qwen;
 pub mod shape;
+pub mod source;
 pub mod tune;
 
 pub use error::{Error, Result};

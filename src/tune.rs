@@ -2,6 +2,9 @@
 
 use crate::shape::Heads;
 
+/// Threads of a GPU workgroup where a kernel row has no `lanes`: a multiple of every subgroup size in use (4 to 64).
+pub const CELL_THREADS: u32 = 64;
+
 /// The kind of backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kind {
