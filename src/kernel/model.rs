@@ -78,6 +78,12 @@ fields! {
         tile_n: u32,
         /// Depth of one staged slice.
         tile_k: u32,
+        /// Rows of x that a thread covers; divides tile_m.
+        reg_m: u32,
+        /// Rows of w that a thread covers; divides tile_n.
+        reg_n: u32,
+        /// 1: rows of x and w start at multiples of 16 bytes and k fills them, so that loads are 16 bytes wide.
+        wide: u32,
     }
 }
 
@@ -122,6 +128,8 @@ fields! {
         rows: u32,
         /// Threads of a workgroup.
         lanes: u32,
+        /// 1: rows of x and w start at multiples of 16 bytes and k fills them, so that loads are 16 bytes wide.
+        wide: u32,
     }
 }
 
@@ -194,7 +202,7 @@ fields! {
         dim: u32,
         /// Type code of the caches.
         kv_type: u32,
-        /// Query tokens that a cell covers.
+        /// Query rows that a cell covers.
         tile_q: u32,
         /// Keys of one staged slice.
         tile_k: u32,
@@ -232,9 +240,12 @@ fields! {
 /// Token t sees the positions `0 ..= pos[t]`. A split writes, per token and head, the maximum m of its scores, the sum l of
 /// `exp(score - m)` and the sum acc `[D]` of `exp(score - m) v`; a split that a token cannot see writes m = -3e38, l = 0,
 /// acc = 0.
+///
+/// The `group = heads / kv` query heads of a key head share its cells, so that keys and values are read once for all of
+/// them: query row `r` of key head `c` is head `c * group + r % group` of token `r / group`.
 /// - q `[T, heads, D]` f32; k_cache, v_cache `[page_len, kv, D]`; pos `[T]` u32
 /// - part `[T, heads, slots, D + 2]` f32: m, l, acc
-/// - grid: `[ceil(T / tile_q), heads, ceil(page_len / span)]`
+/// - grid: `[ceil(T * group / tile_q), kv, splits]`; splits past the last key in use may be left out
 pub static ATTEND: Kernel = Kernel {
     name: "attend",
     args: &[read("q"), read("k_cache"), read("v_cache"), read("pos"), update("part")],
