@@ -1,6 +1,6 @@
 //! Capabilities of a device, and every size that is chosen from them. All magic numbers are here, each with its reason.
 
-use crate::shape::Heads;
+use crate::shape::{Dtype, Heads};
 
 /// Threads of a GPU workgroup where a kernel row has no `lanes`: a multiple of every subgroup size in use (4 to 64).
 pub const CELL_THREADS: u32 = 64;
@@ -111,4 +111,152 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
 /// The largest multiple of 16 that divides `n` and is at most `most`.
 fn divisor(n: u32, most: u32) -> u32 {
     (1..=most / 16).rev().map(|i| i * 16).find(|d| n % d == 0).unwrap_or(16)
+}
+
+/// How [`crate::kernel::model::MATMUL`] is cut up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct MatmulTile {
+    /// Rows of x in a cell.
+    pub tile_m: u32,
+    /// Rows of w in a cell.
+    pub tile_n: u32,
+    /// Depth of one staged slice.
+    pub tile_k: u32,
+    /// Rows of x in a thread; divides `tile_m`.
+    pub reg_m: u32,
+    /// Rows of w in a thread; divides `tile_n`.
+    pub reg_n: u32,
+}
+
+/// The tile of a product `[m, k] x [n, k]^T`.
+pub fn matmul(caps: &Caps, m: u64, n: u64, k: u64, dtype: Dtype) -> MatmulTile {
+    let _ = (k, dtype);
+    match caps.kind {
+        // Registers and caches are the business of the CPU kernel itself; a cell is what one thread takes at a time.
+        Kind::Cpu => MatmulTile { tile_m: 128, tile_n: 256, tile_k: 256, reg_m: 1, reg_n: 1 },
+        Kind::WebGpu | Kind::Cuda => {
+            // 8 x 8 sums a thread: 16 loads from workgroup memory feed 64 products.
+            // A narrow product has too few 64 x 64 cells to fill a GPU.
+            let narrow = m.div_ceil(64) * n.div_ceil(64) < 64;
+            let (tile_m, tile_n) = if narrow { (32, 32) } else { (64, 64) };
+            let reg = if narrow { 4 } else { 8 };
+            MatmulTile { tile_m, tile_n, tile_k: 16, reg_m: reg, reg_n: reg }
+        }
+    }
+}
+
+/// How [`crate::kernel::model::MATVEC`] is cut up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct MatvecTile {
+    /// Rows of w in a cell.
+    pub rows: u32,
+    /// Threads of a workgroup.
+    pub lanes: u32,
+}
+
+/// Rows of x up to which a product goes through [`crate::kernel::model::MATVEC`]; at most 8.
+pub fn matvec_most(caps: &Caps) -> u64 {
+    match caps.kind {
+        Kind::Cpu => 8,
+        // From here on a tile of MATMUL is filled well enough to beat reading x for each row of w.
+        Kind::WebGpu | Kind::Cuda => 8,
+    }
+}
+
+/// The tile of a product of a few rows of x with `[n, k]`.
+pub fn matvec(caps: &Caps, n: u64, k: u64, dtype: Dtype) -> MatvecTile {
+    let _ = (n, k, dtype);
+    match caps.kind {
+        Kind::Cpu => MatvecTile { rows: 64, lanes: 1 },
+        Kind::WebGpu | Kind::Cuda => MatvecTile { rows: 8, lanes: 64 },
+    }
+}
+
+/// How [`crate::kernel::model::ATTEND`] is cut up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct AttendTile {
+    /// Query rows of a key head in a cell.
+    pub tile_q: u32,
+    /// Keys of one staged slice.
+    pub tile_k: u32,
+    /// Threads of a workgroup.
+    pub lanes: u32,
+    /// Keys in a split, a multiple of `tile_k`.
+    pub span: u32,
+}
+
+/// The tile of attention for `rows` query rows (tokens times query heads per key head) of each of `kv_heads` key heads over
+/// the positions before `end`.
+pub fn attend(caps: &Caps, rows: u64, kv_heads: u32, end: u64) -> AttendTile {
+    let tile_k = 16;
+    // Workgroup memory holds the queries, the keys and the scores: tile_q D + tile_k D + tile_q tile_k numbers of 16 KiB.
+    let tile_q = match caps.kind {
+        Kind::Cpu => 32,
+        Kind::WebGpu | Kind::Cuda if rows <= 4 => 4,
+        Kind::WebGpu | Kind::Cuda => 8,
+    };
+    // Cells in all when each key head is split this often: a GPU wants some hundred, a CPU a few per thread.
+    let wanted = match (caps.kind, caps.class) {
+        (Kind::Cpu, _) | (_, Class::Software) => 4 * caps.threads.max(2) as u64,
+        _ => 256,
+    };
+    let cells = rows.div_ceil(tile_q as u64).max(1).saturating_mul(kv_heads as u64);
+    // At most 64 splits, which bounds the scratch; no fewer than 128 keys, so that a split outweighs its merge.
+    let splits = (wanted / cells.max(1)).clamp(1, 64);
+    let span = end.div_ceil(splits).max(128).next_multiple_of(tile_k as u64);
+    AttendTile { tile_q, tile_k, lanes: 64, span: span.min(1 << 31) as u32 }
+}
+
+/// Positions in a page of the cache of keys and values whose positions take `kv_row` bytes each.
+pub fn kv_page(caps: &Caps, kv_row: u64) -> u64 {
+    // 4 MiB of keys: small enough to grow a short conversation by, large enough that 32k positions are a few launches.
+    let most = caps.max_binding.min(caps.max_buffer) / kv_row.max(1);
+    ((4 << 20) / kv_row.max(1)).next_power_of_two().clamp(256, 1 << 20).min(most.max(1))
+}
+
+/// Numbers that one cell of an elementwise kernel covers.
+pub fn block(caps: &Caps) -> u32 {
+    match caps.kind {
+        // A task should outweigh its scheduling: some microseconds.
+        Kind::Cpu => 16384,
+        // 256 threads with 4 numbers each.
+        Kind::WebGpu | Kind::Cuda => 1024,
+    }
+}
+
+/// Tokens that one cell of the convolution covers.
+pub fn conv_block(caps: &Caps) -> u32 {
+    match caps.kind {
+        Kind::Cpu => 128,
+        // taps - 1 rows are read again at each border: 3 in 64 is 5 %.
+        Kind::WebGpu | Kind::Cuda => 64,
+    }
+}
+
+/// Threads that work on one row of `dim` numbers.
+pub fn row_lanes(caps: &Caps, dim: u64) -> u32 {
+    match caps.kind {
+        Kind::Cpu => 1,
+        Kind::WebGpu | Kind::Cuda => {
+            let most = caps.workgroup_threads.clamp(32, 256);
+            (dim.min(256) as u32).next_power_of_two().clamp(32, most)
+        }
+    }
+}
+
+/// Threads that work on one head of `dim` numbers.
+pub fn head_lanes(caps: &Caps, dim: u32) -> u32 {
+    match caps.kind {
+        Kind::Cpu => 1,
+        Kind::WebGpu | Kind::Cuda => (dim / 2).next_power_of_two().clamp(32, 128),
+    }
+}
+
+/// Threads of a `gdn_mix_step` workgroup.
+pub fn mix_lanes(caps: &Caps, heads: &Heads) -> u32 {
+    match caps.kind {
+        Kind::Cpu => 1,
+        // One thread a column of the state.
+        Kind::WebGpu | Kind::Cuda => heads.v.next_power_of_two().clamp(32, 256),
+    }
 }
