@@ -1,1 +1,257 @@
-//! (being written)
+//! The wgpu backend: Vulkan, Metal and DX12 from one set of WGSL files.
+//!
+//! - [`WebGpu::enumerate`] lists adapters, [`WebGpu::open`] opens one, [`WebGpu::from_device`] shares a host's device.
+//! - A launch becomes one dispatch or several: grids larger than the device dispatches at once, and work that would keep
+//!   the device longer than its watchdog likes, are cut by cells (`submit`).
+//! - Everything the device reports late (validation, memory, loss) is kept and returned by the next call (`fault`).
+
+mod bind;
+mod cut;
+mod fault;
+mod open;
+mod pipeline;
+mod readback;
+mod submit;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use open::{Adapters, Found, OpenOptions};
+
+use super::{Backend, Buffer, HostBytes, Readback, Timing, View};
+use crate::error::{Error, Result};
+use crate::pass::Pass;
+use crate::source;
+use crate::tune::Caps;
+
+/// Bytes handed to the driver at once when memory is filled from the host: what the driver keeps beside the target.
+const UPLOAD: usize = 16 << 20;
+
+/// A device that wgpu drives. Clones share it.
+#[derive(Clone)]
+pub struct WebGpu {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    caps: Caps,
+    limits: wgpu::Limits,
+    features: source::Features,
+    timestamps: bool,
+    fault: Arc<fault::Fault>,
+    /// Ids of memory that went away, for the caches that still refer to it.
+    dropped: Arc<Mutex<Vec<u64>>>,
+    pipelines: pipeline::Pipelines,
+    binds: Mutex<bind::Binds>,
+    queue_state: Mutex<submit::State>,
+    /// Tells this device's memory from another's.
+    id: u64,
+}
+
+/// Device memory behind a [`Buffer`].
+struct Memory {
+    buffer: wgpu::Buffer,
+    id: u64,
+    device: u64,
+    dropped: Arc<Mutex<Vec<u64>>>,
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // Cached bind groups hold the buffer: without this the memory would stay until they are evicted.
+        self.buffer.destroy();
+        lock(&self.dropped).push(self.id);
+    }
+}
+
+/// A number no other device or memory has.
+fn fresh_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// Locks; a panic elsewhere does not make the content unusable here.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    /// The device memory behind a view.
+    fn memory<'a>(&self, what: &str, view: &'a View) -> Result<&'a Memory> {
+        match view.buffer.handle::<Memory>() {
+            Some(memory) if memory.device == self.id => Ok(memory),
+            _ => {
+                let expected = format!("memory of {}", self.caps.name);
+                Err(Error::argument(what, "memory of another device", expected))
+            }
+        }
+    }
+
+    /// Runs `f` and returns what the device had against it.
+    fn scoped<T>(&self, f: impl FnOnce() -> T) -> (T, Option<wgpu::Error>) {
+        let scopes = [wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Validation]
+            .map(|filter| self.device.push_error_scope(filter));
+        let value = f();
+        let mut error = None;
+        for scope in scopes.into_iter().rev() {
+            error = error.or(pollster::block_on(scope.pop()));
+        }
+        (value, error)
+    }
+
+    /// Runs `f`; what the device had against it becomes an error of ours.
+    fn guarded<T>(&self, what: &str, f: impl FnOnce() -> T) -> Result<T> {
+        let (value, error) = self.scoped(f);
+        match error {
+            None => Ok(value),
+            Some(error) => Err(self.fault.translate(what, 0, error)),
+        }
+    }
+
+    /// Blocks until everything submitted so far, or `until`, is done.
+    fn wait(&self, until: Option<wgpu::SubmissionIndex>) -> Result<()> {
+        let timeout = Some(submit::PATIENCE);
+        match self.device.poll(wgpu::PollType::Wait { submission_index: until, timeout }) {
+            Ok(_) => self.fault.check(),
+            Err(e) => {
+                self.fault.check()?;
+                Err(Error::Device { device: self.caps.name.clone(), why: format!("waiting for the device: {e}") })
+            }
+        }
+    }
+
+    fn create(&self, what: &str, bytes: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
+        // Kernels read whole words, tables whole rows of 16 bytes.
+        let size = bytes.checked_next_multiple_of(16).unwrap_or(u64::MAX).max(16);
+        let out_of_memory = |limit: String| Error::OutOfMemory {
+            device: self.caps.name.clone(),
+            what: what.into(),
+            needed: bytes,
+            limit,
+        };
+        if size > self.limits.max_buffer_size {
+            return Err(out_of_memory(format!("a buffer holds at most {} bytes", self.limits.max_buffer_size)));
+        }
+        let descriptor = wgpu::BufferDescriptor { label: Some(what), size, usage, mapped_at_creation: false };
+        match self.scoped(|| self.device.create_buffer(&descriptor)) {
+            (buffer, None) => Ok(buffer),
+            (_, Some(wgpu::Error::OutOfMemory { .. })) => Err(out_of_memory("the driver has no more".into())),
+            (_, Some(error)) => Err(self.fault.translate(what, bytes, error)),
+        }
+    }
+}
+
+impl WebGpu {
+    /// The wgpu device, for hosts that share it.
+    pub fn device(&self) -> &wgpu::Device {
+        &self.shared.device
+    }
+
+    /// The wgpu queue, for hosts that share it.
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.shared.queue
+    }
+
+    /// The WGSL of every variant that `pass` needs, by kernel name: for people who look for a compiler's fault.
+    ///
+    /// # Errors
+    /// As [`source::wgsl`].
+    pub fn sources(&self, pass: &Pass) -> Result<Vec<(&'static str, String)>> {
+        pass.launches
+            .iter()
+            .map(|l| Ok((l.kernel.name, source::wgsl(l.kernel, &l.consts, self.shared.features)?)))
+            .collect()
+    }
+}
+
+impl Backend for WebGpu {
+    fn caps(&self) -> &Caps {
+        &self.shared.caps
+    }
+
+    fn alloc(&self, what: &str, bytes: u64) -> Result<Buffer> {
+        let shared = &self.shared;
+        shared.fault.check()?;
+        lock(&shared.binds).purge(&mut lock(&shared.dropped));
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let buffer = shared.create(what, bytes, usage)?;
+        let memory = Memory { buffer, id: fresh_id(), device: shared.id, dropped: shared.dropped.clone() };
+        Ok(Buffer::from_handle(memory, bytes))
+    }
+
+    fn import(&self, what: &str, bytes: HostBytes) -> Result<Buffer> {
+        let buffer = self.alloc(what, bytes.bytes().len() as u64)?;
+        self.write(&buffer.view(), bytes.bytes())?;
+        Ok(buffer)
+    }
+
+    fn write(&self, to: &View, bytes: &[u8]) -> Result<()> {
+        let shared = &self.shared;
+        shared.fault.check()?;
+        let memory = shared.memory("target of a write", to)?;
+        if bytes.len() as u64 > to.bytes {
+            return Err(Error::argument(
+                "target of a write",
+                format!("{} bytes", to.bytes),
+                format!("{}", bytes.len()),
+            ));
+        }
+        // The device copies words; a last half word is only free where nothing follows it.
+        let tail = bytes.len() % 4;
+        if to.offset % 4 != 0 || (tail != 0 && to.offset + bytes.len() as u64 != to.buffer.bytes()) {
+            let found = format!("{} bytes at {}", bytes.len(), to.offset);
+            return Err(Error::argument("target of a write", found, "multiples of 4, or up to the buffer's end"));
+        }
+        let (whole, rest) = bytes.split_at(bytes.len() - tail);
+        for (i, part) in whole.chunks(UPLOAD).enumerate() {
+            if i > 0 {
+                // Each part's staging memory is free again before the next one is taken.
+                shared.guarded("upload", || shared.queue.submit([]))?;
+                shared.wait(None)?;
+            }
+            let at = to.offset + (i * UPLOAD) as u64;
+            shared.guarded("upload", || shared.queue.write_buffer(&memory.buffer, at, part))?;
+        }
+        if tail != 0 {
+            let mut word = [0; 4];
+            word[..tail].copy_from_slice(rest);
+            let at = to.offset + whole.len() as u64;
+            shared.guarded("upload", || shared.queue.write_buffer(&memory.buffer, at, &word))?;
+        }
+        shared.fault.check()
+    }
+
+    fn read(&self, from: &View) -> Result<Readback> {
+        self.shared.fault.check()?;
+        readback::start(&self.shared, from)
+    }
+
+    fn load(&self, pass: &Pass) -> Result<()> {
+        self.shared.fault.check()?;
+        for launch in &pass.launches {
+            self.shared.pipelines.get(&self.shared, launch.kernel, &launch.consts)?;
+        }
+        Ok(())
+    }
+
+    fn run(&self, pass: &Pass) -> Result<()> {
+        submit::run(&self.shared, pass, None)
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.shared.fault.check()?;
+        submit::drain(&self.shared)
+    }
+
+    fn time(&self, pass: &Pass) -> Result<Timing> {
+        submit::time(&self.shared, pass)
+    }
+}
+
+impl std::fmt::Debug for WebGpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "WebGpu({}, {})", self.shared.caps.name, self.shared.caps.driver)
+    }
+}

@@ -1,0 +1,220 @@
+//! Finding adapters and opening devices.
+
+use std::sync::{Arc, Mutex};
+
+use super::{Shared, WebGpu, bind, fault, fresh_id, pipeline, submit};
+use crate::error::{Error, Result};
+use crate::source;
+use crate::tune::{Caps, Class, Kind};
+
+/// The adapters of this machine.
+#[derive(Debug)]
+pub struct Adapters {
+    /// One entry per adapter and graphics API.
+    pub found: Vec<Found>,
+    /// Why there are none, in the loader's words; empty if there are some.
+    pub why_none: String,
+}
+
+/// An adapter that can be opened.
+#[derive(Debug, Clone)]
+pub struct Found {
+    /// What it is and could do with its own limits.
+    pub caps: Caps,
+    /// Its names, ids and type.
+    pub info: wgpu::AdapterInfo,
+    /// Its limits.
+    pub limits: wgpu::Limits,
+    /// Its features.
+    pub features: wgpu::Features,
+    adapter: wgpu::Adapter,
+}
+
+/// How to open an adapter.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct OpenOptions {
+    /// Ask for WebGPU's default limits and for no feature, as a browser would: 16 KiB of workgroup memory, 8 storage
+    /// buffers, 256 invocations, 128 MiB a binding. For tests: every kernel has a variant that keeps to them.
+    pub default_limits: bool,
+}
+
+impl WebGpu {
+    /// Looks for adapters. Works, and says why there is none, on a machine without any driver.
+    pub fn enumerate() -> Adapters {
+        let backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
+        let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
+            backends,
+            // Neither validation layers nor debug names: what wgpu itself checks is enough.
+            flags: wgpu::InstanceFlags::empty(),
+            ..wgpu::InstanceDescriptor::new_without_display_handle()
+        });
+        let found: Vec<Found> = pollster::block_on(instance.enumerate_adapters(backends))
+            .into_iter()
+            .filter(|a| a.get_downlevel_capabilities().flags.contains(wgpu::DownlevelFlags::COMPUTE_SHADERS))
+            .map(|adapter| {
+                let (info, limits, features) = (adapter.get_info(), adapter.limits(), adapter.features());
+                let caps = caps(&info, &wanted_limits(&limits, false), wanted_features(features, false));
+                Found { caps, info, limits, features, adapter }
+            })
+            .collect();
+        let why_none = if found.is_empty() {
+            match pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())) {
+                Ok(adapter) => format!("{} has no compute shaders", adapter.get_info().name),
+                Err(e) => e.to_string(),
+            }
+        } else {
+            String::new()
+        };
+        Adapters { found, why_none }
+    }
+
+    /// Opens an adapter.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the driver refuses the limits or the features.
+    pub fn open(found: &Found, options: &OpenOptions) -> Result<WebGpu> {
+        let features = wanted_features(found.features, options.default_limits);
+        let limits = wanted_limits(&found.limits, options.default_limits);
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("gatedelta"),
+            required_features: features,
+            required_limits: limits.clone(),
+            // Weights come in pieces of all sizes: large reserved blocks would waste what a small card has.
+            memory_hints: wgpu::MemoryHints::MemoryUsage,
+            ..Default::default()
+        };
+        let (device, queue) = pollster::block_on(found.adapter.request_device(&descriptor)).map_err(|e| {
+            Error::Unsupported { what: "opening the device".into(), by: found.info.name.clone(), why: e.to_string() }
+        })?;
+        let gpu = Self::from_device(device, queue, found.info.clone())?;
+        let fault = gpu.shared.fault.clone();
+        gpu.shared.device.on_uncaptured_error(Arc::new(move |error| {
+            let error = fault.translate("reported late", 0, error);
+            fault.keep(error);
+        }));
+        let fault = gpu.shared.fault.clone();
+        gpu.shared.device.set_device_lost_callback(move |reason, why| {
+            // Dropping the device is no failure.
+            if reason != wgpu::DeviceLostReason::Destroyed {
+                fault.lose(why);
+            }
+        });
+        Ok(gpu)
+    }
+
+    /// Uses a device that a host application opened, with the limits and features it chose. `info` is its adapter's.
+    /// Features that pay: `SUBGROUP`, `TIMESTAMP_QUERY`. The host keeps its own callbacks for uncaptured errors and the
+    /// loss of the device; it tells of a loss through [`WebGpu::lost`].
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the device lacks what WebGPU guarantees, [`Error::OutOfMemory`].
+    pub fn from_device(device: wgpu::Device, queue: wgpu::Queue, info: wgpu::AdapterInfo) -> Result<WebGpu> {
+        let (limits, features) = (device.limits(), device.features());
+        let defaults = wgpu::Limits::default();
+        for (what, found, least) in [
+            (
+                "storage buffers in a kernel",
+                limits.max_storage_buffers_per_shader_stage,
+                defaults.max_storage_buffers_per_shader_stage,
+            ),
+            (
+                "bytes of workgroup memory",
+                limits.max_compute_workgroup_storage_size,
+                defaults.max_compute_workgroup_storage_size,
+            ),
+            (
+                "threads in a workgroup",
+                limits.max_compute_invocations_per_workgroup,
+                defaults.max_compute_invocations_per_workgroup,
+            ),
+        ] {
+            if found < least {
+                let why = format!("the device allows {found}");
+                return Err(Error::Unsupported { what: format!("{least} {what}"), by: info.name, why });
+            }
+        }
+        let caps = caps(&info, &limits, features);
+        let fault = Arc::new(fault::Fault::new(caps.name.clone()));
+        let queue_state = Mutex::new(submit::State::new(&device));
+        let binds = Mutex::new(bind::Binds::new(&device));
+        let shared = Shared {
+            features: source::Features { subgroups: caps.subgroup.is_some() },
+            timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
+            device,
+            queue,
+            caps,
+            limits,
+            fault,
+            dropped: Arc::default(),
+            pipelines: pipeline::Pipelines::default(),
+            binds,
+            queue_state,
+            id: fresh_id(),
+        };
+        Ok(WebGpu { shared: Arc::new(shared) })
+    }
+
+    /// Notes that the device is lost, for hosts that own it: every later call returns [`Error::DeviceLost`].
+    pub fn lost(&self, why: &str) {
+        self.shared.fault.lose(why.into());
+    }
+}
+
+/// The features of an adapter that the kernels and the backend use.
+fn wanted_features(has: wgpu::Features, default_limits: bool) -> wgpu::Features {
+    if default_limits {
+        return wgpu::Features::empty();
+    }
+    has & (wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY)
+}
+
+/// WebGPU's defaults, with the adapter's own numbers for what the kernels and the backend use.
+fn wanted_limits(has: &wgpu::Limits, default_limits: bool) -> wgpu::Limits {
+    let defaults = wgpu::Limits::default();
+    if default_limits {
+        return defaults;
+    }
+    wgpu::Limits {
+        max_storage_buffer_binding_size: has.max_storage_buffer_binding_size,
+        max_buffer_size: has.max_buffer_size,
+        min_storage_buffer_offset_alignment: has.min_storage_buffer_offset_alignment,
+        min_uniform_buffer_offset_alignment: has.min_uniform_buffer_offset_alignment,
+        max_compute_workgroup_storage_size: has.max_compute_workgroup_storage_size,
+        max_compute_invocations_per_workgroup: has.max_compute_invocations_per_workgroup,
+        max_compute_workgroup_size_x: has.max_compute_workgroup_size_x,
+        max_compute_workgroups_per_dimension: has.max_compute_workgroups_per_dimension,
+        ..defaults.or_worse_values_from(has)
+    }
+}
+
+fn caps(info: &wgpu::AdapterInfo, limits: &wgpu::Limits, features: wgpu::Features) -> Caps {
+    let align = (limits.min_storage_buffer_offset_alignment as u64).max(16);
+    // Kernels count bytes of a binding in u32.
+    let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(u32::MAX as u64);
+    Caps {
+        name: info.name.clone(),
+        driver: [info.driver.as_str(), info.driver_info.as_str(), &format!("{:?}", info.backend)]
+            .into_iter()
+            .filter(|s| !s.is_empty())
+            .collect::<Vec<_>>()
+            .join(", "),
+        kind: Kind::WebGpu,
+        class: match info.device_type {
+            wgpu::DeviceType::DiscreteGpu => Class::Discrete,
+            wgpu::DeviceType::IntegratedGpu => Class::Integrated,
+            wgpu::DeviceType::VirtualGpu | wgpu::DeviceType::Other => Class::Other,
+            wgpu::DeviceType::Cpu => Class::Software,
+        },
+        max_binding: max_binding / align * align,
+        max_buffer: limits.max_buffer_size / align * align,
+        align,
+        workgroup_memory: limits.max_compute_workgroup_storage_size,
+        workgroup_threads: limits.max_compute_invocations_per_workgroup.min(limits.max_compute_workgroup_size_x),
+        subgroup: features
+            .contains(wgpu::Features::SUBGROUP)
+            .then_some((info.subgroup_min_size, info.subgroup_max_size)),
+        f16: features.contains(wgpu::Features::SHADER_F16),
+        threads: 0,
+        memory: None,
+    }
+}
