@@ -29,7 +29,7 @@ fn need(caps: &Caps, what: &str, view: &View, size: u64, counts: &[u64]) -> Resu
         let expected = format!("at least {bytes} bytes for {counts:?} numbers");
         return Err(Error::argument(what, format!("{} bytes", view.bytes), expected));
     }
-    if view.offset % caps.align.max(1) != 0 {
+    if !view.offset.is_multiple_of(caps.align.max(1)) {
         let expected = format!("a multiple of {} on {}", caps.align, caps.name);
         return Err(Error::argument(format!("{what}: first byte of the view"), view.offset, expected));
     }

@@ -120,7 +120,7 @@ pub struct MatmulTile {
     pub tile_m: u32,
     /// Rows of w in a cell.
     pub tile_n: u32,
-    /// Depth of one staged slice.
+    /// Depth of one staged slice; 0: nothing is staged.
     pub tile_k: u32,
     /// Rows of x in a thread; divides `tile_m`.
     pub reg_m: u32,
@@ -128,19 +128,36 @@ pub struct MatmulTile {
     pub reg_n: u32,
 }
 
+impl MatmulTile {
+    /// Threads of a workgroup.
+    pub const fn lanes(&self) -> u32 {
+        self.tile_m / self.reg_m * (self.tile_n / self.reg_n)
+    }
+}
+
 /// The tile of a product `[m, k] x [n, k]^T`.
 pub fn matmul(caps: &Caps, m: u64, n: u64, k: u64, dtype: Dtype) -> MatmulTile {
     let _ = (k, dtype);
-    match caps.kind {
+    match (caps.kind, caps.class) {
         // Registers and caches are the business of the CPU kernel itself; a cell is what one thread takes at a time.
-        Kind::Cpu => MatmulTile { tile_m: 128, tile_n: 256, tile_k: 256, reg_m: 1, reg_n: 1 },
-        Kind::WebGpu | Kind::Cuda => {
-            // 8 x 8 sums a thread: 16 loads from workgroup memory feed 64 products.
-            // A narrow product has too few 64 x 64 cells to fill a GPU.
-            let narrow = m.div_ceil(64) * n.div_ceil(64) < 64;
-            let (tile_m, tile_n) = if narrow { (32, 32) } else { (64, 64) };
-            let reg = if narrow { 4 } else { 8 };
-            MatmulTile { tile_m, tile_n, tile_k: 16, reg_m: reg, reg_n: reg }
+        (Kind::Cpu, _) => MatmulTile { tile_m: 128, tile_n: 256, tile_k: 256, reg_m: 1, reg_n: 1 },
+        // Threads become vector lanes. Loads whose address differs from lane to lane are taken one by one, those with one
+        // address for all are cheap: each lane has a row of w, and every row of x is read by all lanes at once.
+        (_, Class::Software) => {
+            let rows = m.clamp(1, 8).next_power_of_two() as u32;
+            MatmulTile { tile_m: rows, tile_n: 32, tile_k: 0, reg_m: rows, reg_n: 1 }
+        }
+        _ => {
+            // 8 x 8 sums a thread: 16 loads of workgroup memory feed 256 products. 128 x 128 takes all of the 16 KiB that
+            // WebGPU guarantees and reads each number of x and w from memory 128 times less often than it is used.
+            let cells = |tile: u64| m.div_ceil(tile) * n.div_ceil(tile);
+            // Where large tiles are too few to occupy a GPU, smaller ones waste less.
+            let (tile, reg) = match () {
+                _ if cells(128) >= 128 => (128, 8),
+                _ if cells(64) >= 96 => (64, 4),
+                _ => (32, 4),
+            };
+            MatmulTile { tile_m: tile, tile_n: tile, tile_k: 16, reg_m: reg, reg_n: reg }
         }
     }
 }
@@ -156,10 +173,22 @@ pub struct MatvecTile {
 
 /// Rows of x up to which a product goes through [`crate::kernel::model::MATVEC`]; at most 8.
 pub fn matvec_most(caps: &Caps) -> u64 {
-    match caps.kind {
-        Kind::Cpu => 8,
+    match (caps.kind, caps.class) {
+        (Kind::Cpu, _) => 8,
+        // The unstaged tile of MATMUL serves few rows as well.
+        (_, Class::Software) => 0,
         // From here on a tile of MATMUL is filled well enough to beat reading x for each row of w.
-        Kind::WebGpu | Kind::Cuda => 8,
+        _ => 8,
+    }
+}
+
+/// Whether the norm before a product of few rows and the activation after it run inside [`crate::kernel::model::MATVEC`].
+pub fn fuse(caps: &Caps) -> bool {
+    match (caps.kind, caps.class) {
+        // A launch costs less than repeating the norm in every cell.
+        (Kind::Cpu, _) | (_, Class::Software) => false,
+        // A launch costs some microseconds, of which a small model has hundreds a token.
+        _ => true,
     }
 }
 
@@ -168,7 +197,8 @@ pub fn matvec(caps: &Caps, n: u64, k: u64, dtype: Dtype) -> MatvecTile {
     let _ = (n, k, dtype);
     match caps.kind {
         Kind::Cpu => MatvecTile { rows: 64, lanes: 1 },
-        Kind::WebGpu | Kind::Cuda => MatvecTile { rows: 8, lanes: 64 },
+        // Four rows share each load of x and one reduction of a vec4; many small workgroups hide the latency of memory.
+        Kind::WebGpu | Kind::Cuda => MatvecTile { rows: 4, lanes: 64 },
     }
 }
 

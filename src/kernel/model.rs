@@ -76,19 +76,21 @@ fields! {
         tile_m: u32,
         /// Rows of w that a cell covers.
         tile_n: u32,
-        /// Depth of one staged slice.
+        /// Depth of one staged slice; 0: nothing is staged, each thread reads its own rows of w.
         tile_k: u32,
         /// Rows of x that a thread covers; divides tile_m.
         reg_m: u32,
         /// Rows of w that a thread covers; divides tile_n.
         reg_n: u32,
+        /// Threads of a workgroup: `tile_m / reg_m * tile_n / reg_n`.
+        lanes: u32,
         /// 1: rows of x and w start at multiples of 16 bytes and k fills them, so that loads are 16 bytes wide.
         wide: u32,
     }
 }
 
 fields! {
-    /// Params of [`MATMUL`] and [`MATVEC`].
+    /// Params of [`MATMUL`].
     MatmulParams {
         /// Rows of x and y.
         m: u32,
@@ -120,12 +122,18 @@ pub static MATMUL: Kernel = Kernel {
 fields! {
     /// Consts of [`MATVEC`].
     MatvecConsts {
-        /// Type code of w.
+        /// Type code of w and up.
         w_type: u32,
         /// 1: adds to y instead of replacing it.
         add: u32,
+        /// 1: x goes through its RMS norm first.
+        norm: u32,
+        /// 1: y gets `silu(x w^T) * (x up^T)`.
+        glu: u32,
         /// Rows of w that a cell covers.
         rows: u32,
+        /// Rows of x there is room for: 1, 2, 4 or 8; at least m.
+        batch: u32,
         /// Threads of a workgroup.
         lanes: u32,
         /// 1: rows of x and w start at multiples of 16 bytes and k fills them, so that loads are 16 bytes wide.
@@ -133,13 +141,40 @@ fields! {
     }
 }
 
-/// The same for few rows of x (up to 8), bound by reading w once.
+fields! {
+    /// Params of [`MATVEC`].
+    MatvecParams {
+        /// Rows of x and y.
+        m: u32,
+        /// Rows of w: columns of y.
+        n: u32,
+        /// Numbers in a row of w.
+        k: u32,
+        /// Elements between the rows of x.
+        x_stride: u32,
+        /// Element of x where row 0 starts.
+        x_off: u32,
+        /// Elements between the rows of y.
+        y_stride: u32,
+        /// Element of y where row 0 starts.
+        y_off: u32,
+        /// Added to the mean square by the norm.
+        eps: f32,
+    }
+}
+
+/// The same for few rows of x (up to 8), bound by reading w once; with the norm before and the activation after it, so that
+/// a decoded token takes few launches.
+///
+/// `n = x * rsqrt(mean(x^2) + eps) * norm` with NORM, else x; `y (+)= n w^T`, or `silu(n w^T) * (n up^T)` with GLU.
+/// - x `[m, x_stride]` f32; norm `[k]` f32 (any memory without NORM); w, up `[n, k]` (any memory for up without GLU);
+///   y `[m, y_stride]` f32
 /// - grid: `[ceil(n / rows), 1, 1]`
 pub static MATVEC: Kernel = Kernel {
     name: "matvec",
-    args: &[read("x"), read("w"), update("y")],
+    args: &[read("x"), read("norm"), read("w"), read("up"), update("y")],
     consts: MatvecConsts::FIELDS,
-    params: MatmulParams::FIELDS,
+    params: MatvecParams::FIELDS,
 };
 
 fields! {

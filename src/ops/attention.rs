@@ -44,17 +44,17 @@ impl AttentionShape {
     }
 
     fn check(&self) -> Result<()> {
-        if self.kv_heads == 0 || self.heads == 0 || self.heads % self.kv_heads != 0 {
+        if self.kv_heads == 0 || self.heads == 0 || !self.heads.is_multiple_of(self.kv_heads) {
             let expected = format!("a multiple of the {} key heads, both at least 1", self.kv_heads);
             return Err(Error::argument("heads", self.heads, expected));
         }
         if self.heads > 1 << 16 {
             return Err(Error::argument("heads", self.heads, "at most 65536"));
         }
-        if self.dim < 16 || self.dim > 256 || self.dim % 16 != 0 {
+        if self.dim < 16 || self.dim > 256 || !self.dim.is_multiple_of(16) {
             return Err(Error::argument("dim (head size)", self.dim, "a multiple of 16 from 16 to 256"));
         }
-        if self.rot == 0 || self.rot > self.dim || self.rot % 2 != 0 {
+        if self.rot == 0 || self.rot > self.dim || !self.rot.is_multiple_of(2) {
             return Err(Error::argument("rot (rotated numbers)", self.rot, format!("even, from 2 to {}", self.dim)));
         }
         Ok(())
