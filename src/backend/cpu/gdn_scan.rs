@@ -1,0 +1,227 @@
+//! [`crate::kernel::gdn::SCAN`]: carries the state over the chunks of a segment.
+//!
+//! The columns of the state are independent of each other, so a cell walks its segment 16 columns at a time within a chunk:
+//! a panel of the state is `[K, 16]`, and the panels of W, N and O that it needs are `[C, 16]`. All of that stays in the
+//! first-level cache, and K and Q, once converted, in the second.
+
+use pulp::Simd;
+
+use super::bind::{Bind, Read, Stored, StoredMut, Write};
+use super::engine::{Local, Row};
+use super::gdn_prepare::{check_heads, chunk_length};
+use super::memory::cut;
+use super::product::{Left, WIDTH, product};
+use super::simd::{fma, load, narrow, store, widen};
+use super::table::{Entry, distinct_slots, runs};
+use crate::error::Result;
+use crate::kernel::gdn::{SCAN, ScanConsts, ScanParams};
+use crate::plan::scratch_per_chunk_head;
+
+pub(super) struct Scan<'p> {
+    consts: ScanConsts,
+    params: ScanParams,
+    /// q, k, v, o `[window, *]`
+    q: Stored<'p>,
+    k: Stored<'p>,
+    v: Stored<'p>,
+    /// `[chunks, Hv, 2 C C + 4 C]`
+    ws: Read<'p, f32>,
+    chunks: Read<'p, Entry>,
+    segments: Read<'p, Entry>,
+    /// Segments in the launch.
+    count: usize,
+    /// `[slots, Hv, K, V]`
+    state: Write<'p, f32>,
+    slots: usize,
+    o: StoredMut<'p>,
+    /// Tokens that q, k, v and o all hold.
+    tokens: usize,
+}
+
+impl<'p> Scan<'p> {
+    pub fn bind(b: &Bind<'p>) -> Result<Self> {
+        let (c, p): (ScanConsts, ScanParams) = (b.consts()?, b.params()?);
+        check_heads(b, p.hk, p.hv, c.dk, None)?;
+        check_columns(b, p.dv, c.dv_tile)?;
+        b.expect("chunk", c.chunk, c.chunk > 0 && c.chunk <= 256 && c.chunk % 16 == 0, "a multiple of 16 to 256")?;
+        let count = b.grid()[0];
+        b.expect_grid([count, p.hv as usize, (p.dv / c.dv_tile) as usize])?;
+        let (qk, vo) = (b.dtype("qk_type", c.qk_type)?, b.dtype("v_type", c.v_type)?);
+        let (q, k) = (b.stored(0, qk, 0)?, b.stored(1, qk, 0)?);
+        let (v, o) = (b.stored(2, vo, 0)?, b.stored_mut(7, vo, 0)?);
+        let (wide_k, wide_v) = ((p.hk * c.dk) as usize, (p.hv * p.dv) as usize);
+        let tokens = [
+            b.rows(0, q.len, p.q_off, p.q_stride, wide_k)?,
+            b.rows(1, k.len, p.k_off, p.k_stride, wide_k)?,
+            b.rows(2, v.len, p.v_off, p.v_stride, wide_v)?,
+            b.rows(7, o.len, p.o_off, p.o_stride, wide_v)?,
+        ];
+        let state = b.write::<f32>(6, 0)?;
+        Ok(Scan {
+            slots: state.len() / (p.hv as usize * c.dk as usize * p.dv as usize),
+            q,
+            k,
+            v,
+            ws: b.read(3, 0)?,
+            chunks: b.read(4, 0)?,
+            segments: b.read(5, count as u64)?,
+            count,
+            state,
+            o,
+            tokens: tokens.into_iter().min().unwrap_or(0),
+            consts: c,
+            params: p,
+        })
+    }
+}
+
+/// Checks the columns that a cell carries.
+pub(super) fn check_columns(b: &Bind, dv: u32, tile: u32) -> Result<()> {
+    b.expect("dv", dv, dv > 0 && dv <= 256 && dv % 16 == 0, "a multiple of 16 to 256")?;
+    b.expect("dv_tile", tile, tile > 0 && tile % 16 == 0 && dv % tile == 0, "a multiple of 16 that divides dv")
+}
+
+/// The key head that value head `h` reads.
+pub(super) fn key_head(head_map: u32, hk: u32, hv: u32, h: usize) -> usize {
+    if head_map == 0 { h / (hv / hk) as usize } else { h % hk as usize }
+}
+
+impl Row for Scan<'_> {
+    fn begin(&self) -> Result<()> {
+        let segments = &self.segments.all()[..self.count];
+        let size = (scratch_per_chunk_head(self.consts.chunk) / 4) as usize * self.params.hv as usize;
+        let limit = self.chunks.all().len().min(self.ws.all().len() / size);
+        runs(SCAN.name, "segments", segments, limit)?;
+        distinct_slots(SCAN.name, "segments", segments, self.slots)?;
+        let mut used: Vec<Entry> = Vec::new();
+        for &[first, count, ..] in segments {
+            for i in first as usize..(first + count) as usize {
+                chunk_length(i, &self.chunks.all()[i], self.consts.chunk)?;
+                used.push(self.chunks.all()[i]);
+            }
+        }
+        runs(SCAN.name, "chunks", &used, self.tokens)
+    }
+
+    fn phases(&self) -> Vec<usize> {
+        vec![self.count * self.params.hv as usize * (self.params.dv / self.consts.dv_tile) as usize]
+    }
+
+    #[inline(always)]
+    fn cell<S: Simd>(&self, s: S, _: usize, cell: usize, local: &mut Local) -> Result<()> {
+        let (p, c, dk) = (&self.params, self.consts.chunk as usize, self.consts.dk as usize);
+        let (dv, tile, hv) = (p.dv as usize, self.consts.dv_tile as usize, p.hv as usize);
+        // Tiles of a head run one after the other, so that its k and q are still in the cache.
+        let (column, rest) = (cell % (dv / tile) * tile, cell / (dv / tile));
+        let (h, segment) = (rest % hv, rest / hv);
+        let hk = key_head(p.head_map, p.hk, p.hv, h);
+        let [first_chunk, chunks, slot, _] = self.segments.all()[segment].map(|n| n as usize);
+
+        let rest = &mut local.scratch.floats(dk * tile + 2 * c * dk + c * tile + 3 * c * WIDTH);
+        let panels = cut(rest, dk * tile); // S: [tile / 16][K, 16]
+        let rows = cut(rest, 2 * c * dk); // K, then Q: [2 len, K]
+        let values = cut(rest, c * tile); // V: [len, tile], then O
+        let (w, n, n_decayed) = (cut(rest, c * WIDTH), cut(rest, c * WIDTH), cut(rest, c * WIDTH));
+
+        let state_at = |i: usize| ((slot * hv + h) * dk + i) * dv + column;
+        for i in 0..dk {
+            // SAFETY: these columns of this head of this slot belong to this cell alone.
+            let row = unsafe { self.state.part(state_at(i), tile) };
+            for (j, x) in row.chunks_exact(WIDTH).enumerate() {
+                panels[(j * dk + i) * WIDTH..][..WIDTH].copy_from_slice(x);
+            }
+        }
+
+        let size = 2 * c * c + 4 * c;
+        for chunk in first_chunk..first_chunk + chunks {
+            let [first, len, ..] = self.chunks.all()[chunk].map(|n| n as usize);
+            for t in 0..len {
+                let at = |off: u32, stride: u32, i: usize| off as usize + (first + t) * stride as usize + i;
+                widen(&self.k, at(p.k_off, p.k_stride, hk * dk), &mut rows[t * dk..][..dk]);
+                widen(&self.q, at(p.q_off, p.q_stride, hk * dk), &mut rows[(len + t) * dk..][..dk]);
+                widen(&self.v, at(p.v_off, p.v_stride, h * dv + column), &mut values[t * tile..][..tile]);
+            }
+            let ws = &self.ws.all()[(chunk * hv + h) * size..][..size];
+            for j in 0..tile / WIDTH {
+                let chunk = Chunk { s, c, len, dk, tile, rows, ws };
+                chunk.panel(&mut panels[j * dk * WIDTH..][..dk * WIDTH], &mut values[j * WIDTH..], w, n, n_decayed);
+            }
+            for t in 0..len {
+                let at = p.o_off as usize + (first + t) * p.o_stride as usize + h * dv + column;
+                // SAFETY: these columns of this token belong to this cell alone.
+                unsafe { narrow(&self.o, at, &values[t * tile..][..tile]) }
+            }
+        }
+
+        for i in 0..dk {
+            // SAFETY: as above.
+            let row = unsafe { self.state.part(state_at(i), tile) };
+            for (j, x) in row.chunks_exact_mut(WIDTH).enumerate() {
+                x.copy_from_slice(&panels[(j * dk + i) * WIDTH..][..WIDTH]);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One chunk of one head.
+struct Chunk<'a, S> {
+    s: S,
+    c: usize,
+    len: usize,
+    dk: usize,
+    /// Numbers between rows of `values`.
+    tile: usize,
+    /// K, then Q: [2 len, K]
+    rows: &'a [f32],
+    /// A [C, C], P [C, C], u, o, n [C], gamma_C
+    ws: &'a [f32],
+}
+
+impl<S: Simd> Chunk<'_, S> {
+    /// 16 columns: `state` [K, 16]; `values` holds V on entry and O on return; the others are [len, 16].
+    #[inline(always)]
+    fn panel(&self, state: &mut [f32], values: &mut [f32], w: &mut [f32], n: &mut [f32], n_decayed: &mut [f32]) {
+        let Chunk { s, c, len, dk, tile, rows, ws } = *self;
+        let (a, rest) = ws.split_at(c * c);
+        let (p, rest) = rest.split_at(c * c);
+        let (u, o, decay, gamma) = (&rest[..c], &rest[c..][..c], &rest[2 * c..][..c], rest[3 * c]);
+        let (state, values) = (state.as_mut_ptr(), values.as_mut_ptr());
+        let (w, n, n_decayed) = (w.as_mut_ptr(), n.as_mut_ptr(), n_decayed.as_mut_ptr());
+        // SAFETY: every pointer below is to a row of 16 numbers inside the slices above: rows of `state` are below dk, rows
+        // of the others below len, and rows of `values` are `tile` apart.
+        unsafe {
+            // W = V - u o (K S)        O = o o (Q S)
+            let left = Left { ptr: rows.as_ptr(), row: dk, col: 1 };
+            product(s, 2 * len, |_| dk, left, state, WIDTH, |i, j, x| {
+                if i < len {
+                    let v = load(s, values.add(i * tile + j));
+                    store(s, w.add(i * WIDTH + j), fma(s, s.splat_f32s(-u[i]), x, v));
+                } else {
+                    let i = i - len;
+                    store(s, values.add(i * tile + j), s.mul_f32s(s.splat_f32s(o[i]), x));
+                }
+            });
+            // N = A W, A lower triangular
+            let left = Left { ptr: a.as_ptr(), row: c, col: 1 };
+            product(s, len, |rows| rows, left, w, WIDTH, |i, j, x| {
+                store(s, n.add(i * WIDTH + j), x);
+                store(s, n_decayed.add(i * WIDTH + j), s.mul_f32s(s.splat_f32s(decay[i]), x));
+            });
+            // O += P N, P lower triangular
+            let left = Left { ptr: p.as_ptr(), row: c, col: 1 };
+            product(s, len, |rows| rows, left, n, WIDTH, |i, j, x| {
+                let to = values.add(i * tile + j);
+                store(s, to, s.add_f32s(load(s, to), x));
+            });
+            // S = gamma_C S + K^T (n o N)
+            let left = Left { ptr: rows.as_ptr(), row: 1, col: dk };
+            let gamma = s.splat_f32s(gamma);
+            product(s, dk, |_| len, left, n_decayed, WIDTH, |i, j, x| {
+                let to = state.add(i * WIDTH + j);
+                store(s, to, fma(s, gamma, load(s, to), x));
+            });
+        }
+    }
+}
+
