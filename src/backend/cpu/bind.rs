@@ -83,9 +83,23 @@ impl<T: Pod> Write<'_, T> {
     /// No other reference into these numbers is alive.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn part(&self, start: usize, len: usize) -> &mut [T] {
+        // SAFETY: `at` has checked the bounds; unaliased as the caller promises.
+        unsafe { std::slice::from_raw_parts_mut(self.at(start, len), len) }
+    }
+
+    /// `len` numbers from `start`, for reading.
+    ///
+    /// # Safety
+    /// Nothing writes these numbers meanwhile.
+    pub unsafe fn peek(&self, start: usize, len: usize) -> &[T] {
+        // SAFETY: `at` has checked the bounds; unwritten as the caller promises.
+        unsafe { std::slice::from_raw_parts(self.at(start, len), len) }
+    }
+
+    /// Pointer to number `start` of at least `len` from there.
+    pub fn at(&self, start: usize, len: usize) -> *mut T {
         assert!(start <= self.len && len <= self.len - start, "{len} numbers from {start} of {}", self.len);
-        // SAFETY: in bounds as just asserted; unaliased as the caller promises.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(start), len) }
+        self.ptr.wrapping_add(start)
     }
 
     /// Numbers in it.

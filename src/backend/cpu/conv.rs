@@ -97,12 +97,12 @@ impl Row for Conv<'_> {
                 w[i] = self.w.all()[(c0 + i) * taps + j];
             }
         }
-        // SAFETY: with store_tail, this cell alone touches these channels of the slot; without, all cells only read them.
-        let tail = unsafe { self.tail.part(slot * (taps - 1) * channels, (taps - 1) * channels) };
+        let tail_at = |i: usize| (slot * (taps - 1) + i) * channels + c0;
         // The row `back` rows before the sequence's row t.
         let row = |t: usize, back: usize| match t.checked_sub(back) {
             Some(t) => &self.x.all()[p.x_off as usize + (first + t) * p.x_stride as usize + c0..][..wide],
-            None => &tail[(taps - 1 + t - back) * channels + c0..][..wide],
+            // SAFETY: nothing writes the tail before this cell does, below.
+            None => unsafe { self.tail.peek(tail_at(taps - 1 + t - back), wide) },
         };
         for t in from..to {
             let mut sum = [0f32; WIDE];
@@ -127,28 +127,34 @@ impl Row for Conv<'_> {
         }
         if self.consts.store_tail == 1 {
             let x = |t: usize| &self.x.all()[p.x_off as usize + (first + t) * p.x_stride as usize + c0..][..wide];
-            shift(tail, channels, taps - 1, c0, wide, len, x);
+            // SAFETY: this cell alone touches these channels of the slot.
+            unsafe { shift(&self.tail, tail_at, taps - 1, wide, len, x) }
         }
         Ok(())
     }
 }
 
-/// Replaces the tail by the last `keep` rows of (tail, x), where x has `len` rows.
-fn shift<'a>(
-    tail: &mut [f32],
-    channels: usize,
+/// Replaces the tail, whose row `i` of `wide` numbers is at `at(i)`, by the last `keep` rows of (tail, x), where x has `len`
+/// rows.
+///
+/// # Safety
+/// No other reference into these rows is alive.
+unsafe fn shift<'a>(
+    tail: &Write<f32>,
+    at: impl Fn(usize) -> usize,
     keep: usize,
-    c0: usize,
     wide: usize,
     len: usize,
     x: impl Fn(usize) -> &'a [f32],
 ) {
     for i in 0..keep {
-        let at = i * channels + c0;
-        if len + i < keep {
-            tail.copy_within(at + len * channels..at + len * channels + wide, at);
-        } else {
-            tail[at..at + wide].copy_from_slice(x(len + i - keep));
+        // SAFETY: as the caller promises; where the source is a row of the tail, it is another one.
+        unsafe {
+            match (len + i).checked_sub(keep) {
+                Some(t) => tail.part(at(i), wide).copy_from_slice(x(t)),
+                None if len > 0 => tail.part(at(i), wide).copy_from_slice(tail.peek(at(i + len), wide)),
+                None => {}
+            }
         }
     }
 }
@@ -197,10 +203,10 @@ impl Row for ConvTail<'_> {
     fn cell<S: Simd>(&self, _: S, _: usize, cell: usize, _: &mut Local) -> Result<()> {
         let (p, channels, keep) = (&self.params, self.params.channels as usize, self.taps - 1);
         let [first, len, slot, _] = self.seqs.all()[cell].map(|n| n as usize);
-        // SAFETY: this slot belongs to this cell alone.
-        let tail = unsafe { self.tail.part(slot * keep * channels, keep * channels) };
         let x = |t: usize| &self.x.all()[p.x_off as usize + (first + t) * p.x_stride as usize..][..channels];
-        shift(tail, channels, keep, 0, channels, len, x);
+        let at = |i: usize| (slot * keep + i) * channels;
+        // SAFETY: this slot belongs to this cell alone.
+        unsafe { shift(&self.tail, at, keep, channels, len, x) }
         Ok(())
     }
 }

@@ -243,9 +243,10 @@ impl<'p> Job<'p> {
         let error = match catch_unwind(AssertUnwindSafe(f)) {
             Ok(Ok(())) => return,
             Ok(Err(error)) => error,
-            Err(panic) => {
-                Error::Device { device: "cpu".into(), why: format!("{} panicked: {}", self.names[task], message(&*panic)) }
-            }
+            Err(panic) => Error::Device {
+                device: "cpu".into(),
+                why: format!("{} panicked: {}", self.names[task], message(&*panic)),
+            },
         };
         let mut first = self.error.lock().unwrap_or_else(|e| e.into_inner());
         first.get_or_insert(error);

@@ -4,8 +4,8 @@ use pulp::Simd;
 
 use super::bind::{Bind, Read, Write};
 use super::engine::{Local, Row};
-use super::gated_norm::gated_norm;
 use super::gate::gate;
+use super::gated_norm::gated_norm;
 use super::gdn_prepare::check_heads;
 use super::gdn_scan::key_head;
 use super::gdn_step::{State, Token, normalise};

@@ -129,7 +129,9 @@ impl Row for Prepare<'_> {
                 let to = to[from * c + from..].as_mut_ptr();
                 // SAFETY: A has rows_below rows of dk numbers, the panel dk rows of 16, and row i of the result has 16
                 // numbers from column `from` on, as c is a multiple of 16.
-                unsafe { product(s, rows_below, |_| dk, a, panel.as_ptr(), WIDTH, |i, j, v| store(s, to.add(i * c + j), v)) }
+                unsafe {
+                    product(s, rows_below, |_| dk, a, panel.as_ptr(), WIDTH, |i, j, v| store(s, to.add(i * c + j), v))
+                }
             }
         }
 

@@ -193,35 +193,66 @@ impl<S: Simd> Chunk<'_, S> {
         unsafe {
             // W = V - u o (K S)        O = o o (Q S)
             let left = Left { ptr: rows.as_ptr(), row: dk, col: 1 };
-            product(s, 2 * len, |_| dk, left, state, WIDTH, |i, j, x| {
-                if i < len {
-                    let v = load(s, values.add(i * tile + j));
-                    store(s, w.add(i * WIDTH + j), fma(s, s.splat_f32s(-u[i]), x, v));
-                } else {
-                    let i = i - len;
-                    store(s, values.add(i * tile + j), s.mul_f32s(s.splat_f32s(o[i]), x));
-                }
-            });
+            product(
+                s,
+                2 * len,
+                |_| dk,
+                left,
+                state,
+                WIDTH,
+                |i, j, x| {
+                    if i < len {
+                        let v = load(s, values.add(i * tile + j));
+                        store(s, w.add(i * WIDTH + j), fma(s, s.splat_f32s(-u[i]), x, v));
+                    } else {
+                        let i = i - len;
+                        store(s, values.add(i * tile + j), s.mul_f32s(s.splat_f32s(o[i]), x));
+                    }
+                },
+            );
             // N = A W, A lower triangular
             let left = Left { ptr: a.as_ptr(), row: c, col: 1 };
-            product(s, len, |rows| rows, left, w, WIDTH, |i, j, x| {
-                store(s, n.add(i * WIDTH + j), x);
-                store(s, n_decayed.add(i * WIDTH + j), s.mul_f32s(s.splat_f32s(decay[i]), x));
-            });
+            product(
+                s,
+                len,
+                |rows| rows,
+                left,
+                w,
+                WIDTH,
+                |i, j, x| {
+                    store(s, n.add(i * WIDTH + j), x);
+                    store(s, n_decayed.add(i * WIDTH + j), s.mul_f32s(s.splat_f32s(decay[i]), x));
+                },
+            );
             // O += P N, P lower triangular
             let left = Left { ptr: p.as_ptr(), row: c, col: 1 };
-            product(s, len, |rows| rows, left, n, WIDTH, |i, j, x| {
-                let to = values.add(i * tile + j);
-                store(s, to, s.add_f32s(load(s, to), x));
-            });
+            product(
+                s,
+                len,
+                |rows| rows,
+                left,
+                n,
+                WIDTH,
+                |i, j, x| {
+                    let to = values.add(i * tile + j);
+                    store(s, to, s.add_f32s(load(s, to), x));
+                },
+            );
             // S = gamma_C S + K^T (n o N)
             let left = Left { ptr: rows.as_ptr(), row: 1, col: dk };
             let gamma = s.splat_f32s(gamma);
-            product(s, dk, |_| len, left, n_decayed, WIDTH, |i, j, x| {
-                let to = state.add(i * WIDTH + j);
-                store(s, to, fma(s, gamma, load(s, to), x));
-            });
+            product(
+                s,
+                dk,
+                |_| len,
+                left,
+                n_decayed,
+                WIDTH,
+                |i, j, x| {
+                    let to = state.add(i * WIDTH + j);
+                    store(s, to, fma(s, gamma, load(s, to), x));
+                },
+            );
         }
     }
 }
-

@@ -95,12 +95,11 @@ impl Row for Step<'_> {
         let copy = cut(rest, dk * tile);
 
         let start = (slot * hv + h) * dk * dv + column;
-        // SAFETY: of these rows, only this cell touches the columns from `column` to `column + tile`.
-        let own = unsafe { self.state.part(start, (dk - 1) * dv + tile) };
-        let mut state = State { at: own.as_mut_ptr(), row: dv, dk, columns: tile };
+        let mut state = State { at: self.state.at(start, (dk - 1) * dv + tile), row: dv, dk, columns: tile };
         if self.consts.store == 0 {
             for i in 0..dk {
-                copy[i * tile..][..tile].copy_from_slice(&own[i * dv..][..tile]);
+                // SAFETY: without `store` nothing writes the state.
+                copy[i * tile..][..tile].copy_from_slice(unsafe { self.state.peek(start + i * dv, tile) });
             }
             state = State { at: copy.as_mut_ptr(), row: tile, ..state };
         }
@@ -115,7 +114,7 @@ impl Row for Step<'_> {
             }
             let g = self.g.all()[at(p.g_off, p.hv, h)];
             let beta = self.beta.all()[at(p.g_off, p.hv, h)];
-            // SAFETY: the state is this cell's own, as said above.
+            // SAFETY: only this cell touches these columns of this head of this slot, or its copy of them.
             unsafe { state.step(s, Token { k, q, v, decay: g.exp(), beta, scale: p.scale }, o, read) }
             // SAFETY: these columns of this token belong to this cell alone.
             unsafe { narrow(&self.o, at(p.o_off, p.o_stride, h * dv + column), o) }
@@ -174,7 +173,11 @@ impl State {
             let k: [S::f32s; 4] = std::array::from_fn(|r| s.splat_f32s(x.k[i + r]));
             let q: [S::f32s; 4] = std::array::from_fn(|r| s.splat_f32s(x.q[i + r]));
             // SAFETY: rows i to i + 3 are among dk.
-            let rows = unsafe { std::array::from_fn::<_, 4, _>(|r| std::slice::from_raw_parts(self.at.add((i + r) * self.row), self.columns)) };
+            let rows = unsafe {
+                std::array::from_fn::<_, 4, _>(|r| {
+                    std::slice::from_raw_parts(self.at.add((i + r) * self.row), self.columns)
+                })
+            };
             let rows = rows.map(|r| S::as_simd_f32s(r).0);
             let (sums_k, sums_q) = (S::as_mut_simd_f32s(read).0, S::as_mut_simd_f32s(o).0);
             for (j, (sum_k, sum_q)) in sums_k.iter_mut().zip(sums_q).enumerate() {

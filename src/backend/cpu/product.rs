@@ -42,7 +42,7 @@ pub(super) unsafe fn product<S: Simd>(
         // Never fewer than four rows where that can be helped: fewer leave the multipliers waiting for their own results.
         let n = match (S::F32_LANES, left) {
             (16, 12..) => 12,
-            (_, 6 | 7 | 10.. ) => 6,
+            (_, 6 | 7 | 10..) => 6,
             (_, 4 | 5 | 8 | 9) => 4,
             (_, 2 | 3) => 2,
             _ => 1,
@@ -141,4 +141,3 @@ pub(super) fn pack(x: &[f32], row: usize, n: usize, depth: usize, panel: &mut [f
         }
     }
 }
-

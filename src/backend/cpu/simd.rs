@@ -41,7 +41,7 @@ impl Level {
     pub fn dispatch<O: WithSimd>(self, op: O) -> O::Output {
         match self.0 {
             // Four lanes that the compiler maps to whatever baseline the target has.
-            pulp::Arch::Scalar => op.with_simd(Scalar128b::new()),
+            pulp::Arch::Scalar => op.with_simd(Scalar128b),
             arch => arch.dispatch(op),
         }
     }

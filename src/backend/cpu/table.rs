@@ -16,7 +16,11 @@ pub(super) fn runs(kernel: &str, name: &str, table: &[Entry], limit: usize) -> R
     for (i, &[first, count, ..]) in table.iter().enumerate() {
         if first as u64 + count as u64 > limit as u64 {
             let found = format!("{count} from {first}");
-            return Err(Error::argument(format!("{kernel}: {name}[{i}]"), found, format!("inside the {limit} there are")));
+            return Err(Error::argument(
+                format!("{kernel}: {name}[{i}]"),
+                found,
+                format!("inside the {limit} there are"),
+            ));
         }
     }
     let rising = table.windows(2).all(|w| w[0][0] as u64 + w[0][1] as u64 <= w[1][0] as u64);
