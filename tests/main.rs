@@ -1,1 +1,4 @@
-fn main() {}
+//! The integration tests, as one binary.
+
+#[cfg(feature = "qwen")]
+mod qwen_text;
