@@ -290,3 +290,14 @@ pub fn mix_lanes(caps: &Caps, heads: &Heads) -> u32 {
         Kind::WebGpu | Kind::Cuda => heads.v.next_power_of_two().clamp(32, 256),
     }
 }
+
+/// Tokens of a prompt that a model computes at a time.
+pub fn prefill_tokens(caps: &Caps) -> u64 {
+    match (caps.kind, caps.class) {
+        // Each piece reads all weights once: 512 tokens make that a small share of the arithmetic.
+        (Kind::Cpu, _) => 512,
+        // A software driver takes seconds for a piece; progress and cancellation come between pieces.
+        (_, Class::Software) => 128,
+        _ => 512,
+    }
+}

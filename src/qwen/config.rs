@@ -194,7 +194,11 @@ impl Config {
             return Err(Error::argument("head_dim", self.head_dim, "at most 256"));
         }
         if self.rotary == 0 || self.rotary > self.head_dim || self.rotary % 2 != 0 {
-            return Err(Error::argument("rotated part of a head", self.rotary, format!("even, 2 to {}", self.head_dim)));
+            return Err(Error::argument(
+                "rotated part of a head",
+                self.rotary,
+                format!("even, 2 to {}", self.head_dim),
+            ));
         }
         if !(self.rope_theta.is_finite() && self.rope_theta > 0.0) {
             return Err(Error::argument("rope_theta", self.rope_theta, "a positive number"));
@@ -234,12 +238,11 @@ impl Config {
     /// Numbers in all weights together.
     pub fn parameters(&self) -> u64 {
         let (h, f) = (self.hidden as u64, self.ffn as u64);
-        let (hv, k, v) = (self.linear.hv as u64, self.linear.k as u64, self.linear.v as u64);
+        let (hv, v) = (self.linear.hv as u64, self.linear.v as u64);
         let channels = self.conv_channels() as u64;
         let linear = h * self.linear_row() as u64 + channels * self.conv_taps as u64 + 2 * hv + v + hv * v * h;
         let wide = (self.heads * self.head_dim) as u64;
         let full = h * self.full_row() as u64 + wide * h + 2 * self.head_dim as u64;
-        let _ = k;
         let each = 3 * h * f + 2 * h;
         let tables = if self.tied { 1 } else { 2 } * self.vocab as u64 * h;
         self.count(LayerKind::Linear) as u64 * linear
@@ -313,7 +316,11 @@ fn layer_kinds(c: &Object<'_>, layers: u32) -> Result<Vec<LayerKind>> {
         return Err(Error::argument("layer_types", short(types), "a list of names"));
     };
     if types.len() != layers as usize {
-        return Err(Error::argument("layer_types", format!("{} entries", types.len()), format!("{layers}, one a layer")));
+        return Err(Error::argument(
+            "layer_types",
+            format!("{} entries", types.len()),
+            format!("{layers}, one a layer"),
+        ));
     }
     let kind = |(i, v): (usize, &Value)| match v.as_str() {
         Some("linear_attention") => Ok(LayerKind::Linear),

@@ -26,8 +26,7 @@ impl Default for Sampling {
 
 impl Sampling {
     /// Always the largest logit.
-    pub const GREEDY: Sampling =
-        Sampling { presence_penalty: 0.0, temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+    pub const GREEDY: Sampling = Sampling { presence_penalty: 0.0, temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
 
     /// True if the token is the largest logit, whatever the seed.
     pub fn is_greedy(&self) -> bool {

@@ -28,19 +28,18 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Load`] naming the file and the line that does not parse.
     pub fn read(dir: &Path) -> Result<Option<ChatTemplate>> {
-        let config_path = dir.join("tokenizer_config.json");
-        let config = if config_path.exists() { read_json(&config_path)? } else { Value::Null };
+        let config = tokenizer_config(dir)?;
         let file = dir.join("chat_template.jinja");
         let (source, path) = if file.exists() {
             (std::fs::read_to_string(&file).map_err(|e| Error::load(&file, e))?, file)
         } else {
             match in_config(&config) {
-                Some(source) => (source.to_string(), config_path),
+                Some(source) => (source.to_string(), dir.join("tokenizer_config.json")),
                 None => return Ok(None),
             }
         };
         let mut template = ChatTemplate::new(&source, path)?;
-        template.tokens = special_tokens(&config);
+        template.tokens = special_tokens(dir)?;
         Ok(Some(template))
     }
 
@@ -129,13 +128,22 @@ fn in_config(config: &Value) -> Option<&str> {
     }
 }
 
-/// Special tokens by name: texts, or objects with their text under `content`.
-fn special_tokens(config: &Value) -> Vec<(String, String)> {
-    let Some(config) = config.as_object() else { return Vec::new() };
-    let named = config.iter().filter(|(name, _)| name.ends_with("_token"));
-    named
+/// Special tokens by name, such as `eos_token`, from `tokenizer_config.json`: texts, or objects with their text under
+/// `content`. None where the file is absent.
+///
+/// # Errors
+/// [`Error::Load`] if the file is not JSON.
+pub fn special_tokens(dir: &Path) -> Result<Vec<(String, String)>> {
+    let config = tokenizer_config(dir)?;
+    let named = config.as_object().into_iter().flatten().filter(|(name, _)| name.ends_with("_token"));
+    Ok(named
         .filter_map(|(name, v)| Some((name.clone(), v.as_str().or_else(|| v.get("content")?.as_str())?.to_string())))
-        .collect()
+        .collect())
+}
+
+fn tokenizer_config(dir: &Path) -> Result<Value> {
+    let path = dir.join("tokenizer_config.json");
+    if path.exists() { read_json(&path) } else { Ok(Value::Null) }
 }
 
 /// The messages with every `arguments` that is a JSON string replaced by what it holds.

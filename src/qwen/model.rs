@@ -1,0 +1,213 @@
+//! A loaded model, and what is needed to load it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::backend::Backend;
+use crate::error::{Error, Result};
+use crate::qwen::config::{Config, GenerationConfig};
+use crate::qwen::files::Checkpoint;
+use crate::qwen::memory::{MemoryPlan, Sizes};
+use crate::qwen::random::RandomSource;
+use crate::qwen::session::Session;
+use crate::qwen::template::{self, ChatTemplate};
+use crate::qwen::tokenizer::Tokenizer;
+use crate::qwen::weights::{FileSource, Source, Weights};
+use crate::shape::Dtype;
+use crate::tune::Caps;
+
+/// How a model is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LoadOptions {
+    /// Positions that a session can hold; by default 32768, or as many as the model and the memory allow.
+    pub context: Option<u64>,
+    /// How keys and values are stored: f32 to the last digit, f16 in half the memory.
+    pub kv: Dtype,
+}
+
+/// A model on a device. Clones share the weights.
+#[derive(Debug, Clone)]
+pub struct Model {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub config: Config,
+    pub weights: Weights,
+    pub backend: Arc<dyn Backend>,
+    pub plan: MemoryPlan,
+    pub sizes: Sizes,
+    generation: GenerationConfig,
+    tokenizer: Option<Tokenizer>,
+    template: Option<ChatTemplate>,
+    stop_ids: Vec<u32>,
+    dir: PathBuf,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model").field("dir", &self.dir).field("config", &self.config).finish_non_exhaustive()
+    }
+}
+
+impl Model {
+    /// Adds up what loading `dir` would take on a device. Maps the files and reads their headers; allocates nothing there.
+    ///
+    /// # Errors
+    /// As [`Model::load`], short of what a device reports.
+    pub fn plan(dir: impl AsRef<Path>, caps: &Caps, options: &LoadOptions) -> Result<MemoryPlan> {
+        let dir = dir.as_ref();
+        let config = Config::read(&dir.join("config.json"))?;
+        let checkpoint = Checkpoint::open(dir)?;
+        let weights = Weights::measure(&config, &FileSource::new(&checkpoint, &config)?)?;
+        MemoryPlan::new(&config, caps, weights, options.context, options.kv)
+    }
+
+    /// Loads a directory as released: `config.json`, safetensors files, `tokenizer.json`, a chat template and
+    /// `generation_config.json`; the last three may be absent.
+    ///
+    /// # Errors
+    /// [`Error::Load`] naming the file, and the tensor or the key, that is missing, broken or contradicts another;
+    /// [`Error::OutOfMemory`] with the numbers if the plan does not fit; what the backend reports.
+    pub fn load(dir: impl AsRef<Path>, backend: Arc<dyn Backend>, options: &LoadOptions) -> Result<Model> {
+        Model::load_with(dir, backend, options, &mut |_, _| {})
+    }
+
+    /// The same, telling `progress` the bytes of weights that are on the device and their total.
+    ///
+    /// # Errors
+    /// As [`Model::load`].
+    pub fn load_with(
+        dir: impl AsRef<Path>,
+        backend: Arc<dyn Backend>,
+        options: &LoadOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Model> {
+        let dir = dir.as_ref();
+        let config = Config::read(&dir.join("config.json"))?;
+        let generation = GenerationConfig::read(&dir.join("generation_config.json"))?;
+        let tokenizer_path = dir.join("tokenizer.json");
+        let tokenizer =
+            if tokenizer_path.exists() { Some(Tokenizer::read(&tokenizer_path, config.vocab)?) } else { None };
+        let template = ChatTemplate::read(dir)?;
+        let end = template::special_tokens(dir)?.into_iter().find(|(name, _)| name == "eos_token");
+        let checkpoint = Checkpoint::open(dir)?;
+        let source = FileSource::new(&checkpoint, &config)?;
+        let mut inner = Inner::new(config, &source, backend, options, progress)?;
+        inner.stop_ids =
+            stop_ids(&inner.config, &generation, end.and_then(|(_, token)| tokenizer.as_ref()?.id(&token)));
+        inner.generation = generation;
+        inner.tokenizer = tokenizer;
+        inner.template = template;
+        inner.dir = dir.to_path_buf();
+        Ok(Model { inner: Arc::new(inner) })
+    }
+
+    /// A model of this shape with random weights of one type, for benchmarks: it computes all that a trained one does and
+    /// means nothing. It has no tokenizer and no template.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a config that does not hold together; as [`Model::load`] for memory and device.
+    pub fn random(
+        config: Config,
+        backend: Arc<dyn Backend>,
+        seed: u64,
+        dtype: Dtype,
+        options: &LoadOptions,
+    ) -> Result<Model> {
+        config.check()?;
+        let inner = Inner::new(config, &RandomSource { seed, dtype }, backend, options, &mut |_, _| {})?;
+        Ok(Model { inner: Arc::new(inner) })
+    }
+
+    /// An empty sequence.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn session(&self) -> Result<Session> {
+        Session::new(self.clone())
+    }
+
+    /// The hyper-parameters.
+    pub fn config(&self) -> &Config {
+        &self.inner.config
+    }
+
+    /// Where the model is and what it takes there.
+    pub fn memory(&self) -> &MemoryPlan {
+        &self.inner.plan
+    }
+
+    /// Where the model is.
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.inner.backend
+    }
+
+    /// What the checkpoint asks for when it answers.
+    pub fn generation(&self) -> &GenerationConfig {
+        &self.inner.generation
+    }
+
+    /// Ids that end an answer: those of `generation_config.json` and `config.json` and the tokenizer's own end of a turn.
+    pub fn stop_ids(&self) -> &[u32] {
+        &self.inner.stop_ids
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// [`Error::Load`] if the checkpoint came without one.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        let missing = || Error::load(&self.inner.dir, "there is no tokenizer.json");
+        self.inner.tokenizer.as_ref().ok_or_else(missing)
+    }
+
+    /// The chat template.
+    ///
+    /// # Errors
+    /// [`Error::Load`] if the checkpoint came without one.
+    pub fn chat_template(&self) -> Result<&ChatTemplate> {
+        let missing = || Error::load(&self.inner.dir, "there is no chat template");
+        self.inner.template.as_ref().ok_or_else(missing)
+    }
+}
+
+impl Inner {
+    /// Plans, then brings the weights to the device.
+    fn new(
+        config: Config,
+        source: &dyn Source,
+        backend: Arc<dyn Backend>,
+        options: &LoadOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Inner> {
+        let total = Weights::measure(&config, source)?;
+        if options.kv == Dtype::Bf16 {
+            return Err(Error::argument("kv", options.kv, "f32 or f16"));
+        }
+        let plan = MemoryPlan::new(&config, backend.caps(), total, options.context, options.kv)?;
+        let sizes = Sizes::new(&config, backend.caps(), plan.context, plan.kv)?;
+        let weights = Weights::load(&config, source, backend.as_ref(), &mut |done| progress(done, total))?;
+        Ok(Inner {
+            config,
+            weights,
+            backend,
+            plan,
+            sizes,
+            generation: GenerationConfig::default(),
+            tokenizer: None,
+            template: None,
+            stop_ids: Vec::new(),
+            dir: PathBuf::new(),
+        })
+    }
+}
+
+/// All ids that end an answer, ascending; `own` is the end of a turn that the tokenizer names.
+fn stop_ids(config: &Config, generation: &GenerationConfig, own: Option<u32>) -> Vec<u32> {
+    let mut ids: Vec<u32> = generation.eos.iter().chain(&config.eos).copied().chain(own).collect();
+    ids.retain(|id| *id < config.vocab);
+    ids.sort_unstable();
+    ids.dedup();
+    ids
+}
