@@ -173,14 +173,14 @@ fn entries() -> Vec<Entry> {
     let mut entries = vec![Entry::absent("cuda", Kind::Cuda, "this build has no CUDA backend")];
     #[cfg(feature = "webgpu")]
     {
-        let (found, why_none) = WebGpu::enumerate();
-        if let Some(why) = why_none {
-            entries.push(Entry::absent("wgpu", Kind::WebGpu, &why));
+        let adapters = WebGpu::enumerate();
+        if adapters.found.is_empty() {
+            entries.push(Entry::absent("wgpu", Kind::WebGpu, &adapters.why_none));
         }
-        entries.extend(found.into_iter().map(|found| {
+        entries.extend(adapters.found.into_iter().map(|found| {
             let verdict = Verdict::NotTried("something better was found first".into());
-            let (name, driver) = (found.name.clone(), found.driver.clone());
-            let candidate = Candidate { name, driver, kind: Kind::WebGpu, class: found.class, caps: None, verdict };
+            let Caps { name, driver, class, .. } = found.caps.clone();
+            let candidate = Candidate { name, driver, kind: Kind::WebGpu, class, caps: None, verdict };
             Entry { candidate, source: Source::WebGpu(Box::new(found)) }
         }));
     }

@@ -24,6 +24,25 @@ pub fn devices() -> &'static [Device] {
     })
 }
 
+/// The software driver as it is, and held to WebGPU's default limits. `GATEDELTA_TEST_ADAPTER` names another adapter to test
+/// instead: any part of its name.
+#[cfg(feature = "webgpu")]
+fn lavapipe() -> Vec<Device> {
+    use gatedelta::backend::webgpu::{OpenOptions, WebGpu};
+    let wanted = std::env::var("GATEDELTA_TEST_ADAPTER").unwrap_or("llvmpipe".into()).to_lowercase();
+    let adapters = WebGpu::enumerate();
+    let Some(found) = adapters.found.iter().find(|f| f.caps.name.to_lowercase().contains(&wanted)) else {
+        let names: Vec<&str> = adapters.found.iter().map(|f| f.caps.name.as_str()).collect();
+        skipped("lavapipe", &format!("no adapter named {wanted:?} among {names:?} {}", adapters.why_none));
+        return Vec::new();
+    };
+    let open = |default_limits| -> Arc<dyn Backend> { Arc::new(WebGpu::open(found, &OpenOptions { default_limits }).unwrap()) };
+    vec![
+        Device { name: "lavapipe", backend: open(false) },
+        Device { name: "lavapipe with default limits", backend: open(true) },
+    ]
+}
+
 #[cfg(not(feature = "webgpu"))]
 fn lavapipe() -> Vec<Device> {
     skipped("lavapipe", "built without the feature webgpu");
