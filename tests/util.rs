@@ -36,7 +36,9 @@ fn lavapipe() -> Vec<Device> {
         skipped("lavapipe", &format!("no adapter named {wanted:?} among {names:?} {}", adapters.why_none));
         return Vec::new();
     };
-    let open = |default_limits| -> Arc<dyn Backend> { Arc::new(WebGpu::open(found, &OpenOptions { default_limits }).unwrap()) };
+    let open = |default_limits| -> Arc<dyn Backend> {
+        Arc::new(WebGpu::open(found, &OpenOptions { default_limits }).unwrap())
+    };
     vec![
         Device { name: "lavapipe", backend: open(false) },
         Device { name: "lavapipe with default limits", backend: open(true) },

@@ -50,10 +50,12 @@ fn prefill_and_decode(backend: &dyn Backend) -> Result<()> {
     let heads = Heads::new(1, 2, 32, 32, HeadMap::Div)?;
     let (dk, dv, hv) = (32, 32, 2);
     for (lens, decode) in [(&[70u64, 0, 5][..], false), (&[1, 3, 2], true)] {
-        let cu: Vec<u64> = std::iter::once(0).chain(lens.iter().scan(0, |t, n| {
-            *t += n;
-            Some(*t)
-        })).collect();
+        let cu: Vec<u64> = std::iter::once(0)
+            .chain(lens.iter().scan(0, |t, n| {
+                *t += n;
+                Some(*t)
+            }))
+            .collect();
         let t = cu[cu.len() - 1] as usize;
         let unit = (dk as f32).powf(-0.5);
         let q: Vec<f32> = (0..t * dk).map(number).collect();
