@@ -7,10 +7,9 @@ const RANKS: &[&[&str]] = &[
     &["error"],
     &["shape"],
     &["tune"],
-    &["kernel"],
+    &["plan", "kernel"],
     // The seam itself: pass and the trait need each other's types.
     &["pass", "backend", "source"],
-    &["plan"],
     &["ops", "gdn"],
     &["device"],
     &["qwen"],
