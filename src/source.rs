@@ -49,6 +49,15 @@ static FILES: &[(&str, &str)] = &[
     // around the operator
     ("gated_norm", include_str!("../shaders/gated_norm.wgsl")),
     // the rest of the model
+    ("embed", include_str!("../shaders/embed.wgsl")),
+    ("rms_norm", include_str!("../shaders/rms_norm.wgsl")),
+    ("matmul", include_str!("../shaders/matmul.wgsl")),
+    ("matvec", include_str!("../shaders/matvec.wgsl")),
+    ("attn_prepare", include_str!("../shaders/attn_prepare.wgsl")),
+    ("attend", include_str!("../shaders/attend.wgsl")),
+    ("attend_merge", include_str!("../shaders/attend_merge.wgsl")),
+    ("swiglu", include_str!("../shaders/swiglu.wgsl")),
+    ("argmax", include_str!("../shaders/argmax.wgsl")),
 ];
 
 /// The WGSL text of a kernel for these consts (in the order of the row).

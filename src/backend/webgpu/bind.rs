@@ -107,14 +107,14 @@ impl Binds {
         let uniform = wgpu::BufferBinding { buffer: uniforms, offset: 0, size: bytes(pipeline.layout.uniform_bytes) };
         let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: wgpu::BindingResource::Buffer(uniform) }];
         for (i, view) in launch.args.iter().enumerate() {
-            // Memory is padded to 16 bytes, so the last word of an odd number of halves is there.
+            // Memory is padded to 16 bytes, so the last row of 16 is there whole for kernels that read such rows.
             let buffer = match (view.bytes, launch.kernel.args[i].access) {
                 (0, Access::Read) => wgpu::BufferBinding { buffer: &self.nothing_read, offset: 0, size: None },
                 (0, _) => wgpu::BufferBinding { buffer: &self.nothing_written, offset: 0, size: None },
                 (n, _) => wgpu::BufferBinding {
                     buffer: &memories[i].buffer,
                     offset: view.offset,
-                    size: bytes(n.next_multiple_of(4)),
+                    size: bytes(n.next_multiple_of(16)),
                 },
             };
             let resource = wgpu::BindingResource::Buffer(buffer);
