@@ -11,23 +11,23 @@ fn attend_merge(thread: Thread) {
     let cell = cell_of(thread);
     let head = cell.x;
     let t = cell.y;
-    let from = (t * params.heads + head) * params.slots * (DIM + 2u);
+    let first = (t * params.heads + head) * params.slots * (DIM + 2u);
     let gate = t * params.qkv_stride + (2u * head + 1u) * DIM;
     let to = (t * params.heads + head) * DIM;
 
-    var most = part[from];
+    var most = part[first];
     for (var s = 1u; s < params.slots; s++) {
-        most = max(most, part[from + s * (DIM + 2u)]);
+        most = max(most, part[first + s * (DIM + 2u)]);
     }
     var total = 0.0;
     for (var s = 0u; s < params.slots; s++) {
-        let at = from + s * (DIM + 2u);
+        let at = first + s * (DIM + 2u);
         total += exp(part[at] - most) * part[at + 1u];
     }
     for (var i = thread.lane; i < DIM; i += LANES) {
         var sum = 0.0;
         for (var s = 0u; s < params.slots; s++) {
-            let at = from + s * (DIM + 2u);
+            let at = first + s * (DIM + 2u);
             sum += exp(part[at] - most) * part[at + 2u + i];
         }
         // A token that sees no key gets 0.

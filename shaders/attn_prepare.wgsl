@@ -38,16 +38,16 @@ fn attn_prepare(thread: Thread) {
     let is_v = cell.x >= heads + kv;
     // Queries are followed by their gates: head h starts at 2 h D. Keys and values come after all of them.
     let block = select(heads + cell.x, 2u * cell.x, is_q);
-    let from = (t * 2u * (heads + kv) + block) * DIM;
+    let first = (t * 2u * (heads + kv) + block) * DIM;
 
     var sum = 0.0;
     for (var i = thread.lane; i < DIM; i += LANES) {
-        sum += qkv[from + i] * qkv[from + i];
+        sum += qkv[first + i] * qkv[first + i];
     }
     let scale = select(inverseSqrt(reduce_sum(sum, thread) / f32(DIM) + params.eps), 1.0, is_v);
     for (var i = thread.lane; i < DIM; i += LANES) {
         let weight = select(select(k_norm[i], q_norm[i], is_q), 1.0, is_v);
-        row[i] = qkv[from + i] * scale * weight;
+        row[i] = qkv[first + i] * scale * weight;
     }
     workgroupBarrier();
 

@@ -18,6 +18,8 @@ const_assert TILE_K % STEP == 0u;
 
 // Fours of k in a slice.
 const KV = max(TILE_K / 4u, 1u);
+// 16-byte words of w in a row of a slice.
+const KW = max(TILE_K / STEP, 1u);
 // Slices of x and w: four numbers along k for each row. Rows are permuted within groups of 8 by the place along k, so that
 // neither the writes (neighbours along k) nor the reads (neighbours along rows) of a group of threads meet in a bank.
 const TURN = max(8u / KV, 1u);
@@ -91,9 +93,9 @@ fn staged(m0: u32, n0: u32, lane: u32) {
             x_slice[at * TILE_M + (row ^ (at * TURN))] = x_four(m0 + row, k0 + at * 4u);
         }
         if WIDE == 1u {
-            for (var i = lane; i < TILE_N * KV * 4u / STEP; i += LANES) {
-                let row = i / (KV * 4u / STEP);
-                let at = i % (KV * 4u / STEP) * (STEP / 4u);
+            for (var i = lane; i < TILE_N * KW; i += LANES) {
+                let row = i / KW;
+                let at = i % KW * (STEP / 4u);
                 let words = w_words(n0 + row, k0 + at * 4u);
                 w_slice[at * TILE_N + (row ^ (at * TURN))] = lower(words);
                 if HALVES {
