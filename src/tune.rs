@@ -218,12 +218,16 @@ pub struct AttendTile {
 /// The tile of attention for `rows` query rows (tokens times query heads per key head) of each of `kv_heads` key heads over
 /// the positions before `end`.
 pub fn attend(caps: &Caps, rows: u64, kv_heads: u32, end: u64) -> AttendTile {
-    let tile_k = 16;
-    // Workgroup memory holds the queries, the keys and the scores: tile_q D + tile_k D + tile_q tile_k numbers of 16 KiB.
-    let tile_q = match caps.kind {
-        Kind::Cpu => 32,
-        Kind::WebGpu | Kind::Cuda if rows <= 4 => 4,
-        Kind::WebGpu | Kind::Cuda => 8,
+    // 32 keys a slice: the scores of 32 query rows, and slices of q and k 16 numbers deep, take 8 KiB together.
+    let tile_k = 32;
+    // One decoded token of a group of heads fills the smallest; a tile of 32 rows reads keys and values 32 times less often
+    // than it uses them, at 32 sums of the output a thread for the largest head.
+    let (tile_q, lanes) = match (caps.kind, rows) {
+        (Kind::Cpu, _) => (32, 1),
+        (_, ..=4) => (4, 64),
+        (_, ..=8) => (8, 64),
+        (_, ..=16) => (16, 64),
+        _ => (32, 128),
     };
     // Cells in all when each key head is split this often: a GPU wants some hundred, a CPU a few per thread.
     let wanted = match (caps.kind, caps.class) {
@@ -234,7 +238,7 @@ pub fn attend(caps: &Caps, rows: u64, kv_heads: u32, end: u64) -> AttendTile {
     // At most 64 splits, which bounds the scratch; no fewer than 128 keys, so that a split outweighs its merge.
     let splits = (wanted / cells.max(1)).clamp(1, 64);
     let span = end.div_ceil(splits).max(128).next_multiple_of(tile_k as u64);
-    AttendTile { tile_q, tile_k, lanes: 64, span: span.min(1 << 31) as u32 }
+    AttendTile { tile_q, tile_k, lanes, span: span.min(1 << 31) as u32 }
 }
 
 /// Positions in a page of the cache of keys and values whose positions take `kv_row` bytes each.

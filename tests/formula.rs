@@ -114,7 +114,8 @@ pub fn gdn_scan(
     let len = v.len() / dv;
     let (a, p, vectors) = (&ws[..c * c], &ws[c * c..2 * c * c], &ws[2 * c * c..]);
     let (u, o, n_factor, gamma) = (&vectors[..c], &vectors[c..2 * c], &vectors[2 * c..3 * c], vectors[3 * c]);
-    let by_state = |x: &[f64], i: usize, j: usize, s: &[f64]| (0..dk).map(|d| x[i * dk + d] * s[d * dv + j]).sum::<f64>();
+    let by_state =
+        |x: &[f64], i: usize, j: usize, s: &[f64]| (0..dk).map(|d| x[i * dk + d] * s[d * dv + j]).sum::<f64>();
     let mut out = vec![0.0; len * dv];
     let mut n = vec![0.0; len * dv];
     for j in 0..dv {
@@ -252,8 +253,7 @@ pub fn attn_prepare(
 /// `attend` for one query row over the keys that it sees: q `[D]`, k and v `[n, D]`; (m, l, acc).
 pub fn attend(q: &[f64], k: &[f64], v: &[f64], scale: f64) -> (f64, f64, Vec<f64>) {
     let d = q.len();
-    let scores: Vec<f64> =
-        k.chunks(d).map(|k| scale * k.iter().zip(q).map(|(k, q)| k * q).sum::<f64>()).collect();
+    let scores: Vec<f64> = k.chunks(d).map(|k| scale * k.iter().zip(q).map(|(k, q)| k * q).sum::<f64>()).collect();
     let m = scores.iter().copied().fold(-3e38, f64::max);
     let mut acc = vec![0.0; d];
     for (score, v) in scores.iter().zip(v.chunks(d)) {

@@ -1,8 +1,11 @@
 //! One test binary: `cargo test gdn::` runs one file's tests.
 
+mod attention;
+mod formula;
 mod gdn;
 mod layering;
 mod naive;
+mod ops;
 mod plan;
 #[cfg(feature = "qwen")]
 mod qwen_text;
