@@ -73,7 +73,8 @@ impl Case {
         let [_, hv, v_dim] = tensors.dims("v")?;
         let [offsets] = tensors.dims("cu_seqlens")?;
         let n = offsets.saturating_sub(1);
-        let narrow = |what: &str, n: usize| u32::try_from(n).with_context(|| format!("{what}: {n} does not fit 32 bits"));
+        let narrow =
+            |what: &str, n: usize| u32::try_from(n).with_context(|| format!("{what}: {n} does not fit 32 bits"));
         let heads = Heads::new(
             narrow("Hk (dimension 1 of q)", hk)?,
             narrow("Hv (dimension 1 of v)", hv)?,
@@ -89,8 +90,7 @@ impl Case {
             shape.tokens()
         );
 
-        let (qk, vo, gate, state) =
-            (vec![t, hk, k_dim], vec![t, hv, v_dim], vec![t, hv], vec![n, hv, k_dim, v_dim]);
+        let (qk, vo, gate, state) = (vec![t, hk, k_dim], vec![t, hv, v_dim], vec![t, hv], vec![n, hv, k_dim, v_dim]);
         // Gradients are checked like everything else, so that a broken file is not found out only when they are used.
         for (name, dims) in [("do", &vo), ("dht", &state), ("dq", &qk), ("dk", &qk), ("dv", &vo)] {
             tensors.optional(name, dims)?;

@@ -103,7 +103,8 @@ pub fn inputs(name: &str, shape: Shape, qk_l2norm: bool, h0: bool, seed: u64) ->
         }
         all
     };
-    let (q, k, v) = (rows(heads.hk, heads.k, !qk_l2norm), rows(heads.hk, heads.k, !qk_l2norm), rows(heads.hv, heads.v, false));
+    let (q, k, v) =
+        (rows(heads.hk, heads.k, !qk_l2norm), rows(heads.hk, heads.k, !qk_l2norm), rows(heads.hv, heads.v, false));
     let gates = tokens * heads.hv as usize;
     let g = (0..gates)
         .map(|i| match i % heads.hv as usize % 4 {

@@ -28,7 +28,7 @@ impl fmt::Display for Table {
         let mut widths = vec![0; columns];
         for row in self.rows.iter().chain([&self.head]) {
             for (width, cell) in widths.iter_mut().zip(row) {
-                *width = (*width).max(cell.chars().count());
+                *width = (*width).max(visible(cell));
             }
         }
         let rule: Vec<String> = widths.iter().map(|&w| "-".repeat(w)).collect();
@@ -38,7 +38,7 @@ impl fmt::Display for Table {
                 if i > 0 {
                     line.push_str("  ");
                 }
-                let pad = " ".repeat(width - cell.chars().count());
+                let pad = " ".repeat(width - visible(cell));
                 let (before, after) = if i < self.left { ("", pad.as_str()) } else { (pad.as_str(), "") };
                 line.extend([before, cell, after]);
             }
@@ -46,6 +46,13 @@ impl fmt::Display for Table {
         }
         Ok(())
     }
+}
+
+/// Characters that take room on a terminal: all but colour sequences.
+fn visible(cell: &str) -> usize {
+    let mut parts = cell.split('\x1b');
+    let first = parts.next().unwrap_or_default().chars().count();
+    first + parts.map(|part| part.split_once('m').map_or(0, |(_, rest)| rest.chars().count())).sum::<usize>()
 }
 
 /// A verdict, in colour on a terminal that wants it.
@@ -83,6 +90,11 @@ pub fn significant(x: f64) -> String {
     format!("{x:.digits$}")
 }
 
+/// A relative error: `3.1e-7`, or `none` where there is no number.
+pub fn error(e: f64) -> String {
+    if e.is_finite() { format!("{e:.1e}") } else { "none".into() }
+}
+
 /// A size in bytes with a binary prefix: `1.50 GiB`.
 pub fn bytes(n: u64) -> String {
     for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
@@ -103,6 +115,12 @@ mod tests {
         table.row(vec!["a".into(), "1e-7".into()]);
         table.row(vec!["longer".into(), "1.25e-7".into()]);
         assert_eq!(table.to_string(), "case      error\n------  -------\na          1e-7\nlonger  1.25e-7\n");
+    }
+
+    #[test]
+    fn colours_take_no_room() {
+        assert_eq!(visible("\x1b[32mPASS\x1b[0m"), 4);
+        assert_eq!(visible("plain"), 5);
     }
 
     #[test]

@@ -1,0 +1,233 @@
+//! `bench`: checks the answer, then times, and says how near the machine's own peak the time is.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use gatedelta::backend::Backend;
+use gatedelta::device::{self, class_name};
+use gatedelta::shape::{Dtype, Heads};
+use serde_json::{Value, json};
+
+use crate::bench_model;
+use crate::bench_op::{self, Row, What};
+use crate::doors::dtype;
+use crate::peak::{self, Peak};
+use crate::say;
+use crate::table::{Table, error, metric, significant};
+
+/// Lengths of a prefill.
+const TOKENS: [u64; 6] = [64, 512, 2048, 4096, 8192, 32768];
+
+/// Batches of a decode, and layers: alone, in the 18 layers of a 0.8B model, together.
+const BATCHES: [(u64, u64); 4] = [(1, 1), (1, 18), (8, 1), (64, 1)];
+
+/// What to time.
+#[derive(clap::Args, Debug)]
+pub struct Args {
+    /// cpu, cuda, lavapipe, swiftshader, or a part of an adapter's name
+    #[arg(long, value_name = "NAME")]
+    device: Option<String>,
+    /// Only the operator
+    #[arg(long, conflicts_with = "shape")]
+    op: bool,
+    /// Only a whole model with random weights: 0.8b, 2b, 4b or 9b
+    #[arg(long, value_name = "SIZE")]
+    shape: Option<String>,
+    /// Cut the model's vocabulary to so many ids
+    #[arg(long, value_name = "IDS")]
+    vocab: Option<u32>,
+    /// Heads of the operator, q/k and value heads: 16/16
+    #[arg(long, value_name = "HK/HV", value_delimiter = ',', default_value = "16/16,16/32")]
+    heads: Vec<String>,
+    /// Lengths of the prefill, separated by commas; 0 for none
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    tokens: Option<Vec<u64>>,
+    /// How the operator's q, k, v and o are stored: f32, f16 or bf16
+    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = dtype)]
+    store: Dtype,
+    /// Seconds to measure each row
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
+    seconds: f64,
+    /// Leave out rows of which a single run would take longer than so many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0)]
+    longest: f64,
+    /// One JSON object a line instead of tables
+    #[arg(long)]
+    json: bool,
+}
+
+/// Times what was asked for; true if every answer was right.
+///
+/// # Errors
+/// A device or a size that does not exist, whatever the device reports.
+pub fn run(args: &Args) -> Result<bool> {
+    let wrong = || format!("--seconds {}: expected a time of 0 or more", args.seconds);
+    let seconds = Duration::try_from_secs_f64(args.seconds).with_context(wrong)?;
+    let heads = args.heads.iter().map(|text| parse_heads(text)).collect::<Result<Vec<_>>>()?;
+    let (backend, account) = device::open(args.device.as_deref())?;
+    let caps = backend.caps();
+    let peak = peak::of(&*backend);
+    if args.json {
+        let peak = peak.map(|p| json!({ "flop_per_s": p.flops, "read_byte_per_s": p.read }));
+        print_json(json!({
+            "bench": "device", "device": caps.name, "driver": caps.driver, "class": class_name(caps.class), "peak": peak,
+        }));
+    } else {
+        say(&format!("{}\n", account.summary()));
+        match peak {
+            Some(p) => {
+                let (flops, read) = (metric(p.flops), metric(p.read));
+                say(&format!("measured peak of the processor: {flops}FLOP/s f32, {read}B/s read\n\n"));
+            }
+            None => say("no peak is known for this device\n\n"),
+        }
+    }
+    let mut right = true;
+    if args.shape.is_none() {
+        for heads in heads {
+            right &= operator(args, &backend, heads, seconds, peak)?;
+        }
+    }
+    if !args.op {
+        let size = args.shape.as_deref().unwrap_or("0.8b");
+        right &= bench_model::run(&backend, size, args.vocab, args.json, peak)?;
+    }
+    Ok(right)
+}
+
+fn parse_heads(text: &str) -> Result<Heads> {
+    let wrong = || format!("--heads {text}: expected q/k heads and value heads, as in 16/32");
+    let (hk, hv) = text.split_once('/').with_context(wrong)?;
+    Ok(bench_op::heads(hk.parse().with_context(wrong)?, hv.parse().with_context(wrong)?)?)
+}
+
+/// Prefill over lengths, decode over batches.
+fn operator(
+    args: &Args,
+    backend: &Arc<dyn Backend>,
+    heads: Heads,
+    seconds: Duration,
+    peak: Option<Peak>,
+) -> Result<bool> {
+    let lengths = args.tokens.clone().unwrap_or_else(|| TOKENS.to_vec());
+    let prefills = lengths.into_iter().filter(|&t| t > 0).map(What::Prefill);
+    let decodes = BATCHES.iter().map(|&(sequences, layers)| What::Decode { sequences, layers });
+    let columns =
+        ["", "size", "median ms", "min..max ms", "runs", "us/token/head", "FLOP/s", "B/s", "of peak", "error"];
+    let mut table = Table::new(2, &columns);
+    let (mut notes, mut right) = (String::new(), true);
+    let mut done: Vec<Row> = Vec::new();
+    for what in prefills.chain(decodes) {
+        if let (What::Prefill(tokens), Some(Row { what: What::Prefill(before), sample, .. })) = (what, done.last()) {
+            let predicted = sample.median() * tokens as f64 / *before as f64;
+            if predicted > args.longest {
+                notes.push_str(&format!("T={tokens} left out: a run would take about {predicted:.0} s (--longest)\n"));
+                continue;
+            }
+        }
+        match bench_op::row(&**backend, what, heads, args.store, seconds) {
+            Ok(row) => {
+                if args.json {
+                    print_json(row_json(&row, args.store, peak));
+                }
+                table.row(row_cells(&row, peak));
+                done.push(row);
+            }
+            Err(error) => {
+                right = false;
+                if args.json {
+                    print_json(json!({ "bench": what.name(), "size": what.size(), "failed": format!("{error:#}") }));
+                }
+                notes.push_str(&format!("{} {} failed: {error:#}\n", what.name(), what.size()));
+            }
+        }
+    }
+    if args.json {
+        return Ok(right);
+    }
+    notes.push_str(&linearity(&done));
+    let clock = if done.iter().all(|r| r.sample.device_clock) { "the device's clock" } else { "the host's clock" };
+    let longest = done.iter().map(|r| r.sample.longest_submission).fold(0.0, f64::max);
+    if longest > 0.0 {
+        notes.push_str(&format!("longest submission {} ms\n", significant(longest * 1e3)));
+    }
+    say(&format!(
+        "operator, Hk/Hv = {}/{}, K = V = {}, {} storage, on {clock}\n{table}{notes}\n",
+        heads.hk, heads.hv, heads.k, args.store
+    ));
+    Ok(right)
+}
+
+fn row_cells(row: &Row, peak: Option<Peak>) -> Vec<String> {
+    let (s, seconds) = (&row.sample, row.sample.median());
+    let share = peak.map_or("-".into(), |p| {
+        let (share, bound) = p.share(row.flops, row.bytes, seconds);
+        format!("{:.0} % {bound}", share * 100.0)
+    });
+    vec![
+        row.what.name().into(),
+        row.what.size(),
+        significant(seconds * 1e3),
+        format!("{}..{}", significant(s.min() * 1e3), significant(s.max() * 1e3)),
+        s.runs().to_string(),
+        format!("{:.3}", seconds * 1e6 / row.token_heads()),
+        metric(row.flops / seconds).trim_end().into(),
+        metric(row.bytes / seconds).trim_end().into(),
+        share,
+        error(row.error),
+    ]
+}
+
+fn row_json(row: &Row, store: Dtype, peak: Option<Peak>) -> Value {
+    let (s, seconds) = (&row.sample, row.sample.median());
+    let share = peak.map(|p| p.share(row.flops, row.bytes, seconds));
+    json!({
+        "bench": row.what.name(),
+        "size": row.what.size(),
+        "hk": row.heads.hk, "hv": row.heads.hv, "k": row.heads.k, "v": row.heads.v,
+        "store": store.to_string(),
+        "median_s": seconds, "min_s": s.min(), "max_s": s.max(), "runs": s.runs(),
+        "device_clock": s.device_clock,
+        "longest_submission_s": s.longest_submission,
+        "us_per_token_head": seconds * 1e6 / row.token_heads(),
+        "flop_per_s": row.flops / seconds,
+        "byte_per_s": row.bytes / seconds,
+        "share_of_peak": share.map(|s| s.0),
+        "bound": share.map(|s| s.1),
+        "relative_error": row.error,
+    })
+}
+
+/// How the cost of a token at the largest length compares with that at 2048.
+fn linearity(rows: &[Row]) -> String {
+    let per_token = |row: &Row| row.sample.median() / row.token_heads();
+    let at = |tokens: u64| rows.iter().find(|r| r.what == What::Prefill(tokens));
+    let last = rows.iter().rev().find(|r| matches!(r.what, What::Prefill(t) if t > 2048));
+    match (at(2048), last) {
+        (Some(base), Some(last)) => {
+            let change = (per_token(last) / per_token(base) - 1.0) * 100.0;
+            format!("time per token at {} against T=2048: {change:+.1} %\n", last.what.size())
+        }
+        _ => String::new(),
+    }
+}
+
+/// One line.
+pub fn print_json(value: Value) {
+    say(&format!("{value}\n"));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heads_are_two_numbers() {
+        let heads = parse_heads("16/32").unwrap();
+        assert_eq!((heads.hk, heads.hv), (16, 32));
+        for wrong in ["16", "16/", "a/b", "16/24", "0/1"] {
+            assert!(parse_heads(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! Repeated measurements and what to say about them.
+
+use std::time::{Duration, Instant};
+
+use gatedelta::Result;
+use gatedelta::backend::Backend;
+use gatedelta::pass::Pass;
+
+/// Times of the same work, sorted.
+#[derive(Debug, Clone)]
+pub struct Sample {
+    seconds: Vec<f64>,
+    /// True if the device's own clock measured.
+    pub device_clock: bool,
+    /// Longest single submission seen.
+    pub longest_submission: f64,
+}
+
+impl Sample {
+    /// From measured times; at least one.
+    pub fn new(mut seconds: Vec<f64>, device_clock: bool, longest_submission: f64) -> Sample {
+        seconds.sort_by(f64::total_cmp);
+        Sample { seconds, device_clock, longest_submission }
+    }
+
+    /// The middle one.
+    pub fn median(&self) -> f64 {
+        let n = self.seconds.len();
+        match n {
+            0 => f64::NAN,
+            _ => (self.seconds[(n - 1) / 2] + self.seconds[n / 2]) / 2.0,
+        }
+    }
+
+    /// The fastest.
+    pub fn min(&self) -> f64 {
+        self.seconds.first().copied().unwrap_or(f64::NAN)
+    }
+
+    /// The slowest.
+    pub fn max(&self) -> f64 {
+        self.seconds.last().copied().unwrap_or(f64::NAN)
+    }
+
+    /// How many there are.
+    pub fn runs(&self) -> usize {
+        self.seconds.len()
+    }
+}
+
+/// Times a pass that has run before: at least 3 times, then until `budget` is spent, at most 200 times.
+///
+/// # Errors
+/// Whatever the device reports.
+pub fn pass(backend: &dyn Backend, pass: &Pass, budget: Duration) -> Result<Sample> {
+    let begin = Instant::now();
+    let (mut seconds, mut device_clock, mut longest) = (Vec::new(), true, Duration::ZERO);
+    while seconds.len() < 3 || (begin.elapsed() < budget && seconds.len() < 200) {
+        let timing = backend.time(pass)?;
+        seconds.push(timing.total.as_secs_f64());
+        device_clock &= timing.device_clock;
+        longest = longest.max(timing.longest_submission);
+    }
+    Ok(Sample::new(seconds, device_clock, longest.as_secs_f64()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle() {
+        let sample = |x: &[f64]| Sample::new(x.to_vec(), false, 0.0);
+        assert_eq!(sample(&[3.0, 1.0, 2.0]).median(), 2.0);
+        assert_eq!(sample(&[4.0, 1.0, 2.0, 3.0]).median(), 2.5);
+        assert_eq!((sample(&[3.0, 1.0]).min(), sample(&[3.0, 1.0]).max()), (1.0, 3.0));
+        assert!(sample(&[]).median().is_nan());
+    }
+}
