@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use gatedelta::backend::Backend;
 use gatedelta::device::{self, class_name};
 use gatedelta::shape::{Dtype, Heads};
+use gatedelta::tune::Kind;
 use serde_json::{Value, json};
 
 use crate::bench_model;
@@ -149,7 +150,7 @@ fn operator(
     notes.push_str(&linearity(&done));
     let clock = if done.iter().all(|r| r.sample.device_clock) { "the device's clock" } else { "the host's clock" };
     let longest = done.iter().map(|r| r.sample.longest_submission).fold(0.0, f64::max);
-    if longest > 0.0 {
+    if backend.caps().kind != Kind::Cpu {
         notes.push_str(&format!("longest submission {} ms\n", significant(longest * 1e3)));
     }
     say(&format!(

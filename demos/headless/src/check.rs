@@ -94,7 +94,7 @@ pub fn run(args: &Args) -> Result<bool> {
         say("\n");
         let failed = tests.iter().filter(|t| t.failure.is_some()).count();
         let mut row = vec![subject.label.clone(), tests.len().to_string(), failed.to_string()];
-        row.extend(worst.iter().map(|w| table::error(w.error)));
+        row.extend(worst.iter().map(|w| if w.at.is_empty() { "-".into() } else { table::error(w.error) }));
         row.extend([format!("{:.1}", begin.elapsed().as_secs_f64()), verdict(failed == 0)]);
         summary.row(row);
         for (name, w) in ["f32", "f16", "bf16", "logits"].iter().zip(&worst).filter(|(_, w)| !w.at.is_empty()) {
