@@ -1,5 +1,6 @@
 //! `bench`: checks the answer, then times, and says how near the machine's own peak the time is.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use gatedelta::shape::{Dtype, Heads};
 use gatedelta::tune::Kind;
 use serde_json::{Value, json};
 
-use crate::bench_model;
+use crate::bench_model::{self, Which};
 use crate::bench_op::{self, Row, What};
 use crate::doors::dtype;
 use crate::peak::{self, Peak};
@@ -35,7 +36,10 @@ pub struct Args {
     /// Only a whole model with random weights: 0.8b, 2b, 4b or 9b
     #[arg(long, value_name = "SIZE")]
     shape: Option<String>,
-    /// Cut the model's vocabulary to so many ids
+    /// Only a whole model: this checkpoint
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["op", "shape"])]
+    model: Option<PathBuf>,
+    /// Cut the vocabulary of a model with random weights to so many ids
     #[arg(long, value_name = "IDS")]
     vocab: Option<u32>,
     /// Heads of the operator, q/k and value heads: 16/16
@@ -47,6 +51,9 @@ pub struct Args {
     /// How the operator's q, k, v and o are stored: f32, f16 or bf16
     #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = dtype)]
     store: Dtype,
+    /// Type of random weights: f32, f16 or bf16
+    #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = dtype)]
+    weights: Dtype,
     /// Seconds to measure each row
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     seconds: f64,
@@ -85,14 +92,18 @@ pub fn run(args: &Args) -> Result<bool> {
         }
     }
     let mut right = true;
-    if args.shape.is_none() {
+    if args.shape.is_none() && args.model.is_none() {
         for heads in heads {
             right &= operator(args, &backend, heads, seconds, peak)?;
         }
     }
     if !args.op {
-        let size = args.shape.as_deref().unwrap_or("0.8b");
-        right &= bench_model::run(&backend, size, args.vocab, args.json, peak)?;
+        let size = args.shape.clone().unwrap_or_else(|| "0.8b".into());
+        let which = match args.model.clone() {
+            Some(dir) => Which::Files(dir),
+            None => Which::Random { size, vocab: args.vocab, dtype: args.weights },
+        };
+        bench_model::run(&backend, &which, seconds, args.json, peak)?;
     }
     Ok(right)
 }

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use gatedelta::backend::Backend;
-use gatedelta::qwen::Model;
+use gatedelta::qwen::{Event, Finish, GenerateOptions, LoadOptions, Model, Sampling};
 use safetensors::SafeTensors;
 
 use crate::case::{floats, ids};
@@ -183,7 +183,7 @@ fn judge_ids(found: &Result<Vec<u32>>, wanted: &[u32]) -> (String, Option<String
 /// # Errors
 /// Whatever is wrong with its files, or that it does not fit the device.
 pub fn load(backend: &Arc<dyn Backend>, dir: &Path) -> Result<Model> {
-    Ok(Model::load(backend.clone(), dir)?)
+    Ok(Model::load(dir, backend.clone(), &LoadOptions::default())?)
 }
 
 /// The logits after every id, `[T, vocab]`.
@@ -191,7 +191,7 @@ pub fn load(backend: &Arc<dyn Backend>, dir: &Path) -> Result<Model> {
 /// # Errors
 /// Ids outside the vocabulary, whatever the device reports.
 pub fn logits(model: &Model, ids: &[u32]) -> Result<Vec<f32>> {
-    Ok(model.logits(ids)?)
+    Ok(model.session()?.logits(ids)?)
 }
 
 /// The ids that greedy decoding appends, stop ids or not.
@@ -199,7 +199,18 @@ pub fn logits(model: &Model, ids: &[u32]) -> Result<Vec<f32>> {
 /// # Errors
 /// As [`logits`].
 pub fn greedy(model: &Model, ids: &[u32], n: usize) -> Result<Vec<u32>> {
-    Ok(model.greedy(ids, n)?)
+    let options =
+        GenerateOptions { sampling: Sampling::GREEDY, max_tokens: Some(n as u64), ..GenerateOptions::default() };
+    let mut found = Vec::new();
+    for event in model.session()?.generate(ids, &options)? {
+        match event {
+            Event::Token { id, .. } => found.push(id),
+            Event::Done { finish: Finish::Failed(error), .. } => return Err(error.into()),
+            Event::Done { finish: Finish::Context, .. } => bail!("the context is full after {} ids", found.len()),
+            Event::Done { .. } | Event::Prompt { .. } => {}
+        }
+    }
+    Ok(found)
 }
 
 #[cfg(test)]
