@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use gatedelta::device;
 use gatedelta::shape::Dtype;
 
@@ -85,7 +85,7 @@ fn way(name: &str) -> Result<Way, String> {
 pub fn run(args: &Run) -> Result<()> {
     let case = Case::read(&args.case)?;
     let (backend, _) = device::open(args.device.as_deref())?;
-    let out = args.way.compute(&*backend, &case, args.store)?;
+    let out = args.way.compute(&*backend, &case, args.store).with_context(|| args.case.display().to_string())?;
     case::write(&args.out, &[("o", case.o_dims(), &out.o), ("ht", case.state_dims(), &out.ht)])?;
     if let Some(answers) = &case.answers {
         let error = |found: &[f32], wanted: &[f32]| crate::table::error(oracle::error(found, wanted));
