@@ -1,6 +1,7 @@
 //! One test binary: `cargo test gdn::` runs one file's tests.
 
 mod attention;
+mod cpu;
 mod formula;
 mod gdn;
 mod layering;
