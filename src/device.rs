@@ -265,7 +265,12 @@ fn open_named(entries: &mut [Entry], wanted: &str, why: &str) -> Result<Opened> 
             .collect();
         names.join(", ")
     };
-    let fit: Vec<usize> = (0..entries.len()).filter(|&i| !wanted.is_empty() && entries[i].answers_to(wanted)).collect();
+    let mut fit: Vec<usize> =
+        (0..entries.len()).filter(|&i| !wanted.is_empty() && entries[i].answers_to(wanted)).collect();
+    // A whole name is not ambiguous because another one contains it.
+    if let Some(&exact) = fit.iter().find(|&&i| entries[i].candidate.name.eq_ignore_ascii_case(wanted)) {
+        fit = vec![exact];
+    }
     // One GPU may be reachable through several APIs; the first listed is as good as any.
     let same = |&i: &usize| entries[i].candidate.name == entries[fit[0]].candidate.name;
     let no_device = |why: String| Error::NoDevice { wanted: wanted.into(), why };

@@ -90,6 +90,8 @@ fn upload(backend: &dyn Backend, inputs: &Inputs<'_>) -> Result<Uploaded> {
         None => put("state", &vec![0.0; state_len as usize], Dtype::F32)?,
     };
     let o = alloc(backend, "o", t * vo * store.size())?.slice(0, t * vo * store.size())?;
+    // All bits set is NaN in every stored type: a number that no kernel writes cannot pass for an answer.
+    backend.write(&o, &vec![0xff; o.bytes as usize])?;
     let io = Io {
         q: Rows::packed(put("q", inputs.q, store)?, qk),
         k: Rows::packed(put("k", inputs.k, store)?, qk),

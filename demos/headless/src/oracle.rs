@@ -123,17 +123,17 @@ pub fn inputs(name: &str, shape: Shape, qk_l2norm: bool, h0: bool, seed: u64) ->
 /// None that a caller can cause: the shapes are legal.
 pub fn generated() -> gatedelta::Result<Vec<Case>> {
     let (div, modulo) = (HeadMap::Div, HeadMap::Mod);
-    let table: [(&str, (u32, u32, u32, u32, HeadMap), &[u64], bool, bool); 5] = [
-        ("generated_mod_heads", (2, 6, 32, 48, modulo), &[0, 65, 65, 96], true, true),
-        ("generated_small_heads", (1, 2, 16, 16, div), &[0, 1, 16, 33, 65, 66], false, true),
-        ("generated_large_heads", (1, 1, 256, 256, div), &[0, 70], true, false),
-        ("generated_k_over_v", (1, 2, 240, 16, div), &[0, 31, 64], false, true),
-        ("generated_one_long", (1, 1, 64, 64, div), &[0, 1025], true, false),
+    let table = [
+        ("generated_mod_heads", [2, 6, 32, 48], modulo, &[0, 65, 65, 96][..], true, true),
+        ("generated_small_heads", [1, 2, 16, 16], div, &[0, 1, 16, 33, 65, 66], false, true),
+        ("generated_large_heads", [1, 1, 256, 256], div, &[0, 70], true, false),
+        ("generated_k_over_v", [1, 2, 240, 16], div, &[0, 31, 64], false, true),
+        ("generated_one_long", [1, 1, 64, 64], div, &[0, 1025], true, false),
     ];
     table
         .into_iter()
         .enumerate()
-        .map(|(i, (name, (hk, hv, k, v, map), cu, norm, h0))| {
+        .map(|(i, (name, [hk, hv, k, v], map, cu, norm, h0))| {
             let shape = Shape::new(Heads::new(hk, hv, k, v, map)?, cu.to_vec())?;
             let mut case = inputs(name, shape, norm, h0, i as u64 + 1);
             case.answers = Some(answers(&case));
