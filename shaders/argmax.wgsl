@@ -13,7 +13,7 @@ fn wins(value: f32, index: u32, other: f32, other_index: u32) -> bool {
 
 @compute @workgroup_size(LANES)
 fn argmax(thread: Thread) {
-    let row = cell_of(thread).x;
+    let row = cell_of(thread.group).x;
     let x0 = row * params.n;
     let lane = thread.lane;
 

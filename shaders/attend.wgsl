@@ -71,7 +71,7 @@ fn q_four(row: u32, head: u32, group: u32, d: u32) -> vec4<f32> {
 
 @compute @workgroup_size(LANES)
 fn attend(thread: Thread) {
-    let cell = cell_of(thread);
+    let cell = cell_of(thread.group);
     let lane = thread.lane;
     let head = cell.y;
     let group = params.heads / params.kv_heads;

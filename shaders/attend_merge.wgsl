@@ -8,7 +8,7 @@
 
 @compute @workgroup_size(LANES)
 fn attend_merge(thread: Thread) {
-    let cell = cell_of(thread);
+    let cell = cell_of(thread.group);
     let head = cell.x;
     let t = cell.y;
     let first = (t * params.heads + head) * params.slots * (DIM + 2u);

@@ -30,7 +30,7 @@ fn rotated(t: u32, i: u32) -> f32 {
 
 @compute @workgroup_size(LANES)
 fn attn_prepare(thread: Thread) {
-    let cell = cell_of(thread);
+    let cell = cell_of(thread.group);
     let t = cell.y;
     let heads = params.heads;
     let kv = params.kv_heads;

@@ -6,8 +6,8 @@ const F16 = 1u;
 const BF16 = 2u;
 
 /// The cell that this workgroup computes. A launch may reach the device in several dispatches, each with its own base.
-fn cell_of(thread: Thread) -> vec3<u32> {
-    return thread.group + params.base;
+fn cell_of(group: vec3<u32>) -> vec3<u32> {
+    return group + params.base;
 }
 
 /// Word of a buffer that holds element i.

@@ -6,7 +6,7 @@
 
 @compute @workgroup_size(LANES)
 fn embed(thread: Thread) {
-    let t = cell_of(thread).x;
+    let t = cell_of(thread.group).x;
     // An id before this part wraps around to a large number.
     let row = ids[t] - params.row0;
     if row >= params.rows {

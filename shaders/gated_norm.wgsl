@@ -7,7 +7,7 @@
 
 @compute @workgroup_size(LANES)
 fn gated_norm(thread: Thread) {
-    let cell = cell_of(thread);
+    let cell = cell_of(thread.group);
     let head = cell.x;
     let t = cell.y;
     let o0 = (t * params.hv + head) * DV;

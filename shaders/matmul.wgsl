@@ -163,7 +163,7 @@ fn unstaged(m0: u32, n0: u32, lane: u32) {
 
 @compute @workgroup_size(LANES)
 fn matmul(thread: Thread) {
-    let cell = cell_of(thread);
+    let cell = cell_of(thread.group);
     let n0 = cell.x * TILE_N;
     let m0 = cell.y * TILE_M;
     for (var i = 0u; i < REG_M * REG_N; i++) {

@@ -110,7 +110,7 @@ fn reduced(first: u32, thread: Thread) -> vec4<f32> {
 
 @compute @workgroup_size(LANES)
 fn matvec(thread: Thread) {
-    let row0 = cell_of(thread).x * ROWS;
+    let row0 = cell_of(thread.group).x * ROWS;
     let lane = thread.lane;
     for (var i = 0u; i < BATCH * WIDTH; i++) {
         sums[i] = 0.0;

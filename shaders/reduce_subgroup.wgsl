@@ -13,9 +13,6 @@ var<workgroup> reduce_part: array<vec4<f32>, LANES>;
 
 fn reduce_sum4(x: vec4<f32>, thread: Thread) -> vec4<f32> {
     let own = subgroupAdd(x);
-    if thread.subgroups == 1u {
-        return own;
-    }
     workgroupBarrier();
     if thread.subgroup_lane == 0u {
         reduce_part[thread.subgroup] = own;
@@ -30,9 +27,6 @@ fn reduce_sum4(x: vec4<f32>, thread: Thread) -> vec4<f32> {
 
 fn reduce_max(x: f32, thread: Thread) -> f32 {
     let own = subgroupMax(x);
-    if thread.subgroups == 1u {
-        return own;
-    }
     workgroupBarrier();
     if thread.subgroup_lane == 0u {
         reduce_part[thread.subgroup].x = own;

@@ -6,7 +6,7 @@
 
 @compute @workgroup_size(LANES)
 fn rms_norm(thread: Thread) {
-    let r = cell_of(thread).x;
+    let r = cell_of(thread.group).x;
     let x0 = (params.row0 + r) * params.dim;
     let y0 = r * params.dim;
 

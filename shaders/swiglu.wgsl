@@ -5,7 +5,7 @@
 
 @compute @workgroup_size(LANES)
 fn swiglu(thread: Thread) {
-    let first = cell_of(thread).x * BLOCK;
+    let first = cell_of(thread.group).x * BLOCK;
     let end = min(first + BLOCK, params.rows * params.dim);
     for (var i = first + thread.lane; i < end; i += LANES) {
         let g = i + i / params.dim * params.dim;

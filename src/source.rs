@@ -10,13 +10,13 @@
 //! 3. `shaders/common.wgsl`: the cell's index, conversion of stored numbers, activations;
 //! 4. `shaders/reduce_shared.wgsl` or `shaders/reduce_subgroup.wgsl`: `struct Thread` and reductions over a workgroup,
 //!    the same names in both;
-//! 5. `shaders/<name>.wgsl`: the kernel.
+//! 5. `shaders/<name>.wgsl`: the kernel; for software drivers `shaders/<name>_columns.wgsl` where there is one.
 //!
 //! # How a shader file is written
 //!
 //! - The entry point has the name of the row, takes one `thread: Thread` and declares `@workgroup_size` from constants.
-//!   `thread.lane` is the index in the workgroup. A cell's index is `cell_of(thread)`, never the workgroup's own index: a
-//!   launch may be cut into several dispatches.
+//!   `thread.lane` is the index in the workgroup. A cell's index is `cell_of(thread.group)`, never the workgroup's own
+//!   index: a launch may be cut into several dispatches.
 //! - Argument i of the row is `@group(0) @binding(i + 1) var<storage, read | read_write> <its name>`. The file chooses the
 //!   element type: `array<f32>` for f32, `array<vec4<u32>>` for tables, `array<u32>` for numbers of a stored type.
 //! - Stored types: `const QK_TYPE` is one of `F32`, `F16`, `BF16`. Element i of `q` is
@@ -31,13 +31,23 @@
 
 use crate::error::{Error, Result};
 use crate::kernel::{Field, Kernel, Scalar};
-use crate::tune;
+use crate::tune::{self, Caps, Class};
 
 /// What a variant may use beyond WebGPU's defaults.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Features {
     /// Subgroup operations.
     pub subgroups: bool,
+    /// Threads are lanes of a processor's vector registers, as in software drivers: kernels that have a file
+    /// `shaders/<name>_columns.wgsl` use it.
+    pub columns: bool,
+}
+
+impl Features {
+    /// What the kernels use on this device.
+    pub fn of(caps: &Caps) -> Self {
+        Features { subgroups: caps.subgroup.is_some(), columns: caps.class == Class::Software }
+    }
 }
 
 const COMMON: &str = include_str!("../shaders/common.wgsl");
@@ -47,7 +57,15 @@ const REDUCE_SUBGROUP: &str = include_str!("../shaders/reduce_subgroup.wgsl");
 /// The shader files, by name of the row.
 static FILES: &[(&str, &str)] = &[
     // around the operator
+    ("conv", include_str!("../shaders/conv.wgsl")),
+    ("conv_tail", include_str!("../shaders/conv_tail.wgsl")),
+    ("gate", include_str!("../shaders/gate.wgsl")),
+    // the operator
+    ("gdn_prepare", include_str!("../shaders/gdn_prepare.wgsl")),
+    ("gdn_scan", include_str!("../shaders/gdn_scan.wgsl")),
+    ("gdn_step", include_str!("../shaders/gdn_step.wgsl")),
     ("gated_norm", include_str!("../shaders/gated_norm.wgsl")),
+    ("gdn_mix_step", include_str!("../shaders/gdn_mix_step.wgsl")),
     // the rest of the model
     ("embed", include_str!("../shaders/embed.wgsl")),
     ("rms_norm", include_str!("../shaders/rms_norm.wgsl")),
@@ -58,6 +76,15 @@ static FILES: &[(&str, &str)] = &[
     ("attend_merge", include_str!("../shaders/attend_merge.wgsl")),
     ("swiglu", include_str!("../shaders/swiglu.wgsl")),
     ("argmax", include_str!("../shaders/argmax.wgsl")),
+    ("copy", include_str!("../shaders/copy.wgsl")),
+    ("fill", include_str!("../shaders/fill.wgsl")),
+];
+
+/// The files that replace those of the same row under [`Features::columns`].
+static COLUMNS: &[(&str, &str)] = &[
+    ("gdn_prepare", include_str!("../shaders/gdn_prepare_columns.wgsl")),
+    ("gdn_scan", include_str!("../shaders/gdn_scan_columns.wgsl")),
+    ("gdn_step", include_str!("../shaders/gdn_step_columns.wgsl")),
 ];
 
 /// The WGSL text of a kernel for these consts (in the order of the row).
@@ -65,7 +92,8 @@ static FILES: &[(&str, &str)] = &[
 /// # Errors
 /// [`Error::Unsupported`] if the row has no shader file; [`Error::Argument`] if the number of consts is wrong.
 pub fn wgsl(kernel: &Kernel, consts: &[u32], features: Features) -> Result<String> {
-    let Some((_, file)) = FILES.iter().find(|(name, _)| *name == kernel.name) else {
+    let columns = COLUMNS.iter().filter(|_| features.columns);
+    let Some((_, file)) = columns.chain(FILES).find(|(name, _)| *name == kernel.name) else {
         return Err(Error::Unsupported {
             what: format!("kernel {}", kernel.name),
             by: "the WGSL backend".into(),

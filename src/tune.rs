@@ -95,17 +95,45 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             // Written by prepare and read by scan soon after: it should stay in the last-level cache.
             scratch: 8 << 20,
         },
-        Kind::WebGpu | Kind::Cuda => Tile {
-            // Two 16 x 128 f32 tiles are 16 KiB, WebGPU's default workgroup memory.
+        // Threads are lanes of vector registers: two columns a thread, all in registers and the stack, no exchange.
+        Kind::WebGpu | Kind::Cuda if caps.class == Class::Software => Tile {
+            // Four groups of four tokens: their sums are what the stack holds well.
             chunk: 16,
-            dv_tile: divisor(heads.v, 32),
-            dv_step: divisor(heads.v, 32),
-            prepare_lanes: 64,
-            scan_lanes: 64,
-            step_lanes: 64,
-            scratch: 32 << 20,
+            dv_tile: divisor(heads.v, 128),
+            dv_step: divisor(heads.v, 128),
+            prepare_lanes: 16,
+            scan_lanes: divisor(heads.v, 128) / 2,
+            step_lanes: divisor(heads.v, 128) / 2,
+            // A scan cell cannot be cut: with 16 heads this is some hundred tokens, tens of milliseconds.
+            scratch: 1 << 20,
         },
+        Kind::WebGpu | Kind::Cuda => {
+            // A thread takes 4 columns, and 4 rows or a multiple: up to 16 row groups keep the registers of S below 64 for
+            // every K.
+            let row_groups = row_groups(heads.k, 16);
+            // Slices of K and Q, and S or W, for 32 tokens and 32 columns: 12 KiB of WebGPU's default 16.
+            let dv_tile = divisor(heads.v, 32);
+            let lanes = dv_tile / 4 * row_groups;
+            Tile {
+                chunk: 32,
+                dv_tile,
+                dv_step: dv_tile,
+                prepare_lanes: 64,
+                scan_lanes: lanes,
+                step_lanes: lanes,
+                // One scan cell walks a whole piece and cannot be cut: this bounds how long that takes.
+                scratch: match caps.class {
+                    Class::Discrete => 64 << 20,
+                    _ => 16 << 20,
+                },
+            }
+        }
     }
+}
+
+/// The most groups that the rows of a `[K, V]` state fall into, `most` at most, each a multiple of 4 rows.
+fn row_groups(k: u32, most: u32) -> u32 {
+    (1..=most).rev().find(|groups| k % (4 * groups) == 0).unwrap_or(1)
 }
 
 /// The largest multiple of 16 that divides `n` and is at most `most`.

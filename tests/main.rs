@@ -2,6 +2,7 @@
 
 mod attention;
 mod cpu;
+mod contract;
 mod formula;
 mod gdn;
 mod layering;
@@ -11,3 +12,5 @@ mod plan;
 #[cfg(feature = "qwen")]
 mod qwen_text;
 mod util;
+#[cfg(feature = "webgpu")]
+mod webgpu;

@@ -138,7 +138,7 @@ impl WebGpu {
         let queue_state = Mutex::new(submit::State::new(&device));
         let binds = Mutex::new(bind::Binds::new(&device));
         let shared = Shared {
-            features: source::Features { subgroups: caps.subgroup.is_some() },
+            features: source::Features::of(&caps),
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
             device,
             queue,

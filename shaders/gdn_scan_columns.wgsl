@@ -1,0 +1,202 @@
+// gdn_scan for drivers that run threads as lanes of vector registers: there a load with one address for all lanes costs a
+// few cycles, one with an address per lane a hundred, and a barrier a thousand. So a thread carries two whole columns of S
+// and exchanges nothing; q, k, A and P are read at addresses that all threads share.
+//
+//   W = V - u o (K S)        N = A W
+//   O = o o (Q S) + P N      S <- gamma_C S + K^T (n o N)
+
+@group(0) @binding(1) var<storage, read> q: array<u32>; // [window, q_stride]
+@group(0) @binding(2) var<storage, read> k: array<u32>; // [window, k_stride]
+@group(0) @binding(3) var<storage, read> v: array<u32>; // [window, v_stride]
+@group(0) @binding(4) var<storage, read> ws: array<vec4<f32>>; // [chunks, Hv, (2 C C + 4 C) / 4]
+@group(0) @binding(5) var<storage, read> chunks: array<vec4<u32>>; // [chunks]: first token, tokens, sequence, 0
+@group(0) @binding(6) var<storage, read> segments: array<vec4<u32>>; // [segments]: first chunk, chunks, slot, 0
+@group(0) @binding(7) var<storage, read_write> state: array<vec2<f32>>; // [slots, Hv, K, V / 2]
+@group(0) @binding(8) var<storage, read_write> o: array<u32>; // [window, o_stride]
+
+const C = CHUNK;
+const_assert C == 16u;
+const_assert LANES == DV_TILE / 2u;
+const_assert DK % 4u == 0u;
+
+/// Four rows of S, or one number of each of four tokens: [4, 2].
+alias Four = mat4x2<f32>;
+
+fn q4(i: u32) -> vec4<f32> {
+    if QK_TYPE == F32 {
+        return bitcast<vec4<f32>>(vec4(q[i], q[i + 1u], q[i + 2u], q[i + 3u]));
+    }
+    let at = i >> 1u;
+    return vec4(unpack_pair(QK_TYPE, q[at]), unpack_pair(QK_TYPE, q[at + 1u]));
+}
+
+fn k4(i: u32) -> vec4<f32> {
+    if QK_TYPE == F32 {
+        return bitcast<vec4<f32>>(vec4(k[i], k[i + 1u], k[i + 2u], k[i + 3u]));
+    }
+    let at = i >> 1u;
+    return vec4(unpack_pair(QK_TYPE, k[at]), unpack_pair(QK_TYPE, k[at + 1u]));
+}
+
+fn v2(i: u32) -> vec2<f32> {
+    if V_TYPE == F32 {
+        return bitcast<vec2<f32>>(vec2(v[i], v[i + 1u]));
+    }
+    return unpack_pair(V_TYPE, v[i >> 1u]);
+}
+
+fn store_o2(i: u32, x: vec2<f32>) {
+    if V_TYPE == F32 {
+        o[i] = bitcast<u32>(x.x);
+        o[i + 1u] = bitcast<u32>(x.y);
+    } else {
+        o[i >> 1u] = pack_pair(V_TYPE, x);
+    }
+}
+
+/// Where the rows of tokens 4 i .. 4 i + 4 of a chunk start; tokens past its end repeat the last one, and count nothing
+/// because their rows of A and P and their u, o and n are 0.
+fn rows_of(row0: u32, stride: u32, len: u32, i: u32) -> vec4<u32> {
+    return row0 + stride * min(4u * i + vec4(0u, 1u, 2u, 3u), vec4(len - 1u));
+}
+
+/// sum + K[rows, d .. d + 4] S, for four tokens.
+fn k_times(sum: Four, rows: vec4<u32>, d: u32, s: Four) -> Four {
+    return sum + Four(s * k4(rows.x + d), s * k4(rows.y + d), s * k4(rows.z + d), s * k4(rows.w + d));
+}
+
+/// sum + Q[rows, d .. d + 4] S, for four tokens.
+fn q_times(sum: Four, rows: vec4<u32>, d: u32, s: Four) -> Four {
+    return sum + Four(s * q4(rows.x + d), s * q4(rows.y + d), s * q4(rows.z + d), s * q4(rows.w + d));
+}
+
+/// sum + X[4 i .. 4 i + 4, 4 j .. 4 j + 4] W for the [C, C] matrix X at `at`.
+fn ws_times(sum: Four, at: u32, i: u32, j: u32, w: Four) -> Four {
+    let x = at + i * C + j;
+    return sum + Four(w * ws[x], w * ws[x + C / 4u], w * ws[x + C / 2u], w * ws[x + 3u * C / 4u]);
+}
+
+/// s + K[rows, d .. d + 4]^T N, for four tokens.
+fn k_transposed_times(s: Four, rows: vec4<u32>, d: u32, n: Four) -> Four {
+    return s + n * transpose(mat4x4<f32>(k4(rows.x + d), k4(rows.y + d), k4(rows.z + d), k4(rows.w + d)));
+}
+
+/// Rows scaled one by one.
+fn scaled(x: Four, by: vec4<f32>) -> Four {
+    return Four(x[0] * by.x, x[1] * by.y, x[2] * by.z, x[3] * by.w);
+}
+
+fn v_of(rows: vec4<u32>) -> Four {
+    return Four(v2(rows.x), v2(rows.y), v2(rows.z), v2(rows.w));
+}
+
+fn store_o(row0: u32, len: u32, i: u32, x: Four) {
+    for (var j = 0u; j < 4u; j++) {
+        if 4u * i + j < len {
+            store_o2(row0 + (4u * i + j) * params.o_stride, x[j]);
+        }
+    }
+}
+
+@compute @workgroup_size(LANES)
+fn gdn_scan(thread: Thread) {
+    let cell = cell_of(thread.group);
+    let segment = segments[cell.x];
+    let head = cell.y;
+    let head_k = select(head % params.hk, head / (params.hv / params.hk), params.head_map == 0u);
+    let column = cell.z * DV_TILE + 2u * thread.lane;
+
+    var s: array<Four, DK / 4u>;
+    let state0 = (((segment.z * params.hv + head) * DK) * params.dv + column) / 2u;
+    let step = params.dv / 2u;
+    for (var d = 0u; d < DK / 4u; d++) {
+        let at = state0 + 4u * d * step;
+        s[d] = Four(state[at], state[at + step], state[at + 2u * step], state[at + 3u * step]);
+    }
+
+    let end = min(segment.x + segment.y, arrayLength(&chunks));
+    for (var at = segment.x; at < end; at++) {
+        let chunk = chunks[at];
+        let len = clamp(chunk.y, 1u, C);
+        let q0 = params.q_off + chunk.x * params.q_stride + head_k * DK;
+        let k0 = params.k_off + chunk.x * params.k_stride + head_k * DK;
+        let v0 = params.v_off + chunk.x * params.v_stride + head * params.dv + column;
+        let o0 = params.o_off + chunk.x * params.o_stride + head * params.dv + column;
+        let a0 = (at * params.hv + head) * (C * C / 2u + C); // A [C, C / 4]
+        let p0 = a0 + C * C / 4u; // P [C, C / 4]
+        let u0 = p0 + C * C / 4u; // u, o, n, gamma_C [C / 4] each
+
+        let ka = rows_of(k0, params.k_stride, len, 0u);
+        let kb = rows_of(k0, params.k_stride, len, 1u);
+        let kc = rows_of(k0, params.k_stride, len, 2u);
+        let kd = rows_of(k0, params.k_stride, len, 3u);
+        let qa = rows_of(q0, params.q_stride, len, 0u);
+        let qb = rows_of(q0, params.q_stride, len, 1u);
+        let qc = rows_of(q0, params.q_stride, len, 2u);
+        let qd = rows_of(q0, params.q_stride, len, 3u);
+        var wa = Four();
+        var wb = Four();
+        var wc = Four();
+        var wd = Four();
+        var oa = Four();
+        var ob = Four();
+        var oc = Four();
+        var od = Four();
+        for (var d = 0u; d < DK / 4u; d++) {
+            let rows = s[d];
+            wa = k_times(wa, ka, 4u * d, rows);
+            wb = k_times(wb, kb, 4u * d, rows);
+            wc = k_times(wc, kc, 4u * d, rows);
+            wd = k_times(wd, kd, 4u * d, rows);
+            oa = q_times(oa, qa, 4u * d, rows);
+            ob = q_times(ob, qb, 4u * d, rows);
+            oc = q_times(oc, qc, 4u * d, rows);
+            od = q_times(od, qd, 4u * d, rows);
+        }
+        // W = V - u o (K S)
+        wa = v_of(rows_of(v0, params.v_stride, len, 0u)) - scaled(wa, ws[u0]);
+        wb = v_of(rows_of(v0, params.v_stride, len, 1u)) - scaled(wb, ws[u0 + 1u]);
+        wc = v_of(rows_of(v0, params.v_stride, len, 2u)) - scaled(wc, ws[u0 + 2u]);
+        wd = v_of(rows_of(v0, params.v_stride, len, 3u)) - scaled(wd, ws[u0 + 3u]);
+        // N = A W; A is lower triangular
+        var na = ws_times(Four(), a0, 0u, 0u, wa);
+        var nb = ws_times(ws_times(Four(), a0, 1u, 0u, wa), a0, 1u, 1u, wb);
+        var nc = ws_times(ws_times(ws_times(Four(), a0, 2u, 0u, wa), a0, 2u, 1u, wb), a0, 2u, 2u, wc);
+        var nd = ws_times(ws_times(Four(), a0, 3u, 0u, wa), a0, 3u, 1u, wb);
+        nd = ws_times(ws_times(nd, a0, 3u, 2u, wc), a0, 3u, 3u, wd);
+        // O = o o (Q S) + P N; P is lower triangular
+        let f = u0 + C / 4u;
+        oa = ws_times(scaled(oa, ws[f]), p0, 0u, 0u, na);
+        ob = ws_times(ws_times(scaled(ob, ws[f + 1u]), p0, 1u, 0u, na), p0, 1u, 1u, nb);
+        oc = ws_times(ws_times(scaled(oc, ws[f + 2u]), p0, 2u, 0u, na), p0, 2u, 1u, nb);
+        oc = ws_times(oc, p0, 2u, 2u, nc);
+        od = ws_times(ws_times(scaled(od, ws[f + 3u]), p0, 3u, 0u, na), p0, 3u, 1u, nb);
+        od = ws_times(ws_times(od, p0, 3u, 2u, nc), p0, 3u, 3u, nd);
+        store_o(o0, len, 0u, oa);
+        store_o(o0, len, 1u, ob);
+        store_o(o0, len, 2u, oc);
+        store_o(o0, len, 3u, od);
+        // S <- gamma_C S + K^T (n o N)
+        let e = u0 + C / 2u;
+        na = scaled(na, ws[e]);
+        nb = scaled(nb, ws[e + 1u]);
+        nc = scaled(nc, ws[e + 2u]);
+        nd = scaled(nd, ws[e + 3u]);
+        let gamma = ws[u0 + 3u * C / 4u].x;
+        for (var d = 0u; d < DK / 4u; d++) {
+            var rows = gamma * s[d];
+            rows = k_transposed_times(rows, ka, 4u * d, na);
+            rows = k_transposed_times(rows, kb, 4u * d, nb);
+            rows = k_transposed_times(rows, kc, 4u * d, nc);
+            rows = k_transposed_times(rows, kd, 4u * d, nd);
+            s[d] = rows;
+        }
+    }
+    for (var d = 0u; d < DK / 4u; d++) {
+        let at = state0 + 4u * d * step;
+        state[at] = s[d][0];
+        state[at + step] = s[d][1];
+        state[at + 2u * step] = s[d][2];
+        state[at + 3u * step] = s[d][3];
+    }
+}
