@@ -1,4 +1,4 @@
-// dst[to + i] = src[from + i], words of 32 bits.
+// dst[dst_off + i] = src[src_off + i], words of 32 bits.
 
 @group(0) @binding(1) var<storage, read> src: array<u32>;
 @group(0) @binding(2) var<storage, read_write> dst: array<u32>;
@@ -8,6 +8,6 @@ fn copy(thread: Thread) {
     let first = cell_of(thread.group).x * BLOCK;
     let end = min(params.n, first + BLOCK);
     for (var i = first + thread.lane; i < end; i += LANES) {
-        dst[params.to + i] = src[params.from + i];
+        dst[params.dst_off + i] = src[params.src_off + i];
     }
 }

@@ -1,4 +1,4 @@
-// dst[to + i] = word.
+// dst[dst_off + i] = word.
 
 @group(0) @binding(1) var<storage, read_write> dst: array<u32>;
 
@@ -7,6 +7,6 @@ fn fill(thread: Thread) {
     let first = cell_of(thread.group).x * BLOCK;
     let end = min(params.n, first + BLOCK);
     for (var i = first + thread.lane; i < end; i += LANES) {
-        dst[params.to + i] = params.word;
+        dst[params.dst_off + i] = params.word;
     }
 }

@@ -389,15 +389,15 @@ fields! {
         /// Words to write.
         n: u32,
         /// First word of the source.
-        from: u32,
+        src_off: u32,
         /// First word of the target.
-        to: u32,
+        dst_off: u32,
         /// The word that [`FILL`] writes.
         word: u32,
     }
 }
 
-/// `to[to + i] = from[from + i]`, words of 32 bits, between two different buffers.
+/// `dst[dst_off + i] = src[src_off + i]`, words of 32 bits, between two different buffers.
 /// - grid: `[ceil(n / block), 1, 1]`
 pub static COPY: Kernel = Kernel {
     name: "copy",
@@ -406,7 +406,7 @@ pub static COPY: Kernel = Kernel {
     params: WordsParams::FIELDS,
 };
 
-/// `to[to + i] = word`.
+/// `dst[dst_off + i] = word`.
 /// - grid: `[ceil(n / block), 1, 1]`
 pub static FILL: Kernel =
     Kernel { name: "fill", args: &[update("dst")], consts: WordsConsts::FIELDS, params: WordsParams::FIELDS };

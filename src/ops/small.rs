@@ -124,6 +124,6 @@ pub fn fill(caps: &Caps, pass: &mut Pass, to: &View, at: u64, n: u64, word: u32)
 
 /// Params and grid of [`COPY`] and [`FILL`].
 fn stretch(caps: &Caps, n: u64, from: u64, to: u64, word: u32) -> Result<(WordsParams, [u32; 3])> {
-    let params = WordsParams { n: small("n", n)?, from: small("from", from)?, to: small("to", to)?, word };
+    let params = WordsParams { n: small("n", n)?, src_off: small("from", from)?, dst_off: small("to", to)?, word };
     Ok((params, [small("cells", n.div_ceil(tune::block(caps) as u64))?, 1, 1]))
 }

@@ -153,8 +153,8 @@ impl<'p> Words<'p> {
         let (c, p): (WordsConsts, WordsParams) = (b.consts()?, b.params()?);
         b.expect("block", c.block, c.block > 0, "at least 1")?;
         b.expect_grid([p.n.div_ceil(c.block) as usize, 1, 1])?;
-        let src = if copy { Some(b.read(0, p.from as u64 + p.n as u64)?) } else { None };
-        Ok(Words { src, dst: b.write(copy as usize, p.to as u64 + p.n as u64)?, params: p })
+        let src = if copy { Some(b.read(0, p.src_off as u64 + p.n as u64)?) } else { None };
+        Ok(Words { src, dst: b.write(copy as usize, p.dst_off as u64 + p.n as u64)?, params: p })
     }
 }
 
@@ -168,9 +168,9 @@ impl Row for Words<'_> {
         let (p, from) = (&self.params, cell * BLOCK);
         let n = (p.n as usize - from).min(BLOCK);
         // SAFETY: these words belong to this cell alone.
-        let dst = unsafe { self.dst.part(p.to as usize + from, n) };
+        let dst = unsafe { self.dst.part(p.dst_off as usize + from, n) };
         match &self.src {
-            Some(src) => dst.copy_from_slice(&src.all()[p.from as usize + from..][..n]),
+            Some(src) => dst.copy_from_slice(&src.all()[p.src_off as usize + from..][..n]),
             None => dst.fill(p.word),
         }
         Ok(())

@@ -31,7 +31,7 @@ pub(super) fn start(shared: &Arc<Shared>, from: &View) -> Result<Readback> {
         let found = format!("{} bytes from {}", from.bytes, from.offset);
         return Err(Error::argument("source of a read", found, format!("inside {} bytes", from.buffer.bytes())));
     }
-    let skip = from.offset % 4;
+    let skip = if from.bytes == 0 { 0 } else { from.offset % 4 };
     let (begin, end) = (from.offset - skip, (from.offset + from.bytes).next_multiple_of(4));
     let part = PART.min(shared.limits.max_buffer_size / 16 * 16).max(16);
     let mut parts = Vec::new();

@@ -25,7 +25,7 @@ const IN_FLIGHT: usize = 3;
 const SLOTS: usize = 1024;
 /// A device that has not answered for so long has failed: no submission takes a hundredth of it.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);
-/// Predicted work below this says more about overheads than about the rate.
+/// Nanoseconds of work; less says more about overheads than about the rate.
 const LEAST_TO_LEARN: f64 = 1e6;
 
 /// Nanoseconds per unit of a launch's work.
@@ -66,6 +66,8 @@ struct Submission {
     index: wgpu::SubmissionIndex,
     done: Arc<AtomicBool>,
     submitted: Instant,
+    /// When it ended, where it ran inside the call that submitted it, as on some software drivers.
+    ended: Option<Instant>,
     /// Nothing was under way when it was submitted.
     alone: bool,
     /// Predicted nanoseconds: of its dispatches as such, and of each variant's work.
@@ -112,11 +114,12 @@ impl State {
         let Some(submission) = self.in_flight.pop_front() else { return Ok(None) };
         // A failed poll shows in the wait below.
         let _ = shared.device.poll(wgpu::PollType::Poll);
-        let was_done = submission.done.load(Ordering::Acquire);
-        if !was_done {
+        // When it ended is known if this thread saw it end: here, or inside the submission itself.
+        let was_done = submission.ended.is_none() && submission.done.load(Ordering::Acquire);
+        if !was_done && submission.ended.is_none() {
             shared.wait(Some(submission.index))?;
         }
-        let end = Instant::now();
+        let end = submission.ended.unwrap_or_else(Instant::now);
         let start = match self.last_end {
             Some(last) => Some(last.max(submission.submitted)),
             None if submission.alone => Some(submission.submitted),
@@ -125,10 +128,9 @@ impl State {
         self.last_end = (!was_done).then_some(end);
         let Some(took) = start.map(|start| end - start) else { return Ok(None) };
         let predicted: f64 = submission.predicted.iter().map(|(_, ns)| ns).sum();
+        let measured = (took.as_nanos() as f64 - submission.overhead).max(0.05 * predicted);
         // The end of a submission that was done before is only known to be no later than now.
-        let faster = (took.as_nanos() as f64) < predicted + submission.overhead;
-        if predicted > LEAST_TO_LEARN && (!was_done || faster) {
-            let measured = (took.as_nanos() as f64 - submission.overhead).max(0.05 * predicted);
+        if predicted > 0.0 && measured.max(predicted) > LEAST_TO_LEARN && (!was_done || measured < predicted) {
             let ratio = (measured / predicted).clamp(0.05, 20.0);
             for (pipeline, ns) in &submission.predicted {
                 // A variant answers for the share that was predicted for it.
@@ -262,10 +264,13 @@ impl<'a> Batch<'a> {
         let done = Arc::new(AtomicBool::new(false));
         let flag = done.clone();
         shared.queue.on_submitted_work_done(move || flag.store(true, Ordering::Release));
+        let _ = shared.device.poll(wgpu::PollType::Poll);
+        let ended = done.load(Ordering::Acquire).then(Instant::now);
         state.in_flight.push_back(Submission {
             index,
             done,
             submitted,
+            ended,
             alone,
             overhead: std::mem::take(&mut self.overhead),
             predicted: std::mem::take(&mut self.predicted),
