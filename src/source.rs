@@ -34,7 +34,7 @@ use crate::kernel::{Field, Kernel, Scalar};
 use crate::tune::{self, Caps, Class};
 
 /// What a variant may use beyond WebGPU's defaults.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Features {
     /// Subgroup operations.
     pub subgroups: bool,

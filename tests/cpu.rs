@@ -828,9 +828,9 @@ fn swiglu_argmax_copy_and_fill() {
     let src: Vec<u32> = (0..10_000).collect();
     let (vs, vd) = (b.words(&src), b.words(&vec![7; 10_000]));
     run(&b, |p| {
-        let params = WordsParams { n: 9000, from: 500, to: 900, word: 0 };
+        let params = WordsParams { n: 9000, src_off: 500, dst_off: 900, word: 0 };
         p.launch(&COPY, WordsConsts { block: 1000 }, params, &[&vs, &vd], [9, 1, 1], 1 << 20);
-        let params = WordsParams { n: 3, from: 0, to: 1000, word: 42 };
+        let params = WordsParams { n: 3, src_off: 0, dst_off: 1000, word: 42 };
         p.launch(&FILL, WordsConsts { block: 1000 }, params, &[&vd], [1, 1, 1], 1 << 20);
     })
     .unwrap();
