@@ -1,1 +1,3 @@
+mod parse;
+mod tools;
 fn main() {}
