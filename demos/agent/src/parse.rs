@@ -36,6 +36,8 @@ use serde_json::{Map, Value};
 
 use crate::tools::Spec;
 
+pub use body::types;
+
 /// What the stream turned out to hold.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
