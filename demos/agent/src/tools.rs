@@ -30,7 +30,8 @@ pub struct Spec {
 impl Spec {
     /// A tool with these parameters: name, schema, whether required.
     pub fn new(name: &str, description: &str, parameters: &[(&str, Value, bool)]) -> Self {
-        let properties: Map<String, Value> = parameters.iter().map(|(key, schema, _)| (key.to_string(), schema.clone())).collect();
+        let properties: Map<String, Value> =
+            parameters.iter().map(|(key, schema, _)| (key.to_string(), schema.clone())).collect();
         let required: Vec<&str> = parameters.iter().filter(|(.., required)| *required).map(|(key, ..)| *key).collect();
         Spec {
             name: name.to_string(),
@@ -63,11 +64,19 @@ impl Spec {
             let schema = &properties[key];
             let types = types(Some(schema));
             if !types.is_empty() && !types.iter().any(|kind| is_a(value, kind)) {
-                return Err(format!("the parameter {key:?} of {} must be of type {}, not {value}", self.name, types.join(" or ")));
+                return Err(format!(
+                    "the parameter {key:?} of {} must be of type {}, not {value}",
+                    self.name,
+                    types.join(" or ")
+                ));
             }
             if let Some(choices) = schema["enum"].as_array().filter(|choices| !choices.contains(value)) {
                 let choices: Vec<String> = choices.iter().map(Value::to_string).collect();
-                return Err(format!("the parameter {key:?} of {} must be one of {}, not {value}", self.name, choices.join(", ")));
+                return Err(format!(
+                    "the parameter {key:?} of {} must be one of {}, not {value}",
+                    self.name,
+                    choices.join(", ")
+                ));
             }
         }
         Ok(())
@@ -165,7 +174,10 @@ impl Toolbox {
                 Err(RecvTimeoutError::Disconnected) => return Outcome::failed("the tool ended without an answer"),
                 Err(RecvTimeoutError::Timeout) if stop() => return Outcome::failed("the user interrupted the tool"),
                 Err(RecvTimeoutError::Timeout) if begin.elapsed() >= self.time_limit => {
-                    return Outcome::failed(format!("the tool did not answer within {:.1} s", self.time_limit.as_secs_f64()));
+                    return Outcome::failed(format!(
+                        "the tool did not answer within {:.1} s",
+                        self.time_limit.as_secs_f64()
+                    ));
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -207,7 +219,9 @@ mod tests {
     }
 
     fn run(name: &str, arguments: Value, stop: bool) -> String {
-        let toolbox = Toolbox::new(vec![Arc::new(Odd)], Duration::from_millis(200));
+        // Telling of a panic takes its time.
+        let limit = if arguments["how"] == "hang" { 200 } else { 60_000 };
+        let toolbox = Toolbox::new(vec![Arc::new(Odd)], Duration::from_millis(limit));
         let call = Call { name: name.into(), arguments: arguments.as_object().unwrap().clone() };
         toolbox.run(&call, &|| stop).text
     }

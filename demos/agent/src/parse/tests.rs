@@ -14,7 +14,10 @@ fn tools() -> Arc<[Spec]> {
     };
     Arc::new([
         spec("note", json!({"text": {"type": "string"}, "tag": {"type": "string"}})),
-        spec("add", json!({"a": {"type": "integer"}, "b": {"type": "number"}, "exact": {"type": "boolean"}, "list": {"type": "array"}})),
+        spec(
+            "add",
+            json!({"a": {"type": "integer"}, "b": {"type": "number"}, "exact": {"type": "boolean"}, "list": {"type": "array"}}),
+        ),
         spec("clock", json!({})),
     ])
 }
@@ -120,7 +123,8 @@ fn values_hold_markup() {
         "\n\n",
         "",
     ] {
-        let out = format!("<tool_call>\n<function=note>\n<parameter=text>\n{value}\n</parameter>\n</function>\n</tool_call>");
+        let out =
+            format!("<tool_call>\n<function=note>\n<parameter=text>\n{value}\n</parameter>\n</function>\n</tool_call>");
         assert_eq!(parse(&out, false), call("note", json!({ "text": value })), "{value}");
     }
 }
@@ -188,7 +192,15 @@ fn values_are_typed_by_the_schema() {
 #[test]
 fn time_grows_with_length_alone() {
     let patterns = [
-        "<", "<tool_call>", "<tool_call> ", "</parameter>", "</parameter>\n<parameter=a>", "</function>", "\n", " <function=note", "x",
+        "<",
+        "<tool_call>",
+        "<tool_call> ",
+        "</parameter>",
+        "</parameter>\n<parameter=a>",
+        "</function>",
+        "\n",
+        " <function=note",
+        "x",
         "</parameter></function></tool_call>",
     ];
     for head in ["", "<tool_call><function=note><parameter=text>"] {
@@ -213,9 +225,36 @@ fn time_grows_with_length_alone() {
 fn markup() -> impl Strategy<Value = String> {
     let piece = prop_oneof![
         prop::sample::select(vec![
-            "<tool_call>", "</tool_call>", "<function=note>", "<function=add>", "<function=", "</function>", "<parameter=text>",
-            "<parameter=tag>", "<parameter=zzz>", "<parameter=", "</parameter>", "<think>", "</think>", "<", "</", ">", "\n", " ", "\r\n",
-            "<tool_", "é", "日本", "🙂", "\u{301}", "\0", "{", "}", "\"", "1", "True",
+            "<tool_call>",
+            "</tool_call>",
+            "<function=note>",
+            "<function=add>",
+            "<function=",
+            "</function>",
+            "<parameter=text>",
+            "<parameter=tag>",
+            "<parameter=zzz>",
+            "<parameter=",
+            "</parameter>",
+            "<think>",
+            "</think>",
+            "<",
+            "</",
+            ">",
+            "\n",
+            " ",
+            "\r\n",
+            "<tool_",
+            "é",
+            "日本",
+            "🙂",
+            "\u{301}",
+            "\0",
+            "{",
+            "}",
+            "\"",
+            "1",
+            "True",
         ])
         .prop_map(str::to_string),
         "[a-z <>/=\\n]{0,6}",

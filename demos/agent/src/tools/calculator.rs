@@ -248,7 +248,12 @@ impl Parser<'_> {
 }
 
 /// Exactly if both are whole and the exact result exists, else in floats.
-fn both(a: Number, b: Number, exact: impl Fn(i128, i128) -> Option<i128>, real: impl Fn(f64, f64) -> f64) -> Result<Number, String> {
+fn both(
+    a: Number,
+    b: Number,
+    exact: impl Fn(i128, i128) -> Option<i128>,
+    real: impl Fn(f64, f64) -> f64,
+) -> Result<Number, String> {
     if let (Whole(a), Whole(b)) = (a, b) {
         if let Some(n) = exact(a, b) {
             return Ok(Whole(n));
@@ -313,7 +318,9 @@ fn apply(name: &str, values: &[Number]) -> Result<Number, String> {
             let scale = 10f64.powf(digits.real().clamp(0.0, 15.0).trunc());
             Real((x.real() * scale).round() / scale)
         }
-        (_, &[x]) => Real(of_one(name, x.real()).ok_or_else(|| format!("there is no function {name:?} of one argument"))?),
+        (_, &[x]) => {
+            Real(of_one(name, x.real()).ok_or_else(|| format!("there is no function {name:?} of one argument"))?)
+        }
         _ => return Err(format!("there is no function {name:?} of {} arguments", values.len())),
     };
     Ok(value)

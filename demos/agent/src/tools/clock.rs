@@ -10,14 +10,16 @@ pub struct Clock;
 
 impl Tool for Clock {
     fn spec(&self) -> Spec {
-        let zone = json!({"type": "string", "description": "IANA name such as Europe/Berlin; the user's own when left out"});
+        let zone =
+            json!({"type": "string", "description": "IANA name such as Europe/Berlin; the user's own when left out"});
         Spec::new("clock", "The current date, weekday and time.", &[("time_zone", zone, false)])
     }
 
     fn call(&self, arguments: &Map<String, Value>) -> Result<String, String> {
         let zone = match arguments.get("time_zone").and_then(Value::as_str).map(str::trim) {
             None | Some("") => TimeZone::system(),
-            Some(name) => TimeZone::get(name).map_err(|_| format!("no time zone is called {name:?}; use a name such as Asia/Tokyo"))?,
+            Some(name) => TimeZone::get(name)
+                .map_err(|_| format!("no time zone is called {name:?}; use a name such as Asia/Tokyo"))?,
         };
         let now = Timestamp::now().to_zoned_datetime(zone);
         Ok(now.strftime("%A, %Y-%m-%d %H:%M:%S %:z (%Z)").to_string())

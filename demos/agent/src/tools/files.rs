@@ -51,10 +51,14 @@ impl Folder {
                 Component::Normal(name) => inside.push(name),
                 Component::CurDir => {}
                 Component::ParentDir => {
-                    return Err(format!("{path:?} is refused: \"..\" is not allowed, only files inside the shared folder can be read"));
+                    return Err(format!(
+                        "{path:?} is refused: \"..\" is not allowed, only files inside the shared folder can be read"
+                    ));
                 }
                 Component::RootDir | Component::Prefix(_) => {
-                    return Err(format!("{path:?} is refused: only paths relative to the shared folder are allowed, such as \"notes/todo.txt\""));
+                    return Err(format!(
+                        "{path:?} is refused: only paths relative to the shared folder are allowed, such as \"notes/todo.txt\""
+                    ));
                 }
             }
         }
@@ -65,7 +69,9 @@ impl Folder {
         match why.kind() {
             ErrorKind::NotFound => format!("there is no {path:?} in the shared folder"),
             // What cap-std says of a link that leads out is a permission error too.
-            ErrorKind::PermissionDenied => format!("{path:?} is refused: it cannot be read, or it leads out of the shared folder"),
+            ErrorKind::PermissionDenied => {
+                format!("{path:?} is refused: it cannot be read, or it leads out of the shared folder")
+            }
             _ => format!("{path:?} cannot be read: {why}"),
         }
     }
@@ -176,7 +182,8 @@ pub struct ListFiles(pub Arc<Folder>);
 
 impl Tool for ListFiles {
     fn spec(&self) -> Spec {
-        let path = json!({"type": "string", "description": "relative to the shared folder; the folder itself when left out"});
+        let path =
+            json!({"type": "string", "description": "relative to the shared folder; the folder itself when left out"});
         Spec::new("list_files", "Lists the files and folders in the shared folder.", &[("path", path, false)])
     }
 
@@ -244,7 +251,10 @@ mod tests {
         assert_eq!(folder.read("a.txt", 3, 9).unwrap(), "three\n[lines 3 to 3 of 3]");
         assert_eq!(folder.read("a.txt", 9, 9).unwrap(), "[the file has only 3 lines]");
         assert_eq!(folder.read("empty", 1, 9).unwrap(), "[the file is empty]");
-        assert_eq!(folder.read("latin1", 1, 9).unwrap(), "caf\u{fffd}\n[not valid UTF-8: bad bytes are shown as \u{fffd}]");
+        assert_eq!(
+            folder.read("latin1", 1, 9).unwrap(),
+            "caf\u{fffd}\n[not valid UTF-8: bad bytes are shown as \u{fffd}]"
+        );
     }
 
     #[test]
@@ -260,13 +270,20 @@ mod tests {
     fn nothing_outside_is_reached() {
         let (outer, folder) = folder();
         let absolute = outer.path().join("secret").display().to_string();
-        for path in ["../secret", "../../etc/passwd", "sub/../../secret", "..", "sub/..", "/etc/passwd", "/", &absolute] {
+        for path in ["../secret", "../../etc/passwd", "sub/../../secret", "..", "sub/..", "/etc/passwd", "/", &absolute]
+        {
             for result in [folder.read(path, 1, 9), folder.list(path)] {
                 let why = result.unwrap_err();
                 assert!(why.contains("refused") && why.contains(path), "{path}: {why}");
             }
         }
-        for (path, expected) in [("nothing", "no \"nothing\""), ("sub", "is a folder"), ("", "itself"), ("a.txt/x", "a.txt/x"), ("binary", "binary")] {
+        for (path, expected) in [
+            ("nothing", "no \"nothing\""),
+            ("sub", "is a folder"),
+            ("", "itself"),
+            ("a.txt/x", "a.txt/x"),
+            ("binary", "binary"),
+        ] {
             let why = folder.read(path, 1, 9).unwrap_err();
             assert!(why.contains(expected), "{path}: {why}");
         }

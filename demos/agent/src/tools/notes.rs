@@ -67,9 +67,11 @@ impl Notes {
     }
 
     fn store(&self, notes: &[Note], next: u64) -> Result<(), String> {
-        let notes: Vec<Value> = notes.iter().map(|note| json!({"id": note.id, "time": note.time, "text": note.text})).collect();
+        let notes: Vec<Value> =
+            notes.iter().map(|note| json!({"id": note.id, "time": note.time, "text": note.text})).collect();
         let text = format!("{:#}\n", json!({"next": next, "notes": notes}));
-        replace(&self.path, text.as_bytes()).map_err(|why| format!("the notes in {} cannot be written: {why}", self.path.display()))
+        replace(&self.path, text.as_bytes())
+            .map_err(|why| format!("the notes in {} cannot be written: {why}", self.path.display()))
     }
 
     fn add(&self, text: &str) -> Result<String, String> {
@@ -80,7 +82,11 @@ impl Notes {
         if notes.len() >= COUNT_LIMIT {
             return Err(format!("there are {} notes, no more are taken; delete some first", notes.len()));
         }
-        notes.push(Note { id: next, time: ZonedDateTime::now().strftime("%Y-%m-%d %H:%M").to_string(), text: text.to_string() });
+        notes.push(Note {
+            id: next,
+            time: ZonedDateTime::now().strftime("%Y-%m-%d %H:%M").to_string(),
+            text: text.to_string(),
+        });
         self.store(&notes, next.saturating_add(1))?;
         Ok(format!("Saved as note {next}."))
     }
@@ -107,7 +113,10 @@ impl Notes {
         let (mut notes, next) = self.load()?;
         let Some(at) = notes.iter().position(|note| note.id == id) else {
             let ids: Vec<String> = notes.iter().map(|note| note.id.to_string()).collect();
-            return Err(format!("there is no note {id}; there are: {}", if ids.is_empty() { "none".into() } else { ids.join(", ") }));
+            return Err(format!(
+                "there is no note {id}; there are: {}",
+                if ids.is_empty() { "none".into() } else { ids.join(", ") }
+            ));
         };
         let note = notes.remove(at);
         self.store(&notes, next)?;
@@ -171,9 +180,15 @@ mod tests {
         assert_eq!(call(&notes, json!({"action": "add", "text": "Call Ann"})).unwrap(), "Saved as note 2.");
         let notes = Notes::new(path.clone());
         let all = call(&notes, json!({"action": "list"})).unwrap();
-        assert!(all.starts_with("1 (") && all.contains("): Buy <milk> & Käse\n2 (") && all.ends_with("): Call Ann"), "{all}");
+        assert!(
+            all.starts_with("1 (") && all.contains("): Buy <milk> & Käse\n2 (") && all.ends_with("): Call Ann"),
+            "{all}"
+        );
         assert!(call(&notes, json!({"action": "search", "text": "MILK buy"})).unwrap().starts_with("1 ("));
-        assert_eq!(call(&notes, json!({"action": "search", "text": "bread"})).unwrap(), "None of the 2 notes contains \"bread\".");
+        assert_eq!(
+            call(&notes, json!({"action": "search", "text": "bread"})).unwrap(),
+            "None of the 2 notes contains \"bread\"."
+        );
         assert!(call(&notes, json!({"action": "delete", "id": 2})).unwrap().starts_with("Deleted note 2 ("));
         assert_eq!(call(&notes, json!({"action": "delete", "id": 2})).unwrap_err(), "there is no note 2; there are: 1");
         assert_eq!(call(&notes, json!({"action": "add", "text": "third"})).unwrap(), "Saved as note 3.");
@@ -184,10 +199,14 @@ mod tests {
     fn a_malformed_file_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("notes.json");
-        for content in ["", "{", "[]", "{\"notes\": [1]}", "{\"notes\": [{\"id\": -1, \"time\": \"\", \"text\": \"\"}]}", "\u{0}"] {
+        for content in
+            ["", "{", "[]", "{\"notes\": [1]}", "{\"notes\": [{\"id\": -1, \"time\": \"\", \"text\": \"\"}]}", "\u{0}"]
+        {
             fs::write(&path, content).unwrap();
             let notes = Notes::new(path.clone());
-            for action in [json!({"action": "add", "text": "x"}), json!({"action": "list"}), json!({"action": "delete", "id": 1})] {
+            for action in
+                [json!({"action": "add", "text": "x"}), json!({"action": "list"}), json!({"action": "delete", "id": 1})]
+            {
                 assert!(call(&notes, action).unwrap_err().contains("malformed"), "{content}");
             }
             assert_eq!(fs::read_to_string(&path).unwrap(), content);

@@ -1,0 +1,272 @@
+//! The conversation: asks the model, runs the tools it calls, feeds their answers back, until the model answers.
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use crate::engine::{End, Engine, Step};
+use crate::event::{Event, Reason, Sink, Summary};
+use crate::parse::{self, Broken, Call, Parser};
+use crate::repeat::Repeat;
+use crate::tools::{Outcome, Spec, Toolbox};
+
+/// Prompts that one question may lead to.
+pub const ROUND_LIMIT: usize = 8;
+/// Calls in one piece of output; what follows is not waited for.
+const CALL_LIMIT: usize = 16;
+/// An identical call is run so often for one question,
+const SAME_LIMIT: usize = 2;
+/// and so many further ones are refused before the answer is ended.
+const REFUSAL_LIMIT: usize = 2;
+
+/// What the user can choose.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The system text.
+    pub system: Option<String>,
+    /// Whether the model reasons first; `None` leaves it to the model.
+    pub thinking: Option<bool>,
+    /// Tokens written for one question, over all rounds.
+    pub max_tokens: usize,
+}
+
+/// A model, its tools and a conversation.
+pub struct Agent<E> {
+    engine: E,
+    toolbox: Toolbox,
+    specs: Arc<[Spec]>,
+    tools: Vec<Value>,
+    messages: Vec<Value>,
+    raw: String,
+    /// May be changed between questions.
+    pub options: Options,
+}
+
+/// What one piece of output held.
+#[derive(Default)]
+struct Output {
+    reasoning: String,
+    text: String,
+    calls: Vec<Result<Call, Broken>>,
+}
+
+impl<E: Engine> Agent<E> {
+    /// A new conversation.
+    pub fn new(engine: E, toolbox: Toolbox, options: Options) -> Self {
+        let specs: Arc<[Spec]> = toolbox.specs().into();
+        let tools = specs.iter().map(Spec::to_json).collect();
+        let mut agent = Agent { engine, toolbox, specs, tools, messages: Vec::new(), raw: String::new(), options };
+        agent.clear();
+        agent
+    }
+
+    /// Forgets the conversation.
+    pub fn clear(&mut self) {
+        self.messages.clear();
+        if let Some(system) = &self.options.system {
+            self.messages.push(json!({"role": "system", "content": system}));
+        }
+    }
+
+    /// What the model is told about its tools.
+    pub fn specs(&self) -> &[Spec] {
+        &self.specs
+    }
+
+    /// All that the model wrote for the last question, as it wrote it; rounds are separated by an empty line.
+    pub fn raw(&self) -> &str {
+        &self.raw
+    }
+
+    /// Answers a question. `stop` is asked throughout whether the user wants it to end.
+    ///
+    /// # Errors
+    /// Whatever the engine or the sink gives; the conversation is then as it was before.
+    pub fn answer(&mut self, question: &str, stop: &dyn Fn() -> bool, sink: &mut dyn Sink) -> Result<Summary> {
+        let before = self.messages.len();
+        self.raw.clear();
+        self.messages.push(json!({"role": "user", "content": question}));
+        let mut summary = Summary::default();
+        match self.rounds(stop, sink, &mut summary) {
+            Ok(reason) => summary.reason = reason,
+            Err(why) => {
+                self.messages.truncate(before);
+                return Err(why);
+            }
+        }
+        if self.raw.trim().is_empty() {
+            // A question without an answer would only confuse the next one.
+            self.messages.truncate(before);
+        }
+        Ok(summary)
+    }
+
+    fn rounds(&mut self, stop: &dyn Fn() -> bool, sink: &mut dyn Sink, summary: &mut Summary) -> Result<Reason> {
+        let mut made: HashMap<String, usize> = HashMap::new();
+        let mut refused = 0;
+        for round in 1..=ROUND_LIMIT {
+            let (output, reason) = self.round(stop, sink, summary)?;
+            if reason != Reason::Stop || output.calls.is_empty() {
+                return Ok(reason);
+            }
+            if round == ROUND_LIMIT {
+                break;
+            }
+            for item in &output.calls {
+                let outcome = match item {
+                    _ if stop() => Outcome::failed("the user interrupted before this call"),
+                    Err(broken) => Outcome::failed(format!("this call was not understood: {}", broken.why)),
+                    Ok(call) => {
+                        let times = made.entry(json!([call.name, call.arguments]).to_string()).or_default();
+                        *times += 1;
+                        if *times > SAME_LIMIT {
+                            refused += 1;
+                            let why = format!(
+                                "not run again: this is call number {times} of {} with the same arguments. Answer with what you know.",
+                                call.name
+                            );
+                            self.refuse(call, why, sink)?
+                        } else {
+                            summary.tool_calls += 1;
+                            self.run(call, stop, sink)?
+                        }
+                    }
+                };
+                let mut text = defuse(&outcome.text);
+                if round + 1 == ROUND_LIMIT {
+                    text += "\n[No further calls are possible. Answer now.]";
+                }
+                self.messages.push(json!({"role": "tool", "content": text}));
+            }
+            if stop() {
+                return Ok(Reason::Interrupted);
+            }
+            if refused > REFUSAL_LIMIT {
+                return Ok(Reason::ToolLimit);
+            }
+            if summary.generated_tokens >= self.options.max_tokens {
+                return Ok(Reason::Length);
+            }
+        }
+        Ok(Reason::ToolLimit)
+    }
+
+    /// One prompt and what the model makes of it, which joins the conversation.
+    fn round(
+        &mut self,
+        stop: &dyn Fn() -> bool,
+        sink: &mut dyn Sink,
+        summary: &mut Summary,
+    ) -> Result<(Output, Reason)> {
+        let prompt = self.engine.render(&self.messages, &self.tools, self.options.thinking)?;
+        let mut parser = Parser::new(self.specs.clone(), prompt.trim_end().ends_with("<think>"));
+        let mut output = Output::default();
+        let mut repeat = Repeat::new();
+        let mut ours = None;
+        let budget = self.options.max_tokens.saturating_sub(summary.generated_tokens);
+        let answer = self.engine.generate(&prompt, budget, &mut |step| {
+            match step {
+                Step::Read { done, total, reused } => sink.event(Event::Prefill { done, total, reused })?,
+                Step::Rest { text } => output.take(parser.push(text), sink)?,
+                Step::Wrote { id, text } => {
+                    output.take(parser.push(text), sink)?;
+                    if repeat.push(id) {
+                        ours = Some(Reason::Repetition);
+                    } else if output.calls.len() >= CALL_LIMIT {
+                        ours = Some(Reason::Stop);
+                    }
+                }
+            }
+            Ok(ours.is_none() && !stop())
+        })?;
+        output.take(parser.finish(), sink)?;
+        summary.prompt_tokens = answer.prompt;
+        summary.read_tokens += answer.prompt.saturating_sub(answer.reused);
+        summary.reused_tokens += answer.reused;
+        summary.generated_tokens += answer.wrote;
+        summary.decoded_tokens += answer.decoded;
+        summary.prefill += answer.reading;
+        summary.decode += answer.writing;
+        if !self.raw.is_empty() {
+            self.raw.push_str("\n\n");
+        }
+        self.raw.push_str(parser.raw());
+        let reason = match answer.end {
+            End::Stop => Reason::Stop,
+            End::Budget => Reason::Length,
+            End::Context => Reason::Context,
+            End::Cancelled => ours.unwrap_or(Reason::Interrupted),
+        };
+        if !parser.raw().trim().is_empty() {
+            self.messages.push(output.message(parser.raw(), reason));
+        }
+        Ok((output, reason))
+    }
+
+    fn run(&self, call: &Call, stop: &dyn Fn() -> bool, sink: &mut dyn Sink) -> Result<Outcome> {
+        sink.event(Event::ToolCall(call))?;
+        let outcome = self.toolbox.run(call, stop);
+        sink.event(Event::ToolResult(&call.name, &outcome))?;
+        Ok(outcome)
+    }
+
+    fn refuse(&self, call: &Call, why: String, sink: &mut dyn Sink) -> Result<Outcome> {
+        let outcome = Outcome::failed(why);
+        sink.event(Event::ToolCall(call))?;
+        sink.event(Event::ToolResult(&call.name, &outcome))?;
+        Ok(outcome)
+    }
+}
+
+impl Output {
+    fn take(&mut self, events: Vec<parse::Event>, sink: &mut dyn Sink) -> Result<()> {
+        for event in events {
+            match event {
+                parse::Event::Reasoning(text) => {
+                    sink.event(Event::Reasoning(&text))?;
+                    self.reasoning += &text;
+                }
+                parse::Event::Text(text) => {
+                    sink.event(Event::Token(&text))?;
+                    self.text += &text;
+                }
+                parse::Event::Opening(name) => sink.event(Event::Opening(&name))?,
+                parse::Event::Call(call) => self.calls.push(Ok(call)),
+                parse::Event::Broken(broken) => {
+                    sink.event(Event::BrokenCall(&broken))?;
+                    self.calls.push(Err(broken));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The assistant's turn as chat templates take it. What could not be parsed, and calls that will not be made, stay as they
+    /// were written.
+    fn message(&self, raw: &str, reason: Reason) -> Value {
+        if reason != Reason::Stop && !self.calls.is_empty() || self.calls.iter().any(Result::is_err) {
+            return json!({"role": "assistant", "content": raw});
+        }
+        let mut message = json!({"role": "assistant", "content": self.text});
+        if !self.reasoning.is_empty() {
+            message["reasoning_content"] = json!(self.reasoning);
+        }
+        if !self.calls.is_empty() {
+            let calls = self.calls.iter().flatten();
+            message["tool_calls"] = calls
+                .map(|call| json!({"type": "function", "function": {"name": call.name, "arguments": call.arguments}}))
+                .collect();
+        }
+        message
+    }
+}
+
+/// A tool's answer without the markers of the chat format, which would end its turn and begin another.
+fn defuse(text: &str) -> String {
+    text.replace("<|", "< |").replace("</tool_response", "< /tool_response")
+}

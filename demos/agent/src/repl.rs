@@ -1,0 +1,127 @@
+//! The conversation at the terminal, or over lines of the standard input.
+
+use std::io::{self, BufRead};
+use std::process::ExitCode;
+
+use anyhow::Result;
+use rustyline::{DefaultEditor, error::ReadlineError};
+
+use crate::agent::Agent;
+use crate::engine::Engine;
+use crate::event::{Event, Sink};
+use crate::interrupt::Interrupt;
+use crate::ui::{interactive, visible};
+
+const HELP: &str = "\
+  /help            this list
+  /tools           what the model can call
+  /device          the devices that were found, and why this one runs
+  /clear           forgets the conversation
+  /think on|off    lets the model reason before it answers, or not; /think auto leaves it to the model
+  /raw             all that the model wrote for the last question, as it wrote it
+  /exit            ends the program; so does Ctrl-D, or Ctrl-C twice
+Ctrl-C during an answer stops the answer. Anything else is a question.";
+
+/// Converses until the user has enough.
+///
+/// # Errors
+/// If the terminal fails. A failed answer is reported and the conversation goes on.
+pub fn run<E: Engine>(
+    agent: &mut Agent<E>,
+    sink: &mut dyn Sink,
+    interrupt: &Interrupt,
+    json: bool,
+    account: &str,
+) -> Result<ExitCode> {
+    if json || !interactive() {
+        for line in io::stdin().lock().lines() {
+            let line = line?;
+            if !line.trim().is_empty() {
+                ask(agent, &line, sink, interrupt)?;
+            }
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("Type a question, or /help.");
+    let mut editor = DefaultEditor::new()?;
+    let mut leaving = false;
+    loop {
+        let line = match editor.readline("\n> ") {
+            Ok(line) => line,
+            Err(ReadlineError::Interrupted) if leaving => break,
+            Err(ReadlineError::Interrupted) => {
+                leaving = true;
+                eprintln!("Ctrl-C again or /exit ends the program.");
+                continue;
+            }
+            Err(ReadlineError::Eof) => break,
+            Err(why) => return Err(why.into()),
+        };
+        leaving = false;
+        let line = line.trim();
+        if line.is_empty() {
+            continue;
+        }
+        editor.add_history_entry(line)?;
+        match line.strip_prefix('/') {
+            Some(command) => {
+                if !obey(agent, command, account) {
+                    break;
+                }
+            }
+            None => ask(agent, line, sink, interrupt)?,
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn ask<E: Engine>(agent: &mut Agent<E>, line: &str, sink: &mut dyn Sink, interrupt: &Interrupt) -> Result<()> {
+    match interrupt.during(|stop| agent.answer(line, stop, sink)) {
+        Ok(summary) => sink.event(Event::Done(&summary))?,
+        // Nobody reads any more.
+        Err(why) if why.is::<io::Error>() => return Err(why),
+        Err(why) => sink.event(Event::Error(&format!("{why:#}")))?,
+    }
+    Ok(())
+}
+
+/// Does what a command says; false if that is to end.
+fn obey<E: Engine>(agent: &mut Agent<E>, command: &str, account: &str) -> bool {
+    let words: Vec<&str> = command.split_whitespace().collect();
+    match words.as_slice() {
+        ["exit" | "quit" | "q"] => return false,
+        ["help" | "?"] => println!("{HELP}"),
+        ["tools"] if agent.specs().is_empty() => println!("The model has no tools."),
+        ["tools"] => {
+            for spec in agent.specs() {
+                println!("  {:<12} {}", spec.name, spec.description);
+            }
+        }
+        ["device"] => println!("{account}"),
+        ["clear"] => {
+            agent.clear();
+            println!("The conversation is forgotten.");
+        }
+        ["think"] => println!("Reasoning is {}.", thinking(agent.options.thinking)),
+        ["think", word @ ("on" | "off" | "auto")] => {
+            agent.options.thinking = match *word {
+                "on" => Some(true),
+                "off" => Some(false),
+                _ => None,
+            };
+            println!("Reasoning is {}.", thinking(agent.options.thinking));
+        }
+        ["raw"] if agent.raw().is_empty() => println!("The model has not written anything yet."),
+        ["raw"] => println!("{}", visible(agent.raw())),
+        _ => println!("There is no command /{command}; /help lists those there are."),
+    }
+    true
+}
+
+fn thinking(thinking: Option<bool>) -> &'static str {
+    match thinking {
+        Some(true) => "on",
+        Some(false) => "off",
+        None => "left to the model",
+    }
+}
