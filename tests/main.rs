@@ -10,6 +10,14 @@ mod naive;
 mod ops;
 mod plan;
 #[cfg(feature = "qwen")]
+mod qwen;
+#[cfg(feature = "qwen")]
+mod qwen_bad;
+#[cfg(feature = "qwen")]
+mod qwen_naive;
+#[cfg(feature = "qwen")]
+mod qwen_sample;
+#[cfg(feature = "qwen")]
 mod qwen_text;
 mod util;
 #[cfg(feature = "webgpu")]

@@ -30,6 +30,13 @@ impl Tokenizer {
         if !matches!(tokenizer.get_decoder(), Some(tokenizers::DecoderWrapper::ByteLevel(_))) {
             return Err(Error::load(path, "its decoder is not ByteLevel"));
         }
+        // The library numbers added tokens itself where the file's numbers leave gaps; the model knows the file's.
+        let listed: AddedTokens = serde_json::from_slice(&json).map_err(|e| Error::load(path, e))?;
+        for AddedToken { id, content } in listed.added_tokens {
+            if tokenizer.token_to_id(&content) != Some(id) {
+                return Err(Error::load(path, format!("added token {content:?} cannot have id {id}: ids have gaps")));
+            }
+        }
         let of_char = byte_of_char();
         let mut bytes = vec![None; vocab as usize];
         for (token, id) in tokenizer.get_vocab(true) {
@@ -87,6 +94,19 @@ impl Tokenizer {
     pub fn is_special(&self, id: u32) -> bool {
         self.inner.special.get(id as usize).copied().unwrap_or(false)
     }
+}
+
+/// The part of `tokenizer.json` that the library does not take literally.
+#[derive(serde::Deserialize)]
+struct AddedTokens {
+    #[serde(default)]
+    added_tokens: Vec<AddedToken>,
+}
+
+#[derive(serde::Deserialize)]
+struct AddedToken {
+    id: u32,
+    content: String,
 }
 
 impl std::fmt::Debug for Tokenizer {
