@@ -6,7 +6,7 @@
 var<workgroup> best_value: array<f32, LANES>;
 var<workgroup> best_index: array<u32, LANES>;
 
-/// NaN loses every comparison. A row without a number ends with index 0.
+/// NaN loses every comparison. A row without a number ends with index 0xffffffff.
 fn wins(value: f32, index: u32, other: f32, other_index: u32) -> bool {
     return value > other || (value == other && index < other_index);
 }
@@ -46,6 +46,6 @@ fn argmax(thread: Thread) {
         workgroupBarrier();
     }
     if lane == 0u {
-        ids[row] = select(best_index[0], 0u, best_index[0] == 0xffffffffu);
+        ids[row] = best_index[0];
     }
 }

@@ -63,7 +63,8 @@ fn answer(model: &Model, prompt: &[u32], options: &GenerateOptions) -> (Vec<u32>
             }
             Event::Done { text, finish, timings } => {
                 all.push_str(&text);
-                assert_eq!(timings.prompt_tokens, prompt.len() as u64);
+                let read = if matches!(finish, Finish::Failed(_)) { 0 } else { prompt.len() as u64 };
+                assert_eq!(timings.prompt_tokens, read);
                 end = Some(finish);
             }
         }
@@ -285,6 +286,22 @@ fn an_answer_ends_for_every_reason() {
         .filter_map(|e| if let Event::Token { id, .. } = e { Some(id) } else { None })
         .collect();
     assert_eq!(more, prompt.greedy[3..6]);
+}
+
+#[test]
+fn nan_logits_end_an_answer_with_an_error() {
+    let sizes = Tiny { layers: "LF", hv: 2, ..Tiny::default() };
+    for device in devices() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut tensors = sizes.tensors(5, Dtype::F32);
+        tensors.get_mut("model.norm.weight").unwrap().1[3] = f32::NAN;
+        sizes.write(dir.path(), &tensors, Dtype::F32);
+        let model = Model::load(dir.path(), device.backend.clone(), &options(32, Dtype::F32)).unwrap();
+        for sampling in [Sampling::GREEDY, Sampling::default()] {
+            let (ids, _, finish) = answer(&model, &[1, 2, 3], &GenerateOptions { sampling, ..greedy(4) });
+            assert!(ids.is_empty() && matches!(finish, Finish::Failed(_)), "{} {finish:?}", device.name);
+        }
+    }
 }
 
 #[test]

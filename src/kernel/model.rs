@@ -365,7 +365,8 @@ fields! {
     }
 }
 
-/// The index of the largest number of each row; the smallest index among equals; NaN never wins.
+/// The index of the largest number of each row; the smallest index among equals; NaN never wins. A row of
+/// NaN alone gives 2^32 - 1.
 /// - x `[rows, n]` f32; ids `[rows]` u32
 /// - grid: `[rows, 1, 1]`
 pub static ARGMAX: Kernel = Kernel {

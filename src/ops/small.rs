@@ -82,7 +82,8 @@ pub fn swiglu(caps: &Caps, pass: &mut Pass, gate_up: &View, y: &View, rows: u64,
     Ok(())
 }
 
-/// The index of the largest number of each row; the smallest index among equals; NaN never wins.
+/// The index of the largest number of each row; the smallest index among equals; NaN never wins. A row of
+/// NaN alone gives 2^32 - 1.
 /// - x `[rows, n]` f32; ids `[rows]` u32
 ///
 /// # Errors

@@ -105,7 +105,7 @@ impl State {
 
 /// The rotary table of positions `start .. start + tokens`: per position `rot / 2` cosines, then `rot / 2` sines.
 ///
-/// Angles are taken in f64: at position 262143 an f32 angle is off by a hundredth of a turn.
+/// Angles are taken in f64: near position 262144 f32 tells angles apart only by sixty-fourths of a radian.
 pub(crate) fn rope(config: &Config, start: u64, tokens: u64) -> Vec<f32> {
     let rot = config.rotary as usize;
     let frequencies: Vec<f64> = (0..rot / 2).map(|j| config.rope_theta.powf(-(2.0 * j as f64) / rot as f64)).collect();

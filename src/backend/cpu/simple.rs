@@ -133,10 +133,10 @@ impl Row for Argmax<'_> {
             }
         }
         let most = most.iter().chain(tail).fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
-        let at = x.iter().position(|&x| x == most).unwrap_or(0);
+        let at = x.iter().position(|&x| x == most).map_or(u32::MAX, |at| at as u32);
         // SAFETY: this row belongs to this cell alone.
         let id = unsafe { self.ids.part(row, 1) };
-        id[0] = at as u32;
+        id[0] = at;
         Ok(())
     }
 }
