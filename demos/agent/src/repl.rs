@@ -12,7 +12,7 @@ use crate::event::{Event, Sink};
 use crate::interrupt::Interrupt;
 use crate::ui::{interactive, visible};
 
-const HELP: &str = "\
+const HELP: &str = "Commands:
   /help            this list
   /tools           what the model can call
   /device          the devices that were found, and why this one runs

@@ -185,10 +185,16 @@ impl Toolbox {
     }
 }
 
+/// As much of the text as fits into `limit` bytes.
+pub fn beginning(text: &str, limit: usize) -> &str {
+    let end = (0..=limit.min(text.len())).rev().find(|&at| text.is_char_boundary(at));
+    &text[..end.unwrap_or(0)]
+}
+
 fn shorten(mut text: String) -> String {
     if text.len() > OUTPUT_LIMIT {
         let bytes = text.len();
-        text.truncate(text.floor_char_boundary(OUTPUT_LIMIT));
+        text.truncate(beginning(&text, OUTPUT_LIMIT).len());
         text += &format!("\n[cut: the first {} of {bytes} bytes]", text.len());
     }
     text

@@ -128,9 +128,9 @@ impl Terminal {
             writeln!(self.err, "{} {}", dim.apply_to(format!("{key:<7}")), visible(&value))?;
         }
         if let Some(note) = &start.untrained {
-            let note = format!(
-                "This checkpoint is untrained: {note}. For answers, give a Qwen3.5 checkpoint with --model DIR."
-            );
+            let note = format!("This checkpoint is untrained: {note}.");
+            writeln!(self.err, "{}", self.warn.apply_to(note))?;
+            let note = "For answers, give a Qwen3.5 checkpoint with --model DIR.";
             writeln!(self.err, "{}", self.warn.apply_to(note))?;
         }
         self.err.flush()
@@ -209,15 +209,19 @@ pub fn visible(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
 }
 
+fn tokens(n: usize) -> String {
+    if n == 1 { "1 token".into() } else { format!("{n} tokens") }
+}
+
 /// Counts and speeds in one line.
 fn figures(summary: &Summary) -> String {
-    let mut parts = vec![format!("{} tokens at {:.1} tokens/s", summary.generated_tokens, summary.rate())];
+    let mut parts = vec![format!("{} written at {:.1} tokens/s", tokens(summary.generated_tokens), summary.rate())];
     let again = if summary.reused_tokens > 0 {
         format!(" ({} more were in memory)", summary.reused_tokens)
     } else {
         String::new()
     };
-    parts.push(format!("{} read in {:.2} s{again}", summary.read_tokens, summary.prefill.as_secs_f64()));
+    parts.push(format!("{} read in {:.2} s{again}", tokens(summary.read_tokens), summary.prefill.as_secs_f64()));
     match summary.tool_calls {
         0 => {}
         1 => parts.push("1 tool call".into()),
@@ -318,7 +322,7 @@ mod tests {
         assert_eq!(
             err,
             "hmm\n→ clock time_zone=\"UTC\"\n  noon\n[cut at the token budget, see --max-tokens]\n\
-            [4 tokens at 1.5 tokens/s; 0 read in 0.00 s; 1 tool call]\n"
+            [4 tokens written at 1.5 tokens/s; 0 tokens read in 0.00 s; 1 tool call]\n"
         );
     }
 

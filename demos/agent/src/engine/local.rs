@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 use gatedelta::device::{self, Account};
-use gatedelta::qwen::{Event, Finish, GenerateOptions, LayerKind, LoadOptions, Model, Sampling, Session};
+use gatedelta::qwen::{Event, Finish, GenerateOptions, LoadOptions, Model, Sampling, Session};
 use serde_json::{Value, json};
 
 use super::{Answer, End, Engine, Step};
@@ -95,11 +95,9 @@ impl Local {
             why: self.account.why.clone(),
             model: self.name.clone(),
             shape: format!(
-                "{} parameters, {} layers ({} Gated DeltaNet, {} attention), {} with a context of {} tokens",
+                "{} parameters, {} layers; {} with a context of {} tokens",
                 ui::count(config.parameters()),
                 config.layers.len(),
-                config.count(LayerKind::Linear),
-                config.count(LayerKind::Full),
                 indicatif::BinaryBytes(memory.total()),
                 memory.context,
             ),

@@ -254,10 +254,10 @@ fn both(
     exact: impl Fn(i128, i128) -> Option<i128>,
     real: impl Fn(f64, f64) -> f64,
 ) -> Result<Number, String> {
-    if let (Whole(a), Whole(b)) = (a, b) {
-        if let Some(n) = exact(a, b) {
-            return Ok(Whole(n));
-        }
+    if let (Whole(a), Whole(b)) = (a, b)
+        && let Some(n) = exact(a, b)
+    {
+        return Ok(Whole(n));
     }
     finite(Real(real(a.real(), b.real())))
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use cap_std::{ambient_authority, fs::Dir};
 use serde_json::{Map, Value, json};
 
-use super::{OUTPUT_LIMIT, Spec, Tool};
+use super::{OUTPUT_LIMIT, Spec, Tool, beginning};
 
 /// Larger files are not read.
 const FILE_LIMIT: u64 = 16 << 20;
@@ -154,7 +154,7 @@ fn select(text: &str, start: usize, lines: usize, mut notes: Vec<String>) -> Str
     for line in text.split_inclusive('\n').skip(start - 1).take(lines) {
         if part.len() + line.len() > TEXT_LIMIT {
             if taken == 0 {
-                part.push_str(&line[..line.floor_char_boundary(TEXT_LIMIT)]);
+                part.push_str(beginning(line, TEXT_LIMIT));
                 notes.push(format!("line {start} is cut: it has {} bytes", line.len()));
                 taken = 1;
             }
