@@ -188,6 +188,7 @@ impl<E: Engine> Agent<E> {
         summary.prompt_tokens = answer.prompt;
         summary.read_tokens += answer.prompt.saturating_sub(answer.reused);
         summary.reused_tokens += answer.reused;
+        summary.reread_tokens += answer.reread;
         summary.generated_tokens += answer.wrote;
         summary.decoded_tokens += answer.decoded;
         summary.prefill += answer.reading;

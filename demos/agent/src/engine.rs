@@ -48,6 +48,8 @@ pub struct Answer {
     pub prompt: usize,
     /// Of these, how many were still in memory.
     pub reused: usize,
+    /// Of those read, how many had been read before: the prompt departs from what was in memory, which had to go.
+    pub reread: usize,
     /// Tokens written.
     pub wrote: usize,
     /// Of these, how many were computed while writing: all but the first.

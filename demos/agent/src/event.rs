@@ -76,6 +76,8 @@ pub struct Summary {
     pub read_tokens: usize,
     /// Prompt tokens that were still in memory, over all prompts.
     pub reused_tokens: usize,
+    /// Of those read, how many had been read before: the prompt departs from what was in memory, over all prompts.
+    pub reread_tokens: usize,
     /// Tokens written, over all rounds.
     pub generated_tokens: usize,
     /// Of these, how many count for the speed: the first of a round is a part of reading.

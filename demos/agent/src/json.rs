@@ -53,6 +53,7 @@ fn to_json(event: Event<'_>) -> Option<Value> {
             "prompt_tokens": summary.prompt_tokens,
             "read_tokens": summary.read_tokens,
             "reused_tokens": summary.reused_tokens,
+            "reread_tokens": summary.reread_tokens,
             "generated_tokens": summary.generated_tokens,
             "tool_calls": summary.tool_calls,
             "prefill_seconds": summary.prefill.as_secs_f64(),

@@ -216,12 +216,13 @@ fn tokens(n: usize) -> String {
 /// Counts and speeds in one line.
 fn figures(summary: &Summary) -> String {
     let mut parts = vec![format!("{} written at {:.1} tokens/s", tokens(summary.generated_tokens), summary.rate())];
-    let again = if summary.reused_tokens > 0 {
-        format!(" ({} more were in memory)", summary.reused_tokens)
-    } else {
-        String::new()
+    let aside = match (summary.reused_tokens, summary.reread_tokens) {
+        (0, 0) => String::new(),
+        (0, again) => format!(" ({again} of them again)"),
+        (kept, 0) => format!(" ({kept} more were in memory)"),
+        (kept, again) => format!(" ({again} of them again, {kept} more were in memory)"),
     };
-    parts.push(format!("{} read in {:.2} s{again}", tokens(summary.read_tokens), summary.prefill.as_secs_f64()));
+    parts.push(format!("{} read in {:.2} s{aside}", tokens(summary.read_tokens), summary.prefill.as_secs_f64()));
     match summary.tool_calls {
         0 => {}
         1 => parts.push("1 tool call".into()),

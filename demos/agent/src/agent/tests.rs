@@ -34,8 +34,16 @@ impl Engine for Script {
         }
         let output = self.outputs.remove(0).map_err(anyhow::Error::msg)?;
         let time = Duration::from_millis(1);
-        let mut answer =
-            Answer { end: End::Stop, prompt: 10, reused: 4, wrote: 0, decoded: 0, reading: time, writing: time };
+        let mut answer = Answer {
+            end: End::Stop,
+            prompt: 10,
+            reused: 4,
+            reread: 0,
+            wrote: 0,
+            decoded: 0,
+            reading: time,
+            writing: time,
+        };
         if !each(Step::Read { done: 10, total: 10, reused: 4 })? {
             return Ok(Answer { end: End::Cancelled, ..answer });
         }

@@ -120,15 +120,17 @@ impl Local {
         }
     }
 
-    /// How many tokens at the front of `ids` need no reading. What cannot be kept is forgotten.
-    fn keep(&mut self, ids: &[u32]) -> Result<usize> {
+    /// How many tokens at the front of `ids` need no reading, and how many are to be read again because the sequence goes on
+    /// otherwise than what is in memory: a recurrent state cannot be cut, so all of it is forgotten.
+    fn keep(&mut self, ids: &[u32]) -> Result<(usize, usize)> {
         let held = self.session.ids();
-        if !self.failed && held.len() < ids.len() && ids.starts_with(held) {
-            return Ok(held.len());
+        let common = held.iter().zip(ids).take_while(|(a, b)| a == b).count();
+        if !self.failed && common == held.len() && common < ids.len() {
+            return Ok((common, 0));
         }
         self.session.reset()?;
         self.failed = false;
-        Ok(0)
+        Ok((0, common))
     }
 }
 
@@ -153,11 +155,13 @@ impl Engine for Local {
                 ids.len()
             );
         }
-        let (total, reused) = (ids.len(), self.keep(&ids)?);
+        let total = ids.len();
+        let (reused, reread) = self.keep(&ids)?;
         let mut answer = Answer {
             end: End::Cancelled,
             prompt: total,
             reused,
+            reread,
             wrote: 0,
             decoded: 0,
             reading: Duration::ZERO,
@@ -227,4 +231,73 @@ fn untrained_mark(dir: &Path) -> Option<String> {
 
 fn clock_seed() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    fn local() -> Local {
+        Local::load(&Args::parse_from(["agent", "--device", "cpu", "--greedy"])).unwrap()
+    }
+
+    fn ids(local: &mut Local, prompt: &str, budget: usize) -> (Vec<u32>, Answer) {
+        let mut ids = Vec::new();
+        let answer = local.generate(prompt, budget, &mut |step| {
+            if let Step::Wrote { id, .. } = step {
+                ids.push(id);
+            }
+            Ok(true)
+        });
+        (ids, answer.unwrap())
+    }
+
+    const BEGIN: &str = "<|im_start|>user\nhello there<|im_end|>\n";
+
+    #[test]
+    fn what_is_in_memory_is_not_read_again() {
+        let longer = format!("{BEGIN}<|im_start|>assistant\n");
+        let (expected, fresh) = ids(&mut local(), &longer, 12);
+        assert_eq!((fresh.reused, fresh.reread), (0, 0));
+        let mut local = local();
+        let (_, first) = ids(&mut local, BEGIN, 1);
+        let (found, second) = ids(&mut local, &longer, 12);
+        assert_eq!((second.reused, second.reread, second.prompt), (first.prompt, 0, fresh.prompt));
+        assert_eq!(found, expected, "the same as without reuse");
+        let (_, back) = ids(&mut local, BEGIN, 1);
+        assert_eq!((back.reused, back.reread), (0, first.prompt));
+        let (found, _) = ids(&mut local, &longer, 12);
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn an_answer_ends_where_the_caller_says() {
+        let mut local = local();
+        let mut seen = 0;
+        let answer = local.generate(BEGIN, 1000, &mut |step| {
+            seen += usize::from(matches!(step, Step::Wrote { .. }));
+            Ok(seen < 3)
+        });
+        assert_eq!((seen, answer.unwrap().end), (3, End::Cancelled));
+        let failed = local.generate(BEGIN, 10, &mut |_| bail!("no reader"));
+        assert_eq!(failed.unwrap_err().to_string(), "no reader");
+        let (_, answer) = ids(&mut local, BEGIN, 2);
+        assert_eq!(answer.end, End::Budget);
+    }
+
+    #[test]
+    fn rounds_of_tools_extend_the_prompt() {
+        let local = local();
+        let mut messages = vec![json!({"role": "system", "content": "s"}), json!({"role": "user", "content": "time?"})];
+        let tools = [json!({"type": "function", "function": {"name": "clock"}})];
+        let before = local.render(&messages, &tools, None).unwrap();
+        let call = json!({"type": "function", "function": {"name": "clock", "arguments": {"time_zone": "UTC"}}});
+        messages.push(json!({"role": "assistant", "content": "Let me see.", "tool_calls": [call]}));
+        messages.push(json!({"role": "tool", "content": "noon"}));
+        let after = local.render(&messages, &tools, None).unwrap();
+        let wrote = "Let me see.\n\n<tool_call>\n<function=clock>\n<parameter=time_zone>\nUTC\n</parameter>\n</function>\n</tool_call>";
+        assert!(after.starts_with(&format!("{before}{wrote}<|im_end|>\n")), "{after}");
+    }
 }
