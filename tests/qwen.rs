@@ -113,7 +113,7 @@ fn a_cache_in_f16_changes_little() {
             let got = half.session().unwrap().prefill(&p.ids, &mut |_, _| {}).unwrap();
             let e = error(&got, &p.last);
             println!("{name}, {} tokens: {e:.1e}", p.ids.len());
-            assert!(e < 2e-3, "{name}: {e:e}");
+            assert!(e < 2e-4, "{name}: {e:e}");
         }
     }
 }
@@ -163,13 +163,15 @@ fn every_head_grouping_and_weight_type_follows_the_formulas() {
             let (model, expected, ids) = tiny(&sizes, 7, dtype, &device.backend, 70);
             let e = error(&model.session().unwrap().logits(&ids).unwrap(), &expected);
             assert!(e <= 1e-5, "{} {sizes:?} {dtype}: {e:e}", device.name);
-            // Token by token is the other set of kernels.
+            // Token by token is the other set of kernels; a software driver takes its time for it.
+            let prompt = if device.name == "cpu" { 1 } else { 60 };
             let mut session = model.session().unwrap();
+            session.prefill(&ids[..prompt], &mut |_, _| {}).unwrap();
             let mut rows = Vec::new();
-            for id in &ids {
+            for id in &ids[prompt..] {
                 rows.extend(session.prefill(&[*id], &mut |_, _| {}).unwrap());
             }
-            let e = error(&rows, &expected);
+            let e = error(&rows, &expected[prompt * sizes.vocab..]);
             assert!(e <= 1e-5, "{} {sizes:?} {dtype}, decoded: {e:e}", device.name);
         }
     }
