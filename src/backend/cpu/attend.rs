@@ -103,7 +103,12 @@ impl Row for Attend<'_> {
             let (t, h) = of_row(r);
             q.copy_from_slice(&self.q.all()[(t * p.heads as usize + h) * dim..][..dim]);
             let scale = s.splat_f32s(p.scale);
-            map(s, q, |q| s.mul_f32s(q, scale));
+            map(
+                s,
+                q,
+                #[inline(always)]
+                |q| s.mul_f32s(q, scale),
+            );
         }
 
         for k0 in (0..longest).step_by(KEYS) {
@@ -135,6 +140,7 @@ impl Row for Attend<'_> {
                             a,
                             panel.as_ptr(),
                             WIDTH,
+                            #[inline(always)]
                             |i, c, v| store(s, to.add(i * scores_row + c), v),
                         );
                     }
@@ -151,13 +157,23 @@ impl Row for Attend<'_> {
                 }
                 let m = scores[..own].iter().copied().fold(most[r], f32::max);
                 let shift = s.splat_f32s(m);
-                map(s, &mut scores[..n], |x| exp(s, s.sub_f32s(x, shift)));
+                map(
+                    s,
+                    &mut scores[..n],
+                    #[inline(always)]
+                    |x| exp(s, s.sub_f32s(x, shift)),
+                );
                 let factor = (most[r] - m).exp();
                 most[r] = m;
                 sum[r] = sum[r] * factor + scores[..n].iter().sum::<f32>();
                 if factor != 1.0 {
                     let factor = s.splat_f32s(factor);
-                    map(s, &mut acc[r * dim..][..dim], |x| s.mul_f32s(x, factor));
+                    map(
+                        s,
+                        &mut acc[r * dim..][..dim],
+                        #[inline(always)]
+                        |x| s.mul_f32s(x, factor),
+                    );
                 }
             }
             // acc += P V
@@ -177,6 +193,7 @@ impl Row for Attend<'_> {
                         a,
                         keys[j..].as_ptr(),
                         dim,
+                        #[inline(always)]
                         |i, c, v| {
                             let to = to.add(i * dim + c);
                             store(s, to, s.add_f32s(load(s, to), v));

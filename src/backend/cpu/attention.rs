@@ -166,10 +166,22 @@ impl Row for AttendMerge<'_> {
         for x in slots {
             let factor = (x[0] - most).exp();
             sum += factor * x[1];
-            zip(s, y, &x[2..], |y, x| fma(s, s.splat_f32s(factor), x, y));
+            zip(
+                s,
+                y,
+                &x[2..],
+                #[inline(always)]
+                |y, x| fma(s, s.splat_f32s(factor), x, y),
+            );
         }
         let gate = &self.qkv.all()[t * p.qkv_stride as usize + (2 * h + 1) * dim..][..dim];
-        zip(s, y, gate, |y, gate| s.mul_f32s(s.mul_f32s(y, s.splat_f32s(1.0 / sum)), sigmoid(s, gate)));
+        zip(
+            s,
+            y,
+            gate,
+            #[inline(always)]
+            |y, gate| s.mul_f32s(s.mul_f32s(y, s.splat_f32s(1.0 / sum)), sigmoid(s, gate)),
+        );
         Ok(())
     }
 }

@@ -119,7 +119,12 @@ impl Row for Conv<'_> {
                 }
             }
             if self.consts.silu == 1 {
-                map(s, &mut sum, |x| s.mul_f32s(x, sigmoid(s, x)));
+                map(
+                    s,
+                    &mut sum,
+                    #[inline(always)]
+                    |x| s.mul_f32s(x, sigmoid(s, x)),
+                );
             }
             let at = p.y_off as usize + (first + t) * p.y_stride as usize + c0;
             // SAFETY: these channels of this token belong to this cell alone.

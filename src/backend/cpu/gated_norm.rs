@@ -13,7 +13,13 @@ use crate::kernel::model::{RmsNormConsts, RmsNormParams};
 #[inline(always)]
 pub(super) fn gated_norm<S: Simd>(s: S, o: &[f32], z: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
     rms_norm(s, o, w, eps, y);
-    zip(s, y, z, |y, z| s.mul_f32s(y, s.mul_f32s(z, sigmoid(s, z))));
+    zip(
+        s,
+        y,
+        z,
+        #[inline(always)]
+        |y, z| s.mul_f32s(y, s.mul_f32s(z, sigmoid(s, z))),
+    );
 }
 
 /// `y = x * rsqrt(mean(x^2) + eps) * w`.
@@ -21,7 +27,13 @@ pub(super) fn gated_norm<S: Simd>(s: S, o: &[f32], z: &[f32], w: &[f32], eps: f3
 pub(super) fn rms_norm<S: Simd>(s: S, x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
     let r = s.splat_f32s(1.0 / (dot(s, x, x) / x.len() as f32 + eps).sqrt());
     y.copy_from_slice(x);
-    zip(s, y, w, |y, w| s.mul_f32s(s.mul_f32s(y, r), w));
+    zip(
+        s,
+        y,
+        w,
+        #[inline(always)]
+        |y, w| s.mul_f32s(s.mul_f32s(y, r), w),
+    );
 }
 
 pub(super) struct GatedNorm<'p> {

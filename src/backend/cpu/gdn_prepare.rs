@@ -113,8 +113,8 @@ impl Row for Prepare<'_> {
             widen(&self.q, at(p.q_off, p.q_stride), &mut q_rows[t * dk..][..dk]);
             (rk[t], rq[t]) = (1.0, 1.0);
             if self.consts.l2norm == 1 {
-                let norm = |x: &[f32]| 1.0 / (dot(s, x, x) + 1e-6).sqrt();
-                (rk[t], rq[t]) = (norm(&k_rows[t * dk..][..dk]), norm(&q_rows[t * dk..][..dk]));
+                rk[t] = inverse_norm(s, &k_rows[t * dk..][..dk]);
+                rq[t] = inverse_norm(s, &q_rows[t * dk..][..dk]);
             }
         }
 
@@ -130,7 +130,16 @@ impl Row for Prepare<'_> {
                 // SAFETY: A has rows_below rows of dk numbers, the panel dk rows of 16, and row i of the result has 16
                 // numbers from column `from` on, as c is a multiple of 16.
                 unsafe {
-                    product(s, rows_below, |_| dk, a, panel.as_ptr(), WIDTH, |i, j, v| store(s, to.add(i * c + j), v))
+                    product(
+                        s,
+                        rows_below,
+                        |_| dk,
+                        a,
+                        panel.as_ptr(),
+                        WIDTH,
+                        #[inline(always)]
+                        |i, j, v| store(s, to.add(i * c + j), v),
+                    )
                 }
             }
         }
@@ -144,6 +153,12 @@ impl Row for Prepare<'_> {
         }
         Ok(())
     }
+}
+
+/// `1 / sqrt(sum of squares + 1e-6)`.
+#[inline(always)]
+pub(super) fn inverse_norm<S: Simd>(s: S, x: &[f32]) -> f32 {
+    1.0 / (dot(s, x, x) + 1e-6).sqrt()
 }
 
 /// What the heads of a group share.
@@ -185,7 +200,12 @@ impl Prepare<'_> {
             for (j, d) in decay[..wide].iter_mut().enumerate() {
                 *d = if j <= i { (sums[i] - sums[j]) as f32 } else { -1000.0 };
             }
-            map(s, &mut decay[..wide], |v| exp(s, v));
+            map(
+                s,
+                &mut decay[..wide],
+                #[inline(always)]
+                |v| exp(s, v),
+            );
             let (kk, qk) = (&x.kk[i * c..][..wide], &x.qk[i * c..][..wide]);
             let (scale_a, scale_p) = (beta[i] * x.rk[i], p.scale * x.rq[i]);
             let (a, pp) = (&mut a[i * c..][..c], &mut pp[i * c..][..c]);
@@ -212,9 +232,19 @@ impl Prepare<'_> {
         }
         vectors[3 * c] = last as f32;
         for part in vectors.chunks_mut(c).take(3) {
-            map(s, &mut part[..len], |v| exp(s, v));
+            map(
+                s,
+                &mut part[..len],
+                #[inline(always)]
+                |v| exp(s, v),
+            );
         }
-        map(s, &mut vectors[3 * c..3 * c + 1], |v| exp(s, v));
+        map(
+            s,
+            &mut vectors[3 * c..3 * c + 1],
+            #[inline(always)]
+            |v| exp(s, v),
+        );
         for t in 0..len {
             vectors[t] *= x.rk[t];
             vectors[c + t] *= p.scale * x.rq[t];
@@ -235,7 +265,13 @@ fn invert<S: Simd>(s: S, l: &mut [f32], n: usize, c: usize) {
         own[..i].fill(0.0);
         for j in 0..i {
             let factor = s.splat_f32s(-row[j]);
-            super::simd::zip(s, &mut own[..j + 1], &above[j * c..][..j + 1], |o, x| super::simd::fma(s, factor, x, o));
+            super::simd::zip(
+                s,
+                &mut own[..j + 1],
+                &above[j * c..][..j + 1],
+                #[inline(always)]
+                |o, x| super::simd::fma(s, factor, x, o),
+            );
         }
         own[i] = 1.0;
     }

@@ -200,6 +200,7 @@ impl<S: Simd> Chunk<'_, S> {
                 left,
                 state,
                 WIDTH,
+                #[inline(always)]
                 |i, j, x| {
                     if i < len {
                         let v = load(s, values.add(i * tile + j));
@@ -219,6 +220,7 @@ impl<S: Simd> Chunk<'_, S> {
                 left,
                 w,
                 WIDTH,
+                #[inline(always)]
                 |i, j, x| {
                     store(s, n.add(i * WIDTH + j), x);
                     store(s, n_decayed.add(i * WIDTH + j), s.mul_f32s(s.splat_f32s(decay[i]), x));
@@ -233,6 +235,7 @@ impl<S: Simd> Chunk<'_, S> {
                 left,
                 n,
                 WIDTH,
+                #[inline(always)]
                 |i, j, x| {
                     let to = values.add(i * tile + j);
                     store(s, to, s.add_f32s(load(s, to), x));
@@ -248,6 +251,7 @@ impl<S: Simd> Chunk<'_, S> {
                 left,
                 n_decayed,
                 WIDTH,
+                #[inline(always)]
                 |i, j, x| {
                     let to = state.add(i * WIDTH + j);
                     store(s, to, fma(s, gamma, load(s, to), x));

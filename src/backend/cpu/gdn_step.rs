@@ -4,10 +4,10 @@ use pulp::Simd;
 
 use super::bind::{Bind, Read, Stored, StoredMut, Write};
 use super::engine::{Local, Row};
-use super::gdn_prepare::check_heads;
+use super::gdn_prepare::{check_heads, inverse_norm};
 use super::gdn_scan::{check_columns, key_head};
 use super::memory::cut;
-use super::simd::{dot, fma, map, narrow, widen, zip};
+use super::simd::{dot, fma, load, map, narrow, store, widen, zip};
 use super::table::{Entry, sequences};
 use crate::error::Result;
 use crate::kernel::gdn::{STEP, StepConsts, StepParams};
@@ -126,8 +126,13 @@ impl Row for Step<'_> {
 /// `x / sqrt(sum of squares + 1e-6)`.
 #[inline(always)]
 pub(super) fn normalise<S: Simd>(s: S, x: &mut [f32]) {
-    let r = s.splat_f32s(1.0 / (dot(s, x, x) + 1e-6).sqrt());
-    map(s, x, |x| s.mul_f32s(x, r));
+    let r = s.splat_f32s(inverse_norm(s, x));
+    map(
+        s,
+        x,
+        #[inline(always)]
+        |x| s.mul_f32s(x, r),
+    );
 }
 
 /// Some columns of the state of one head: `[K, columns]`, rows `row` numbers apart.
@@ -167,37 +172,58 @@ impl State {
     pub unsafe fn step<S: Simd>(self, s: S, x: Token, o: &mut [f32], read: &mut [f32]) {
         let (decay, kq) = (s.splat_f32s(x.decay), dot(s, x.k, x.q));
         // read = S^T k        o = S^T q
+        let (o, read) = (&mut o[..self.columns], &mut read[..self.columns]);
         o.fill(0.0);
         read.fill(0.0);
         for i in (0..self.dk).step_by(4) {
-            let k: [S::f32s; 4] = std::array::from_fn(|r| s.splat_f32s(x.k[i + r]));
-            let q: [S::f32s; 4] = std::array::from_fn(|r| s.splat_f32s(x.q[i + r]));
-            // SAFETY: rows i to i + 3 are among dk.
-            let rows = unsafe {
-                std::array::from_fn::<_, 4, _>(|r| {
-                    std::slice::from_raw_parts(self.at.add((i + r) * self.row), self.columns)
-                })
-            };
-            let rows = rows.map(|r| S::as_simd_f32s(r).0);
-            let (sums_k, sums_q) = (S::as_mut_simd_f32s(read).0, S::as_mut_simd_f32s(o).0);
-            for (j, (sum_k, sum_q)) in sums_k.iter_mut().zip(sums_q).enumerate() {
-                for r in 0..4 {
-                    *sum_k = fma(s, k[r], rows[r][j], *sum_k);
-                    *sum_q = fma(s, q[r], rows[r][j], *sum_q);
+            let (mut k, mut q) = ([decay; 4], [decay; 4]);
+            for r in 0..4 {
+                (k[r], q[r]) = (s.splat_f32s(x.k[i + r]), s.splat_f32s(x.q[i + r]));
+            }
+            for j in (0..self.columns).step_by(S::F32_LANES) {
+                // SAFETY: rows i to i + 3 are among dk, and j and the lanes after it are columns.
+                unsafe {
+                    let (to_k, to_q) = (read.as_mut_ptr().add(j), o.as_mut_ptr().add(j));
+                    let (mut sum_k, mut sum_q) = (load(s, to_k), load(s, to_q));
+                    for r in 0..4 {
+                        let state = load(s, self.at.add((i + r) * self.row + j));
+                        sum_k = fma(s, k[r], state, sum_k);
+                        sum_q = fma(s, q[r], state, sum_q);
+                    }
+                    store(s, to_k, sum_k);
+                    store(s, to_q, sum_q);
                 }
             }
         }
         // d (in `read`)
-        zip(s, read, x.v, |r, v| s.mul_f32s(s.splat_f32s(x.beta), s.sub_f32s(v, s.mul_f32s(decay, r))));
+        zip(
+            s,
+            read,
+            x.v,
+            #[inline(always)]
+            |r, v| s.mul_f32s(s.splat_f32s(x.beta), s.sub_f32s(v, s.mul_f32s(decay, r))),
+        );
         // o
         let (scale, kq) = (s.splat_f32s(x.scale), s.splat_f32s(kq));
-        zip(s, o, read, |o, d| s.mul_f32s(scale, fma(s, kq, d, s.mul_f32s(decay, o))));
+        zip(
+            s,
+            o,
+            read,
+            #[inline(always)]
+            |o, d| s.mul_f32s(scale, fma(s, kq, d, s.mul_f32s(decay, o))),
+        );
         // S
         for i in 0..self.dk {
             // SAFETY: row i is among dk.
             let row = unsafe { std::slice::from_raw_parts_mut(self.at.add(i * self.row), self.columns) };
             let k = s.splat_f32s(x.k[i]);
-            zip(s, row, read, |state, d| fma(s, k, d, s.mul_f32s(decay, state)));
+            zip(
+                s,
+                row,
+                read,
+                #[inline(always)]
+                |state, d| fma(s, k, d, s.mul_f32s(decay, state)),
+            );
         }
     }
 }

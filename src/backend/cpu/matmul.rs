@@ -112,6 +112,7 @@ impl<'p> Matmul<'p> {
                         a,
                         b,
                         WIDTH,
+                        #[inline(always)]
                         |i, c, v| {
                             let to = sums.add(i * WIDTH + c);
                             store(s, to, if k0 == 0 { v } else { s.add_f32s(load(s, to), v) });

@@ -94,6 +94,7 @@ unsafe fn block<S: Simd, const ROWS: usize>(
 /// # Safety
 /// As [`product`].
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "iterators over vectors by value do not always stay in registers")]
 unsafe fn vectors<S: Simd, const ROWS: usize, const N: usize>(
     s: S,
     depth: usize,
@@ -107,23 +108,23 @@ unsafe fn vectors<S: Simd, const ROWS: usize, const N: usize>(
     let mut p = a.ptr;
     for _ in 0..depth {
         let mut row = [s.splat_f32s(0.0); N];
-        for (j, row) in row.iter_mut().enumerate() {
+        for j in 0..N {
             // SAFETY: row p of B has 16 numbers.
-            *row = unsafe { load(s, b.add(j * S::F32_LANES)) };
+            row[j] = unsafe { load(s, b.add(j * S::F32_LANES)) };
         }
-        for (i, c) in c.iter_mut().enumerate() {
+        for i in 0..ROWS {
             // SAFETY: A has `depth` numbers in each of its rows.
             let x = s.splat_f32s(unsafe { *p.add(i * a.row) });
-            for (c, &row) in c.iter_mut().zip(&row) {
-                *c = fma(s, x, row, *c);
+            for j in 0..N {
+                c[i][j] = fma(s, x, row[j], c[i][j]);
             }
         }
         b = b.wrapping_add(b_row);
         p = p.wrapping_add(a.col);
     }
-    for (i, c) in c.into_iter().enumerate() {
-        for (j, c) in c.into_iter().enumerate() {
-            out(first + i, j * S::F32_LANES, c);
+    for i in 0..ROWS {
+        for j in 0..N {
+            out(first + i, j * S::F32_LANES, c[i][j]);
         }
     }
 }

@@ -111,12 +111,17 @@ pub(super) fn sigmoid<S: Simd>(s: S, x: S::f32s) -> S::f32s {
 /// Replaces every number by `f` of it.
 #[inline(always)]
 pub(super) fn map<S: Simd>(s: S, x: &mut [f32], f: impl Fn(S::f32s) -> S::f32s) {
-    let (body, tail) = S::as_mut_simd_f32s(x);
-    for v in body {
-        *v = f(*v);
-    }
-    if !tail.is_empty() {
-        s.partial_store_f32s(tail, f(s.partial_load_f32s(tail)));
+    for x in x.chunks_mut(S::F32_LANES) {
+        // One place where `f` is used, so that its code is there once.
+        let whole = x.len() == S::F32_LANES;
+        // SAFETY: a whole vector of numbers is there where it is read or written as one.
+        let v = if whole { unsafe { load(s, x.as_ptr()) } } else { s.partial_load_f32s(x) };
+        let v = f(v);
+        match whole {
+            // SAFETY: as above.
+            true => unsafe { store(s, x.as_mut_ptr(), v) },
+            false => s.partial_store_f32s(x, v),
+        }
     }
 }
 
@@ -124,13 +129,19 @@ pub(super) fn map<S: Simd>(s: S, x: &mut [f32], f: impl Fn(S::f32s) -> S::f32s) 
 #[inline(always)]
 pub(super) fn zip<S: Simd>(s: S, out: &mut [f32], x: &[f32], f: impl Fn(S::f32s, S::f32s) -> S::f32s) {
     let n = out.len().min(x.len());
-    let (body, tail) = S::as_mut_simd_f32s(&mut out[..n]);
-    let (x_body, x_tail) = S::as_simd_f32s(&x[..n]);
-    for (v, &x) in body.iter_mut().zip(x_body) {
-        *v = f(*v, x);
-    }
-    if !tail.is_empty() {
-        s.partial_store_f32s(tail, f(s.partial_load_f32s(tail), s.partial_load_f32s(x_tail)));
+    for (out, x) in out[..n].chunks_mut(S::F32_LANES).zip(x[..n].chunks(S::F32_LANES)) {
+        let whole = out.len() == S::F32_LANES;
+        let (a, b) = match whole {
+            // SAFETY: a whole vector of numbers is there where it is read or written as one.
+            true => unsafe { (load(s, out.as_ptr()), load(s, x.as_ptr())) },
+            false => (s.partial_load_f32s(out), s.partial_load_f32s(x)),
+        };
+        let v = f(a, b);
+        match whole {
+            // SAFETY: as above.
+            true => unsafe { store(s, out.as_mut_ptr(), v) },
+            false => s.partial_store_f32s(out, v),
+        }
     }
 }
 
@@ -145,6 +156,7 @@ pub(super) fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
     let (a4, a_rest) = pulp::as_arrays::<4, _>(a);
     let (b4, b_rest) = pulp::as_arrays::<4, _>(b);
     for (a, b) in a4.iter().zip(b4) {
+        #[expect(clippy::needless_range_loop, reason = "iterators over vectors do not always stay in registers")]
         for i in 0..4 {
             sum[i] = fma(s, a[i], b[i], sum[i]);
         }
@@ -235,7 +247,12 @@ mod tests {
         type Output = ();
 
         fn with_simd<S: Simd>(self, s: S) {
-            map(s, self.0, |x| exp(s, x));
+            map(
+                s,
+                self.0,
+                #[inline(always)]
+                |x| exp(s, x),
+            );
         }
     }
 

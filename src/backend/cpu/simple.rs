@@ -92,7 +92,13 @@ impl Row for Swiglu<'_> {
         // SAFETY: these numbers belong to this cell alone.
         let y = unsafe { self.y.part(row * dim + from, n) };
         y.copy_from_slice(&gate_up[dim + from..][..n]);
-        zip(s, y, &gate_up[from..][..n], |up, gate| s.mul_f32s(up, s.mul_f32s(gate, sigmoid(s, gate))));
+        zip(
+            s,
+            y,
+            &gate_up[from..][..n],
+            #[inline(always)]
+            |up, gate| s.mul_f32s(up, s.mul_f32s(gate, sigmoid(s, gate))),
+        );
         Ok(())
     }
 }

@@ -43,19 +43,22 @@ impl Weight for F16 {
     unsafe fn pair<S: Simd>(s: S, at: *const u8) -> (S::f32s, S::f32s) {
         // SAFETY: as the caller promises.
         let words = unsafe { words(s, at) };
-        let half = |h: S::u32s| {
-            let bits = s.and_u32s(h, s.splat_u32s(0x7fff));
-            // The exponent and fraction as an f32 of the wrong bias: 2^-112 times the value, subnormals included.
-            let value = s.transmute_f32s_u32s(s.wrapping_dyn_shl_u32s(bits, s.splat_u32s(13)));
-            let value = s.transmute_u32s_f32s(s.mul_f32s(value, s.splat_f32s(f32::from_bits(0x7780_0000))));
-            let special = s.greater_than_or_equal_u32s(bits, s.splat_u32s(0x7c00));
-            let value = s.or_u32s(value, s.select_u32s(special, s.splat_u32s(0x7f80_0000), s.splat_u32s(0)));
-            let sign = s.wrapping_dyn_shl_u32s(s.and_u32s(h, s.splat_u32s(0x8000)), s.splat_u32s(16));
-            s.transmute_f32s_u32s(s.or_u32s(value, sign))
-        };
         let low = s.and_u32s(words, s.splat_u32s(0xffff));
-        (half(low), half(s.wrapping_dyn_shr_u32s(words, s.splat_u32s(16))))
+        (half(s, low), half(s, s.wrapping_dyn_shr_u32s(words, s.splat_u32s(16))))
     }
+}
+
+/// f16 numbers in the lower halves of words, the upper ones 0, as f32.
+#[inline(always)]
+fn half<S: Simd>(s: S, h: S::u32s) -> S::f32s {
+    let bits = s.and_u32s(h, s.splat_u32s(0x7fff));
+    // The exponent and fraction as an f32 of the wrong bias: 2^-112 times the value, subnormals included.
+    let value = s.transmute_f32s_u32s(s.wrapping_dyn_shl_u32s(bits, s.splat_u32s(13)));
+    let value = s.transmute_u32s_f32s(s.mul_f32s(value, s.splat_f32s(f32::from_bits(0x7780_0000))));
+    let special = s.greater_than_or_equal_u32s(bits, s.splat_u32s(0x7c00));
+    let value = s.or_u32s(value, s.select_u32s(special, s.splat_u32s(0x7f80_0000), s.splat_u32s(0)));
+    let sign = s.wrapping_dyn_shl_u32s(s.and_u32s(h, s.splat_u32s(0x8000)), s.splat_u32s(16));
+    s.transmute_f32s_u32s(s.or_u32s(value, sign))
 }
 
 impl Weight for Bf16 {
@@ -124,27 +127,32 @@ pub(super) fn expand<S: Simd, W: Weight>(s: S, w: &Stored, at: usize, out: &mut 
 
 /// `sum_p w[at + p] x[r, p]` for `M` rows of x, `k` numbers each and already in order.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "iterators over vectors by value do not always stay in registers")]
 pub(super) fn dots<S: Simd, W: Weight, const M: usize>(s: S, w: &Stored, at: usize, x: &[f32], k: usize) -> [f32; M] {
     let (size, lanes) = (W::TYPE.size() as usize, S::F32_LANES);
     let whole = k - k % (2 * lanes);
-    let bytes = w.bytes(at, k);
-    let rows: [&[f32]; M] = std::array::from_fn(|r| &x[r * k..][..k]);
+    let (bytes, x) = (w.bytes(at, k), &x[..M * k]);
     let mut sums = [[s.splat_f32s(0.0); 2]; M];
     for i in (0..whole).step_by(2 * lanes) {
-        // SAFETY: 2 lanes numbers from i are inside the k that `bytes` and each row have.
+        // SAFETY: 2 lanes numbers from i are inside the k that `bytes` and each row of x have.
         unsafe {
             let (even, odd) = W::pair(s, bytes.as_ptr().add(i * size));
-            for (sums, row) in sums.iter_mut().zip(rows) {
-                sums[0] = fma(s, even, load(s, row.as_ptr().add(i)), sums[0]);
-                sums[1] = fma(s, odd, load(s, row.as_ptr().add(i + lanes)), sums[1]);
+            for r in 0..M {
+                let x = x.as_ptr().add(r * k + i);
+                sums[r][0] = fma(s, even, load(s, x), sums[r][0]);
+                sums[r][1] = fma(s, odd, load(s, x.add(lanes)), sums[r][1]);
             }
         }
     }
     let mut tail = [0f32; 64];
     let tail = &mut tail[..k - whole];
     widen(w, at + whole, tail);
-    std::array::from_fn(|r| {
-        let rest: f32 = tail.iter().zip(&rows[r][whole..]).map(|(w, x)| w * x).sum();
-        s.reduce_sum_f32s(s.add_f32s(sums[r][0], sums[r][1])) + rest
-    })
+    let mut out = [0f32; M];
+    for r in 0..M {
+        for (w, x) in tail.iter().zip(&x[r * k + whole..]) {
+            out[r] += w * x;
+        }
+        out[r] += s.reduce_sum_f32s(s.add_f32s(sums[r][0], sums[r][1]));
+    }
+    out
 }
