@@ -87,13 +87,16 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
         Kind::Cpu => Tile {
             // 32 x 128 f32 of q or k is half of a 32 KB first-level cache; 64 needs 8 % more arithmetic and spills it.
             chunk: 32,
-            dv_tile: divisor(heads.v, 64),
-            dv_step: divisor(heads.v, 64),
+            // A cell converts q and k once for all of its columns; cut where there are too few heads for the threads.
+            dv_tile: divisor(heads.v, if heads.hv >= 2 * caps.threads { 128 } else { 32 }),
+            // Whole rows of the state are one stream of memory.
+            dv_step: divisor(heads.v, if heads.hv >= 2 * caps.threads { 128 } else { 32 }),
             prepare_lanes: 1,
             scan_lanes: 1,
             step_lanes: 1,
-            // Written by prepare and read by scan soon after: it should stay in the last-level cache.
-            scratch: 8 << 20,
+            // Written by prepare and read by scan soon after: with the q and k of the same tokens, which take eight times as
+            // much with 16 heads, it should stay in the last-level cache.
+            scratch: 2 << 20,
         },
         // Threads are lanes of vector registers: two columns a thread, all in registers and the stack, no exchange.
         Kind::WebGpu | Kind::Cuda if caps.class == Class::Software => Tile {

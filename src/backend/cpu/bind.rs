@@ -109,6 +109,12 @@ impl<T: Pod> Write<'_, T> {
 }
 
 impl Stored<'_> {
+    /// Where number `at` lies, for prefetching only: it need not exist.
+    #[inline(always)]
+    pub fn place(&self, at: usize) -> *const u8 {
+        self.ptr.wrapping_add(at * self.dtype.size() as usize)
+    }
+
     /// The bytes of `n` numbers from `at`.
     #[inline(always)]
     pub fn bytes(&self, at: usize, n: usize) -> &[u8] {

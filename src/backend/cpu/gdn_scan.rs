@@ -11,7 +11,7 @@ use super::engine::{Local, Row};
 use super::gdn_prepare::{check_heads, chunk_length};
 use super::memory::cut;
 use super::product::{Left, WIDTH, product};
-use super::simd::{fma, load, narrow, store, widen};
+use super::simd::{fma, load, narrow, prefetch, store, widen};
 use super::table::{Entry, distinct_slots, runs};
 use crate::error::Result;
 use crate::kernel::gdn::{SCAN, ScanConsts, ScanParams};
@@ -142,7 +142,16 @@ impl Row for Scan<'_> {
                 widen(&self.v, at(p.v_off, p.v_stride, h * dv + column), &mut values[t * tile..][..tile]);
             }
             let ws = &self.ws.all()[(chunk * hv + h) * size..][..size];
+            let next = if chunk + 1 < first_chunk + chunks { self.chunks.all()[chunk + 1][1] as usize } else { 0 };
             for j in 0..tile / WIDTH {
+                // Rows of the next chunk lie far apart, where the processor does not foresee them.
+                for t in (j..next).step_by(tile / WIDTH) {
+                    let at = |off: u32, stride: u32, i: usize| off as usize + (first + len + t) * stride as usize + i;
+                    let (wide_k, wide_v) = (dk * self.k.dtype.size() as usize, tile * self.v.dtype.size() as usize);
+                    prefetch(self.k.place(at(p.k_off, p.k_stride, hk * dk)), wide_k);
+                    prefetch(self.q.place(at(p.q_off, p.q_stride, hk * dk)), wide_k);
+                    prefetch(self.v.place(at(p.v_off, p.v_stride, h * dv + column)), wide_v);
+                }
                 let chunk = Chunk { s, c, len, dk, tile, rows, ws };
                 chunk.panel(&mut panels[j * dk * WIDTH..][..dk * WIDTH], &mut values[j * WIDTH..], w, n, n_decayed);
             }

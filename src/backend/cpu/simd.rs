@@ -67,6 +67,19 @@ pub(super) unsafe fn store<S: Simd>(_: S, at: *mut f32, v: S::f32s) {
     unsafe { at.cast::<S::f32s>().write_unaligned(v) }
 }
 
+/// Asks for `bytes` bytes from `at` on; a hint, which nothing depends on. The address need not be valid.
+#[inline(always)]
+pub(super) fn prefetch(at: *const u8, bytes: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..bytes).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch never faults, and its instruction is part of every x86-64.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(line).cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (at, bytes);
+}
+
 /// `a b + c`, fused where the processor can; a library call for it would be a hundred times slower.
 #[inline(always)]
 pub(super) fn fma<S: Simd>(s: S, a: S::f32s, b: S::f32s, c: S::f32s) -> S::f32s {
