@@ -41,7 +41,6 @@ fn gdn_mix_step(thread: Thread) {
             let x = vec2(qkv[k0 + i], qkv[q0 + i]);
             dots += vec4(x.x * x.x, x.y * x.y, x.x * x.y, 0.0);
         }
-        // The barriers inside also keep this token's reads of the state behind the last one's writes.
         dots = reduce_sum4(dots, thread);
         var sk = vec4<f32>();
         var sq = vec4<f32>();

@@ -36,19 +36,41 @@ fn k4(i: u32) -> vec4<f32> {
     return vec4(unpack_pair(QK_TYPE, k[at]), unpack_pair(QK_TYPE, k[at + 1u]));
 }
 
+/// q[a .. a + 4] and q[b .. b + 4], the same for all threads.
+fn q_pair(a: u32, b: u32, thread: Thread) -> mat2x4<f32> {
+    if SHARED_LOADS {
+        let i = pair_at(a, b, thread);
+        return pair_of(number(QK_TYPE, q[word_of(QK_TYPE, i)], i));
+    }
+    return mat2x4<f32>(q4(a), q4(b));
+}
+
+/// k[a .. a + 4] and k[b .. b + 4], the same for all threads.
+fn k_pair(a: u32, b: u32, thread: Thread) -> mat2x4<f32> {
+    if SHARED_LOADS {
+        let i = pair_at(a, b, thread);
+        return pair_of(number(QK_TYPE, k[word_of(QK_TYPE, i)], i));
+    }
+    return mat2x4<f32>(k4(a), k4(b));
+}
+
 /// Where the rows of tokens 4 i .. 4 i + 4 of a chunk start; tokens past its end repeat the last one.
 fn rows_of(row0: u32, stride: u32, len: u32, i: u32) -> vec4<u32> {
     return row0 + stride * min(4u * i + vec4(0u, 1u, 2u, 3u), vec4(len - 1u));
 }
 
 /// Products of x with four rows of K.
-fn k_dots(rows: vec4<u32>, d: u32, x: vec4<f32>) -> vec4<f32> {
-    return vec4(dot(k4(rows.x + d), x), dot(k4(rows.y + d), x), dot(k4(rows.z + d), x), dot(k4(rows.w + d), x));
+fn k_dots(rows: vec4<u32>, d: u32, x: vec4<f32>, thread: Thread) -> vec4<f32> {
+    let a = k_pair(rows.x + d, rows.y + d, thread);
+    let b = k_pair(rows.z + d, rows.w + d, thread);
+    return vec4(dot(a[0], x), dot(a[1], x), dot(b[0], x), dot(b[1], x));
 }
 
 /// Products of x with four rows of Q.
-fn q_dots(rows: vec4<u32>, d: u32, x: vec4<f32>) -> vec4<f32> {
-    return vec4(dot(q4(rows.x + d), x), dot(q4(rows.y + d), x), dot(q4(rows.z + d), x), dot(q4(rows.w + d), x));
+fn q_dots(rows: vec4<u32>, d: u32, x: vec4<f32>, thread: Thread) -> vec4<f32> {
+    let a = q_pair(rows.x + d, rows.y + d, thread);
+    let b = q_pair(rows.z + d, rows.w + d, thread);
+    return vec4(dot(a[0], x), dot(a[1], x), dot(b[0], x), dot(b[1], x));
 }
 
 /// exp(c_i - c_j), 0 above the diagonal and past the chunk's end.
@@ -77,22 +99,22 @@ fn gdn_prepare(thread: Thread) {
     var sum_q = 0.0;
     var sum_k = 0.0;
     for (var i = 0u; i < C / 4u; i++) {
-        let rows_k = rows_of(k0, params.k_stride, len, i);
-        let rows_q = rows_of(q0, params.q_stride, len, i);
-        var sum_kk = vec4<f32>();
-        var sum_qk = vec4<f32>();
-        for (var d = 0u; d < DK; d += 4u) {
-            let own = k4(k0 + min(j, last) * params.k_stride + d);
-            sum_kk += k_dots(rows_k, d, own);
-            sum_qk += q_dots(rows_q, d, own);
-            if L2NORM == 1u && i == 0u {
-                let own_q = q4(q0 + min(j, last) * params.q_stride + d);
-                sum_q += dot(own_q, own_q);
-                sum_k += dot(own, own);
-            }
+        kk[i] = vec4<f32>();
+        qk[i] = vec4<f32>();
+    }
+    // K / 4, as a number that compilers do not know: they would unroll the loop.
+    let depth = min(DK / 4u, arrayLength(&ws));
+    for (var d = 0u; d < depth; d++) {
+        let own = k4(k0 + min(j, last) * params.k_stride + 4u * d);
+        for (var i = 0u; i < C / 4u; i++) {
+            kk[i] += k_dots(rows_of(k0, params.k_stride, len, i), 4u * d, own, thread);
+            qk[i] += q_dots(rows_of(q0, params.q_stride, len, i), 4u * d, own, thread);
         }
-        kk[i] = sum_kk;
-        qk[i] = sum_qk;
+        if L2NORM == 1u {
+            let own_q = q4(q0 + min(j, last) * params.q_stride + 4u * d);
+            sum_q += dot(own_q, own_q);
+            sum_k += dot(own, own);
+        }
     }
     norm_q[j] = 1.0;
     norm_k[j] = 1.0;

@@ -38,6 +38,24 @@ fn k4(i: u32) -> vec4<f32> {
     return vec4(unpack_pair(QK_TYPE, k[at]), unpack_pair(QK_TYPE, k[at + 1u]));
 }
 
+/// q[a .. a + 4] and q[b .. b + 4], the same for all threads.
+fn q_pair(a: u32, b: u32, thread: Thread) -> mat2x4<f32> {
+    if SHARED_LOADS {
+        let i = pair_at(a, b, thread);
+        return pair_of(number(QK_TYPE, q[word_of(QK_TYPE, i)], i));
+    }
+    return mat2x4<f32>(q4(a), q4(b));
+}
+
+/// k[a .. a + 4] and k[b .. b + 4], the same for all threads.
+fn k_pair(a: u32, b: u32, thread: Thread) -> mat2x4<f32> {
+    if SHARED_LOADS {
+        let i = pair_at(a, b, thread);
+        return pair_of(number(QK_TYPE, k[word_of(QK_TYPE, i)], i));
+    }
+    return mat2x4<f32>(k4(a), k4(b));
+}
+
 fn v2(i: u32) -> vec2<f32> {
     if V_TYPE == F32 {
         return bitcast<vec2<f32>>(vec2(v[i], v[i + 1u]));
@@ -60,25 +78,42 @@ fn rows_of(row0: u32, stride: u32, len: u32, i: u32) -> vec4<u32> {
     return row0 + stride * min(4u * i + vec4(0u, 1u, 2u, 3u), vec4(len - 1u));
 }
 
+/// ws[a] and ws[b], the same for all threads.
+fn ws_pair(a: u32, b: u32, thread: Thread) -> mat2x4<f32> {
+    if SHARED_LOADS {
+        let i = pair_at(4u * a, 4u * b, thread);
+        return pair_of(ws[i / 4u][i % 4u]);
+    }
+    return mat2x4<f32>(ws[a], ws[b]);
+}
+
 /// sum + K[rows, d .. d + 4] S, for four tokens.
-fn k_times(sum: Four, rows: vec4<u32>, d: u32, s: Four) -> Four {
-    return sum + Four(s * k4(rows.x + d), s * k4(rows.y + d), s * k4(rows.z + d), s * k4(rows.w + d));
+fn k_times(sum: Four, rows: vec4<u32>, d: u32, s: Four, thread: Thread) -> Four {
+    let x = k_pair(rows.x + d, rows.y + d, thread);
+    let y = k_pair(rows.z + d, rows.w + d, thread);
+    return sum + Four(s * x[0], s * x[1], s * y[0], s * y[1]);
 }
 
 /// sum + Q[rows, d .. d + 4] S, for four tokens.
-fn q_times(sum: Four, rows: vec4<u32>, d: u32, s: Four) -> Four {
-    return sum + Four(s * q4(rows.x + d), s * q4(rows.y + d), s * q4(rows.z + d), s * q4(rows.w + d));
+fn q_times(sum: Four, rows: vec4<u32>, d: u32, s: Four, thread: Thread) -> Four {
+    let x = q_pair(rows.x + d, rows.y + d, thread);
+    let y = q_pair(rows.z + d, rows.w + d, thread);
+    return sum + Four(s * x[0], s * x[1], s * y[0], s * y[1]);
 }
 
 /// sum + X[4 i .. 4 i + 4, 4 j .. 4 j + 4] W for the [C, C] matrix X at `at`.
-fn ws_times(sum: Four, at: u32, i: u32, j: u32, w: Four) -> Four {
-    let x = at + i * C + j;
-    return sum + Four(w * ws[x], w * ws[x + C / 4u], w * ws[x + C / 2u], w * ws[x + 3u * C / 4u]);
+fn ws_times(sum: Four, at: u32, i: u32, j: u32, w: Four, thread: Thread) -> Four {
+    let first = at + i * C + j;
+    let x = ws_pair(first, first + C / 4u, thread);
+    let y = ws_pair(first + C / 2u, first + 3u * C / 4u, thread);
+    return sum + Four(w * x[0], w * x[1], w * y[0], w * y[1]);
 }
 
 /// s + K[rows, d .. d + 4]^T N, for four tokens.
-fn k_transposed_times(s: Four, rows: vec4<u32>, d: u32, n: Four) -> Four {
-    return s + n * transpose(mat4x4<f32>(k4(rows.x + d), k4(rows.y + d), k4(rows.z + d), k4(rows.w + d)));
+fn k_transposed_times(s: Four, rows: vec4<u32>, d: u32, n: Four, thread: Thread) -> Four {
+    let x = k_pair(rows.x + d, rows.y + d, thread);
+    let y = k_pair(rows.z + d, rows.w + d, thread);
+    return s + n * transpose(mat4x4<f32>(x[0], x[1], y[0], y[1]));
 }
 
 /// Rows scaled one by one.
@@ -106,10 +141,12 @@ fn gdn_scan(thread: Thread) {
     let head_k = select(head % params.hk, head / (params.hv / params.hk), params.head_map == 0u);
     let column = cell.z * DV_TILE + 2u * thread.lane;
 
+    // K / 4, as a number that compilers do not know: they would unroll the loops to some hundred KB of code.
+    let depth = min(DK / 4u, arrayLength(&state));
     var s: array<Four, DK / 4u>;
     let state0 = (((segment.z * params.hv + head) * DK) * params.dv + column) / 2u;
     let step = params.dv / 2u;
-    for (var d = 0u; d < DK / 4u; d++) {
+    for (var d = 0u; d < depth; d++) {
         let at = state0 + 4u * d * step;
         s[d] = Four(state[at], state[at + step], state[at + 2u * step], state[at + 3u * step]);
     }
@@ -142,57 +179,72 @@ fn gdn_scan(thread: Thread) {
         var ob = Four();
         var oc = Four();
         var od = Four();
-        for (var d = 0u; d < DK / 4u; d++) {
+        for (var d = 0u; d < depth; d++) {
             let rows = s[d];
-            wa = k_times(wa, ka, 4u * d, rows);
-            wb = k_times(wb, kb, 4u * d, rows);
-            wc = k_times(wc, kc, 4u * d, rows);
-            wd = k_times(wd, kd, 4u * d, rows);
-            oa = q_times(oa, qa, 4u * d, rows);
-            ob = q_times(ob, qb, 4u * d, rows);
-            oc = q_times(oc, qc, 4u * d, rows);
-            od = q_times(od, qd, 4u * d, rows);
+            wa = k_times(wa, ka, 4u * d, rows, thread);
+            wb = k_times(wb, kb, 4u * d, rows, thread);
+            wc = k_times(wc, kc, 4u * d, rows, thread);
+            wd = k_times(wd, kd, 4u * d, rows, thread);
+            oa = q_times(oa, qa, 4u * d, rows, thread);
+            ob = q_times(ob, qb, 4u * d, rows, thread);
+            oc = q_times(oc, qc, 4u * d, rows, thread);
+            od = q_times(od, qd, 4u * d, rows, thread);
         }
         // W = V - u o (K S)
-        wa = v_of(rows_of(v0, params.v_stride, len, 0u)) - scaled(wa, ws[u0]);
-        wb = v_of(rows_of(v0, params.v_stride, len, 1u)) - scaled(wb, ws[u0 + 1u]);
-        wc = v_of(rows_of(v0, params.v_stride, len, 2u)) - scaled(wc, ws[u0 + 2u]);
-        wd = v_of(rows_of(v0, params.v_stride, len, 3u)) - scaled(wd, ws[u0 + 3u]);
+        let u = ws_pair(u0, u0 + 1u, thread);
+        let u_end = ws_pair(u0 + 2u, u0 + 3u, thread);
+        wa = v_of(rows_of(v0, params.v_stride, len, 0u)) - scaled(wa, u[0]);
+        wb = v_of(rows_of(v0, params.v_stride, len, 1u)) - scaled(wb, u[1]);
+        wc = v_of(rows_of(v0, params.v_stride, len, 2u)) - scaled(wc, u_end[0]);
+        wd = v_of(rows_of(v0, params.v_stride, len, 3u)) - scaled(wd, u_end[1]);
         // N = A W; A is lower triangular
-        var na = ws_times(Four(), a0, 0u, 0u, wa);
-        var nb = ws_times(ws_times(Four(), a0, 1u, 0u, wa), a0, 1u, 1u, wb);
-        var nc = ws_times(ws_times(ws_times(Four(), a0, 2u, 0u, wa), a0, 2u, 1u, wb), a0, 2u, 2u, wc);
-        var nd = ws_times(ws_times(Four(), a0, 3u, 0u, wa), a0, 3u, 1u, wb);
-        nd = ws_times(ws_times(nd, a0, 3u, 2u, wc), a0, 3u, 3u, wd);
+        var na = ws_times(Four(), a0, 0u, 0u, wa, thread);
+        var nb = ws_times(Four(), a0, 1u, 0u, wa, thread);
+        nb = ws_times(nb, a0, 1u, 1u, wb, thread);
+        var nc = ws_times(Four(), a0, 2u, 0u, wa, thread);
+        nc = ws_times(nc, a0, 2u, 1u, wb, thread);
+        nc = ws_times(nc, a0, 2u, 2u, wc, thread);
+        var nd = ws_times(Four(), a0, 3u, 0u, wa, thread);
+        nd = ws_times(nd, a0, 3u, 1u, wb, thread);
+        nd = ws_times(nd, a0, 3u, 2u, wc, thread);
+        nd = ws_times(nd, a0, 3u, 3u, wd, thread);
         // O = o o (Q S) + P N; P is lower triangular
-        let f = u0 + C / 4u;
-        oa = ws_times(scaled(oa, ws[f]), p0, 0u, 0u, na);
-        ob = ws_times(ws_times(scaled(ob, ws[f + 1u]), p0, 1u, 0u, na), p0, 1u, 1u, nb);
-        oc = ws_times(ws_times(scaled(oc, ws[f + 2u]), p0, 2u, 0u, na), p0, 2u, 1u, nb);
-        oc = ws_times(oc, p0, 2u, 2u, nc);
-        od = ws_times(ws_times(scaled(od, ws[f + 3u]), p0, 3u, 0u, na), p0, 3u, 1u, nb);
-        od = ws_times(ws_times(od, p0, 3u, 2u, nc), p0, 3u, 3u, nd);
+        let f0 = u0 + C / 4u;
+        let f = ws_pair(f0, f0 + 1u, thread);
+        let f_end = ws_pair(f0 + 2u, f0 + 3u, thread);
+        oa = ws_times(scaled(oa, f[0]), p0, 0u, 0u, na, thread);
+        ob = ws_times(scaled(ob, f[1]), p0, 1u, 0u, na, thread);
+        ob = ws_times(ob, p0, 1u, 1u, nb, thread);
+        oc = ws_times(scaled(oc, f_end[0]), p0, 2u, 0u, na, thread);
+        oc = ws_times(oc, p0, 2u, 1u, nb, thread);
+        oc = ws_times(oc, p0, 2u, 2u, nc, thread);
+        od = ws_times(scaled(od, f_end[1]), p0, 3u, 0u, na, thread);
+        od = ws_times(od, p0, 3u, 1u, nb, thread);
+        od = ws_times(od, p0, 3u, 2u, nc, thread);
+        od = ws_times(od, p0, 3u, 3u, nd, thread);
         store_o(o0, len, 0u, oa);
         store_o(o0, len, 1u, ob);
         store_o(o0, len, 2u, oc);
         store_o(o0, len, 3u, od);
         // S <- gamma_C S + K^T (n o N)
-        let e = u0 + C / 2u;
-        na = scaled(na, ws[e]);
-        nb = scaled(nb, ws[e + 1u]);
-        nc = scaled(nc, ws[e + 2u]);
-        nd = scaled(nd, ws[e + 3u]);
+        let e0 = u0 + C / 2u;
+        let e = ws_pair(e0, e0 + 1u, thread);
+        let e_end = ws_pair(e0 + 2u, e0 + 3u, thread);
+        na = scaled(na, e[0]);
+        nb = scaled(nb, e[1]);
+        nc = scaled(nc, e_end[0]);
+        nd = scaled(nd, e_end[1]);
         let gamma = ws[u0 + 3u * C / 4u].x;
-        for (var d = 0u; d < DK / 4u; d++) {
+        for (var d = 0u; d < depth; d++) {
             var rows = gamma * s[d];
-            rows = k_transposed_times(rows, ka, 4u * d, na);
-            rows = k_transposed_times(rows, kb, 4u * d, nb);
-            rows = k_transposed_times(rows, kc, 4u * d, nc);
-            rows = k_transposed_times(rows, kd, 4u * d, nd);
+            rows = k_transposed_times(rows, ka, 4u * d, na, thread);
+            rows = k_transposed_times(rows, kb, 4u * d, nb, thread);
+            rows = k_transposed_times(rows, kc, 4u * d, nc, thread);
+            rows = k_transposed_times(rows, kd, 4u * d, nd, thread);
             s[d] = rows;
         }
     }
-    for (var d = 0u; d < DK / 4u; d++) {
+    for (var d = 0u; d < depth; d++) {
         let at = state0 + 4u * d * step;
         state[at] = s[d][0];
         state[at + step] = s[d][1];

@@ -13,7 +13,7 @@
 @group(0) @binding(8) var<storage, read_write> o: array<u32>; // [T, o_stride]
 
 const_assert LANES == DV_TILE / 2u;
-const_assert DK % 4u == 0u;
+const_assert DK % 8u == 0u;
 
 /// Four rows of S: [4, 2].
 alias Four = mat4x2<f32>;
@@ -34,6 +34,24 @@ fn k4(i: u32) -> vec4<f32> {
     return vec4(unpack_pair(QK_TYPE, k[at]), unpack_pair(QK_TYPE, k[at + 1u]));
 }
 
+/// q[a .. a + 4] and q[b .. b + 4], the same for all threads.
+fn q_pair(a: u32, b: u32, thread: Thread) -> mat2x4<f32> {
+    if SHARED_LOADS {
+        let i = pair_at(a, b, thread);
+        return pair_of(number(QK_TYPE, q[word_of(QK_TYPE, i)], i));
+    }
+    return mat2x4<f32>(q4(a), q4(b));
+}
+
+/// k[a .. a + 4] and k[b .. b + 4], the same for all threads.
+fn k_pair(a: u32, b: u32, thread: Thread) -> mat2x4<f32> {
+    if SHARED_LOADS {
+        let i = pair_at(a, b, thread);
+        return pair_of(number(QK_TYPE, k[word_of(QK_TYPE, i)], i));
+    }
+    return mat2x4<f32>(k4(a), k4(b));
+}
+
 fn v2(i: u32) -> vec2<f32> {
     if V_TYPE == F32 {
         return bitcast<vec2<f32>>(vec2(v[i], v[i + 1u]));
@@ -50,6 +68,11 @@ fn store_o2(i: u32, x: vec2<f32>) {
     }
 }
 
+/// k d^T for four rows.
+fn rows(k: vec4<f32>, d: vec2<f32>) -> Four {
+    return Four(k.x * d, k.y * d, k.z * d, k.w * d);
+}
+
 @compute @workgroup_size(LANES)
 fn gdn_step(thread: Thread) {
     let cell = cell_of(thread.group);
@@ -58,10 +81,12 @@ fn gdn_step(thread: Thread) {
     let head_k = select(head % params.hk, head / (params.hv / params.hk), params.head_map == 0u);
     let column = cell.z * DV_TILE + 2u * thread.lane;
 
+    // K / 4, as a number that compilers do not know: they would unroll the loops to some hundred KB of code.
+    let depth = min(DK / 4u, arrayLength(&state));
     var s: array<Four, DK / 4u>;
     let state0 = (((seq.z * params.hv + head) * DK) * params.dv + column) / 2u;
     let step = params.dv / 2u;
-    for (var d = 0u; d < DK / 4u; d++) {
+    for (var d = 0u; d < depth; d++) {
         let at = state0 + 4u * d * step;
         s[d] = Four(state[at], state[at + step], state[at + 2u * step], state[at + 3u * step]);
     }
@@ -73,14 +98,16 @@ fn gdn_step(thread: Thread) {
         var kk = 0.0;
         var qq = 0.0;
         var kq = 0.0;
-        for (var d = 0u; d < DK / 4u; d++) {
-            let vk = k4(k0 + 4u * d);
-            let vq = q4(q0 + 4u * d);
-            sk += s[d] * vk;
-            sq += s[d] * vq;
-            kk += dot(vk, vk);
-            qq += dot(vq, vq);
-            kq += dot(vk, vq);
+        for (var d = 0u; d < depth; d += 2u) {
+            let vk = k_pair(k0 + 4u * d, k0 + 4u * d + 4u, thread);
+            let vq = q_pair(q0 + 4u * d, q0 + 4u * d + 4u, thread);
+            let low = s[d];
+            let high = s[d + 1u];
+            sk += low * vk[0] + high * vk[1];
+            sq += low * vq[0] + high * vq[1];
+            kk += dot(vk[0], vk[0]) + dot(vk[1], vk[1]);
+            qq += dot(vq[0], vq[0]) + dot(vq[1], vq[1]);
+            kq += dot(vk[0], vq[0]) + dot(vk[1], vq[1]);
         }
         var norm_k = 1.0;
         var norm_q = 1.0;
@@ -94,13 +121,14 @@ fn gdn_step(thread: Thread) {
         let out = params.scale * norm_q * (e * sq + norm_k * kq * delta);
         store_o2(params.o_off + t * params.o_stride + head * params.dv + column, out);
         let kd = norm_k * delta;
-        for (var d = 0u; d < DK / 4u; d++) {
-            let vk = k4(k0 + 4u * d);
-            s[d] = e * s[d] + Four(vk.x * kd, vk.y * kd, vk.z * kd, vk.w * kd);
+        for (var d = 0u; d < depth; d += 2u) {
+            let vk = k_pair(k0 + 4u * d, k0 + 4u * d + 4u, thread);
+            s[d] = e * s[d] + rows(vk[0], kd);
+            s[d + 1u] = e * s[d + 1u] + rows(vk[1], kd);
         }
     }
     if STORE == 1u {
-        for (var d = 0u; d < DK / 4u; d++) {
+        for (var d = 0u; d < depth; d++) {
             let at = state0 + 4u * d * step;
             state[at] = s[d][0];
             state[at + step] = s[d][1];

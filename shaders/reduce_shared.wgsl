@@ -37,3 +37,14 @@ fn reduce_max(x: f32, thread: Thread) -> f32 {
 fn reduce_sum(x: f32, thread: Thread) -> f32 {
     return reduce_sum4(vec4(x, 0.0, 0.0, 0.0), thread).x;
 }
+
+// Without subgroup operations every thread loads for itself what all threads read; see reduce_subgroup.wgsl.
+const SHARED_LOADS = false;
+
+fn pair_at(a: u32, b: u32, thread: Thread) -> u32 {
+    return a;
+}
+
+fn pair_of(x: f32) -> mat2x4<f32> {
+    return mat2x4<f32>();
+}

@@ -42,3 +42,27 @@ fn reduce_max(x: f32, thread: Thread) -> f32 {
 fn reduce_sum(x: f32, thread: Thread) -> f32 {
     return reduce_sum4(vec4(x, 0.0, 0.0, 0.0), thread).x;
 }
+
+// Eight numbers at two places of four, each loaded by one thread of eight and handed to all: for kernels in which all
+// threads read the same numbers, on drivers where a load costs as much for one thread as a subgroup has threads.
+const SHARED_LOADS = SUBGROUP >= 8u;
+
+/// The index that this thread loads of a .. a + 4 and b .. b + 4.
+fn pair_at(a: u32, b: u32, thread: Thread) -> u32 {
+    let lane = thread.subgroup_lane % 8u;
+    return select(a, b, lane >= 4u) + lane % 4u;
+}
+
+/// What eight threads loaded.
+fn pair_of(x: f32) -> mat2x4<f32> {
+    return mat2x4<f32>(
+        subgroupBroadcast(x, 0u),
+        subgroupBroadcast(x, 1u),
+        subgroupBroadcast(x, 2u),
+        subgroupBroadcast(x, 3u),
+        subgroupBroadcast(x, 4u),
+        subgroupBroadcast(x, 5u),
+        subgroupBroadcast(x, 6u),
+        subgroupBroadcast(x, 7u),
+    );
+}

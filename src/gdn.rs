@@ -84,6 +84,11 @@ impl Io {
             if rows.stride < width || rows.stride > u32::MAX as u64 {
                 return Err(Error::argument(format!("stride of {what}"), rows.stride, format!("{width} to 2^32 - 1")));
             }
+            // Kernels read and write 16-bit numbers in pairs, as 32-bit words.
+            if store.size() == 2 && (rows.off % 2 != 0 || rows.stride % 2 != 0) {
+                let found = format!("number {} with stride {}", rows.off, rows.stride);
+                return Err(Error::argument(format!("rows of {what}"), found, format!("even numbers for {store}")));
+            }
             need(what, &rows.view, rows.reach(t, width) * store.size())?;
         }
         need("g", &self.g, t * h.hv as u64 * 4)?;

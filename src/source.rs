@@ -4,7 +4,7 @@
 //! this order:
 //!
 //! 1. one constant per const of the row, upper-cased: `const CHUNK = 32u;`. `LANES` is always there: the row's `lanes`, or
-//!    [`tune::CELL_THREADS`] for a row without;
+//!    [`tune::CELL_THREADS`] for a row without; `SUBGROUP` is the smallest subgroup's size, or 0;
 //! 2. `struct Params`, generated from the row: `base: vec3<u32>` and the params of the row, at group 0, binding 0, as
 //!    `params`;
 //! 3. `shaders/common.wgsl`: the cell's index, conversion of stored numbers, activations;
@@ -36,8 +36,8 @@ use crate::tune::{self, Caps, Class};
 /// What a variant may use beyond WebGPU's defaults.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Features {
-    /// Subgroup operations.
-    pub subgroups: bool,
+    /// Threads of the smallest subgroup where subgroup operations may be used, else 0.
+    pub subgroup: u32,
     /// Threads are lanes of a processor's vector registers, as in software drivers: kernels that have a file
     /// `shaders/<name>_columns.wgsl` use it.
     pub columns: bool,
@@ -46,7 +46,7 @@ pub struct Features {
 impl Features {
     /// What the kernels use on this device.
     pub fn of(caps: &Caps) -> Self {
-        Features { subgroups: caps.subgroup.is_some(), columns: caps.class == Class::Software }
+        Features { subgroup: caps.subgroup.map_or(0, |(least, _)| least), columns: caps.class == Class::Software }
     }
 }
 
@@ -104,14 +104,14 @@ pub fn wgsl(kernel: &Kernel, consts: &[u32], features: Features) -> Result<Strin
         let what = format!("consts of {}", kernel.name);
         return Err(Error::argument(what, consts.len(), format!("{} numbers", kernel.consts.len())));
     }
-    let reduce = if features.subgroups { REDUCE_SUBGROUP } else { REDUCE_SHARED };
-    let parts = [&constants(kernel, consts), &params(kernel.params), COMMON, reduce, file];
+    let reduce = if features.subgroup > 0 { REDUCE_SUBGROUP } else { REDUCE_SHARED };
+    let parts = [&constants(kernel, consts, features), &params(kernel.params), COMMON, reduce, file];
     Ok(parts.join("\n"))
 }
 
 /// `const NAME = value;` for each const of the row.
-fn constants(kernel: &Kernel, consts: &[u32]) -> String {
-    let mut text = String::new();
+fn constants(kernel: &Kernel, consts: &[u32], features: Features) -> String {
+    let mut text = format!("const SUBGROUP = {}u;\n", features.subgroup);
     for (field, &bits) in kernel.consts.iter().zip(consts) {
         let name = field.name.to_uppercase();
         text += &match field.ty {

@@ -1,8 +1,8 @@
 //! One test binary: `cargo test gdn::` runs one file's tests.
 
 mod attention;
-mod cpu;
 mod contract;
+mod cpu;
 mod formula;
 mod gdn;
 mod layering;

@@ -219,7 +219,8 @@ impl Case {
         let scale = if l2norm { 1.0 } else { (k as f32).powf(-0.5) };
         let exact = |x: f32| half::bf16::from_f32(half::f16::from_f32(x).to_f32()).to_f32();
         let mut numbers = |n: usize, s: f32| r.normals(n).into_iter().map(|x| exact(x * s)).collect::<Vec<f32>>();
-        let (q, key, value) = (numbers(tokens * hk * k, 1.0), numbers(tokens * hk * k, scale), numbers(tokens * hv * v, 1.0));
+        let (q, key, value) =
+            (numbers(tokens * hk * k, 1.0), numbers(tokens * hk * k, scale), numbers(tokens * hv * v, 1.0));
         let state = numbers(heads.state_len() as usize, 1.0);
         // No decay, slow, and cliffs.
         let g = (0..tokens * hv)
@@ -254,10 +255,8 @@ fn prepare_and_scan(gpu: &dyn Backend, case: &Case) -> (Vec<f32>, Vec<f32>, Vec<
     let v = strided(gpu, &case.v, vo, ty, 0, 2);
     let g = floats(gpu, &[&[f32::NAN; 3][..], &case.g].concat());
     let beta = floats(gpu, &[&[f32::NAN; 3][..], &case.beta].concat());
-    let table: Vec<u32> = (0..case.tokens as u32)
-        .step_by(c as usize)
-        .flat_map(|t| [t, c.min(case.tokens as u32 - t), 0, 0])
-        .collect();
+    let table: Vec<u32> =
+        (0..case.tokens as u32).step_by(c as usize).flat_map(|t| [t, c.min(case.tokens as u32 - t), 0, 0]).collect();
     let n = table.len() as u32 / 4;
     let chunks = words(gpu, &table);
     // One segment: chunk 0 .. n, slot 1; slot 0 must stay as it is.
@@ -294,7 +293,14 @@ fn prepare_and_scan(gpu: &dyn Backend, case: &Case) -> (Vec<f32>, Vec<f32>, Vec<
     );
     pass.launch(
         &SCAN,
-        ScanConsts { chunk: c, dk: h.k, dv_tile: tile.dv_tile, qk_type: ty.code(), v_type: ty.code(), lanes: tile.scan_lanes },
+        ScanConsts {
+            chunk: c,
+            dk: h.k,
+            dv_tile: tile.dv_tile,
+            qk_type: ty.code(),
+            v_type: ty.code(),
+            lanes: tile.scan_lanes,
+        },
         ScanParams {
             hk: h.hk,
             hv: h.hv,
@@ -693,7 +699,10 @@ fn a_binding_larger_than_the_limit_is_an_error_with_the_numbers() {
         fill(&mut pass, &a.view(), 16, 256, 1);
         match gpu.run(&pass) {
             Err(Error::Unsupported { what, why, .. }) => {
-                assert!(what.contains(&bytes.to_string()) && why.contains(&caps.max_binding.to_string()), "{what} {why}");
+                assert!(
+                    what.contains(&bytes.to_string()) && why.contains(&caps.max_binding.to_string()),
+                    "{what} {why}"
+                );
             }
             other => panic!("{other:?}"),
         }

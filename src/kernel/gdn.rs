@@ -1,6 +1,7 @@
 //! Rows of the Gated DeltaNet operator and the pieces around it.
 //!
 //! Strided arguments: element `(t, h, i)` of q is `q[q_off + t * q_stride + h * K + i]`, in numbers of the stored type.
+//! Offsets and strides of 16-bit numbers are even: kernels read and write them in pairs.
 //! Tables are rows of four u32.
 
 use super::{Fields, Kernel, fields, read, update, write};

@@ -93,8 +93,7 @@ fn compile(shared: &Shared, kernel: &Kernel, consts: &[u32], layout: Arc<Layout>
     };
     let descriptor =
         wgpu::ShaderModuleDescriptor { label: Some(kernel.name), source: wgpu::ShaderSource::Wgsl(text.into()) };
-    // Bounds checks stay on. A counter in every loop costs a fifth of the inner products and stops compilers from unrolling
-    // them.
+    // Bounds checks stay on. A counter in every loop would burden the inner products and stop compilers from unrolling them.
     let checks = wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..wgpu::ShaderRuntimeChecks::checked() };
     // SAFETY: without loop bounding a loop that never ends is undefined behaviour. Every loop in `shaders/` counts up or
     // down to a bound that it does not change.
