@@ -3,6 +3,7 @@
 //! Every case, from the files and generated, goes every way through the operator in every storage type, and every
 //! checkpoint answers its prompts. A GPU is checked twice: with all it has, and held to WebGPU's default limits.
 
+use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -191,6 +192,7 @@ fn operator(subject: &Subject, cases: &[Case], tests: &mut Vec<Test>, worst: &mu
     let mut failures = String::new();
     for case in cases {
         for way in Way::ALL {
+            progress(&format!("{}: {} {}", subject.label, case.name, way.name()));
             let mut row = vec![case.name.clone(), way.name().to_string()];
             let mut pass = true;
             for (i, &(store, bound)) in STORES.iter().enumerate() {
@@ -214,7 +216,16 @@ fn operator(subject: &Subject, cases: &[Case], tests: &mut Vec<Test>, worst: &mu
             table.row(row);
         }
     }
+    progress("");
     say(&format!("{table}{failures}"));
+}
+
+/// Says on a terminal what is under way, in one line that the next one replaces: a driver in software takes minutes.
+fn progress(text: &str) {
+    let mut err = std::io::stderr();
+    if err.is_terminal() {
+        let _ = write!(err, "\r\x1b[K{text}").and_then(|()| err.flush());
+    }
 }
 
 /// The errors of o and ht for the table, and what is wrong with them, if anything.

@@ -244,6 +244,30 @@ fn a_case_gives_its_answers_in_every_way() {
 }
 
 #[test]
+fn lavapipe_gives_the_same_answers() {
+    let dir = TempDir::new().unwrap();
+    let out = dir.path().join("out.safetensors");
+    let case = golden("cases/varlen_with_empty.safetensors");
+    let wanted = Parts::read(&case);
+    for (way, store, bound) in [("prefill", "f32", 1e-5), ("verify", "f32", 1e-5), ("split", "bf16", 5e-3)] {
+        let run = ["run", "--device", "lavapipe", "--case", path(&case), "--out", path(&out)];
+        let output = program(&[&run[..], &["--way", way, "--store", store]].concat());
+        if output.status.code() == Some(2) {
+            let required = std::env::var("GATEDELTA_REQUIRE").unwrap_or_default();
+            assert!(!required.split(',').any(|name| name.trim() == "lavapipe"), "{}", text(&output.stderr));
+            println!("skipped: lavapipe: {}", text(&output.stderr));
+            return;
+        }
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let found = Parts::read(&out);
+        for tensor in ["o", "ht"] {
+            let error = error(&found.floats(tensor), &wanted.floats(tensor));
+            assert!(error <= bound, "{way} {store} {tensor}: {error:e}");
+        }
+    }
+}
+
+#[test]
 fn unknown_metadata_and_absent_answers_are_no_obstacle() {
     let dir = TempDir::new().unwrap();
     let (case, out) = (dir.path().join("case.safetensors"), dir.path().join("out.safetensors"));
