@@ -179,21 +179,21 @@ impl Config {
             ("head_dim", self.head_dim, 4),
         ] {
             // Offsets inside a token's row are u32 in the kernels, with room for a batch of rows.
-            if n == 0 || n > 1 << 24 || n % multiple != 0 {
+            if n == 0 || n > 1 << 24 || !n.is_multiple_of(multiple) {
                 return Err(Error::argument(what, n, format!("a multiple of {multiple} from {multiple} to 2^24")));
             }
         }
         if self.layers.is_empty() || self.layers.len() > 1024 {
             return Err(Error::argument("num_hidden_layers", self.layers.len(), "1 to 1024"));
         }
-        if self.heads % self.kv_heads != 0 {
+        if !self.heads.is_multiple_of(self.kv_heads) {
             let multiple = format!("a multiple of num_key_value_heads = {}", self.kv_heads);
             return Err(Error::argument("num_attention_heads", self.heads, multiple));
         }
         if self.head_dim > 256 {
             return Err(Error::argument("head_dim", self.head_dim, "at most 256"));
         }
-        if self.rotary == 0 || self.rotary > self.head_dim || self.rotary % 2 != 0 {
+        if self.rotary == 0 || self.rotary > self.head_dim || !self.rotary.is_multiple_of(2) {
             return Err(Error::argument(
                 "rotated part of a head",
                 self.rotary,
@@ -255,7 +255,7 @@ impl Config {
 
 /// Every `interval`-th layer is full attention.
 fn interval_layers(layers: u32, interval: u32) -> Vec<LayerKind> {
-    (1..=layers).map(|i| if i % interval == 0 { LayerKind::Full } else { LayerKind::Linear }).collect()
+    (1..=layers).map(|i| if i.is_multiple_of(interval) { LayerKind::Full } else { LayerKind::Linear }).collect()
 }
 
 /// Refuses other models by name.

@@ -64,6 +64,8 @@ pub struct Sampler {
 }
 
 impl Sampler {
+    /// A sampler at the start of an answer.
+    ///
     /// # Errors
     /// As [`Sampling::check`].
     pub fn new(sampling: Sampling, seed: u64) -> Result<Self> {

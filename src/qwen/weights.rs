@@ -331,7 +331,7 @@ impl<T: bytemuck::NoUninit> AsRef<[u8]> for Owned<T> {
 
 /// The bytes themselves if kernels can read them where they are, else a copy. Files written by common tools are aligned.
 fn aligned(bytes: HostBytes, dtype: Dtype) -> Result<HostBytes> {
-    if bytes.bytes().as_ptr() as usize % dtype.size() as usize == 0 {
+    if (bytes.bytes().as_ptr() as usize).is_multiple_of(dtype.size() as usize) {
         return Ok(bytes);
     }
     let len = bytes.bytes().len();
