@@ -3,6 +3,9 @@
 @group(0) @binding(1) var<storage, read> x: array<f32>; // [rows, n]
 @group(0) @binding(2) var<storage, read_write> ids: array<u32>; // [rows]
 
+const AT_ONCE = 16u;
+const NONE = 0xffffffffu;
+
 var<workgroup> best_value: array<f32, LANES>;
 var<workgroup> best_index: array<u32, LANES>;
 
@@ -17,17 +20,20 @@ fn argmax(thread: Thread) {
     let x0 = row * params.n;
     let lane = thread.lane;
 
-    // Below every number, -infinity included, so that the first number wins: no index stands for none yet.
+    // While there is no index, any number wins, -infinity too.
     var value = 0.0;
-    var index = 0xffffffffu;
-    // Four loads under way at a time: a row is read by one workgroup, whose time is latency.
-    for (var i = lane; i < params.n; i += 4u * LANES) {
-        for (var j = 0u; j < 4u; j++) {
-            let at = i + j * LANES;
-            let v = x[x0 + min(at, params.n - 1u)];
-            if at < params.n && (v > value || (index == 0xffffffffu && v == v)) {
-                value = v;
-                index = at;
+    var index = NONE;
+    // Many loads under way at a time: a row is read by one workgroup, whose time is latency.
+    for (var i = lane; i < params.n; i += AT_ONCE * LANES) {
+        var v: array<f32, AT_ONCE>;
+        for (var j = 0u; j < AT_ONCE; j++) {
+            v[j] = x[x0 + min(i + j * LANES, params.n - 1u)];
+        }
+        // Past the end the last number comes again, with a larger index, and does not win.
+        for (var j = 0u; j < AT_ONCE; j++) {
+            if v[j] > value || (index == NONE && v[j] == v[j]) {
+                value = v[j];
+                index = min(i + j * LANES, params.n - 1u);
             }
         }
     }
@@ -35,10 +41,10 @@ fn argmax(thread: Thread) {
     best_index[lane] = index;
     workgroupBarrier();
     for (var half = LANES / 2u; half > 0u; half >>= 1u) {
-        if lane < half && best_index[lane + half] != 0xffffffffu {
+        if lane < half && best_index[lane + half] != NONE {
             let v = best_value[lane + half];
             let i = best_index[lane + half];
-            if best_index[lane] == 0xffffffffu || wins(v, i, best_value[lane], best_index[lane]) {
+            if best_index[lane] == NONE || wins(v, i, best_value[lane], best_index[lane]) {
                 best_value[lane] = v;
                 best_index[lane] = i;
             }

@@ -24,10 +24,11 @@ const SX = TILE_K / REG_K;
 const SY = LANES / SX;
 const REG_Q = TILE_Q / SY;
 const_assert SX * SY == LANES && REG_Q * SY == TILE_Q && TILE_K % REG_K == 0u;
-// Depth of a slice of q and k: fours along D, and their number. Rows are permuted as in matmul.
-const DV = 4u;
+// Depth of a slice of q and k in fours along D: what 16 KiB leave beside the scores. Rows are permuted as in matmul.
+const DV_MOST = select(8u, 16u, TILE_Q <= 16u);
+const DV = select(4u, DV_MOST, DIM % (DV_MOST * 4u) == 0u);
 const_assert DIM % (DV * 4u) == 0u;
-const TURN = 2u;
+const TURN = max(8u / DV, 1u);
 
 // Softmax: threads of a query row.
 const PER_ROW = LANES / TILE_Q;
@@ -48,7 +49,7 @@ var<workgroup> decay: array<f32, TILE_Q>; // exp(m - m')
 var<private> s: array<f32, REG_Q * REG_K>;
 var<private> acc: array<vec4<f32>, OUT_ROWS * 2u>; // [OUT_ROWS, 8]
 
-/// Numbers 4 half .. 4 half + 4 of the 8 that start at word `at` of a cache's words.
+/// The first four numbers of 16 bytes of a cache.
 fn lower(words: vec4<u32>) -> vec4<f32> {
     if HALVES {
         return vec4(unpack_pair(KV_TYPE, words.x), unpack_pair(KV_TYPE, words.y));
@@ -186,21 +187,28 @@ fn attend(thread: Thread) {
                 acc[2u * i] *= f;
                 acc[2u * i + 1u] *= f;
             }
-            // Keys that no token of the tile sees may hold anything, and 0 times anything is not 0.
-            for (var j = 0u; j < min(TILE_K, end - k0); j++) {
-                let word = ((k0 + j) * params.kv_heads + head) * WORDS + ox * WORDS8;
-                let words = v_cache[word];
-                let lo = lower(words);
-                var hi: vec4<f32>;
-                if HALVES {
-                    hi = upper(words);
-                } else {
-                    hi = lower(v_cache[word + 1u]);
+            // Four keys at a time, so that their loads are under way together. Places past the end have P = 0, and are
+            // replaced by the last: a place that no token of the tile sees may hold anything, and 0 NaN is not 0.
+            for (var j0 = 0u; j0 < min(TILE_K, end - k0); j0 += 4u) {
+                var lo: array<vec4<f32>, 4>;
+                var hi: array<vec4<f32>, 4>;
+                for (var j = 0u; j < 4u; j++) {
+                    let place = min(k0 + j0 + j, end - 1u);
+                    let word = (place * params.kv_heads + head) * WORDS + ox * WORDS8;
+                    let words = v_cache[word];
+                    lo[j] = lower(words);
+                    if HALVES {
+                        hi[j] = upper(words);
+                    } else {
+                        hi[j] = lower(v_cache[word + 1u]);
+                    }
                 }
                 for (var i = 0u; i < OUT_ROWS; i++) {
-                    let p = scores[min(oy + i * OY, TILE_Q - 1u) * TILE_K + j];
-                    acc[2u * i] += p * lo;
-                    acc[2u * i + 1u] += p * hi;
+                    let at = min(oy + i * OY, TILE_Q - 1u) * TILE_K + j0;
+                    for (var j = 0u; j < 4u; j++) {
+                        acc[2u * i] += scores[at + j] * lo[j];
+                        acc[2u * i + 1u] += scores[at + j] * hi[j];
+                    }
                 }
             }
         }

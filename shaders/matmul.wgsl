@@ -85,7 +85,7 @@ fn add_products(sum: f32, a: vec4<f32>, b: vec4<f32>) -> f32 {
 /// Slices of x and w through workgroup memory, sums in registers.
 fn staged(m0: u32, n0: u32, lane: u32) {
     let tx = lane % NX;
-    let ty = select(lane / NX, 0u, NY == 1u);
+    let ty = lane / NX;
     for (var k0 = 0u; k0 < params.k; k0 += TILE_K) {
         for (var i = lane; i < TILE_M * KV; i += LANES) {
             let row = i / KV;
@@ -126,36 +126,37 @@ fn staged(m0: u32, n0: u32, lane: u32) {
     }
 }
 
-/// Each thread reads its own rows of w; the rows of x are the same for all threads.
+/// Each thread reads its own rows of x and w.
 fn unstaged(m0: u32, n0: u32, lane: u32) {
     let tx = lane % NX;
-    let ty = select(lane / NX, 0u, NY == 1u);
-    if WIDE == 1u {
-        for (var k = 0u; k < params.k; k += STEP) {
-            for (var j = 0u; j < REG_N; j++) {
-                let words = w_words(n0 + tx + j * NX, k);
-                let lo = lower(words);
-                for (var i = 0u; i < REG_M; i++) {
-                    let sum = add_products(sums[i * REG_N + j], x_four(m0 + ty + i * NY, k), lo);
-                    sums[i * REG_N + j] = sum;
-                }
-                if HALVES {
-                    let hi = upper(words);
-                    for (var i = 0u; i < REG_M; i++) {
-                        let sum = add_products(sums[i * REG_N + j], x_four(m0 + ty + i * NY, k + 4u), hi);
-                        sums[i * REG_N + j] = sum;
-                    }
-                }
+    let ty = lane / NX;
+    for (var k = 0u; k < params.k; k += STEP) {
+        var lo: array<vec4<f32>, REG_M>;
+        var hi: array<vec4<f32>, REG_M>;
+        for (var i = 0u; i < REG_M; i++) {
+            lo[i] = x_four(m0 + ty + i * NY, k);
+            if HALVES {
+                hi[i] = x_four(m0 + ty + i * NY, k + 4u);
             }
         }
-    } else {
-        for (var k = 0u; k < params.k; k += 4u) {
-            for (var j = 0u; j < REG_N; j++) {
-                let four = w_four(n0 + tx + j * NX, k);
-                for (var i = 0u; i < REG_M; i++) {
-                    let sum = add_products(sums[i * REG_N + j], x_four(m0 + ty + i * NY, k), four);
-                    sums[i * REG_N + j] = sum;
+        for (var j = 0u; j < REG_N; j++) {
+            let row = n0 + tx + j * NX;
+            var w_lo: vec4<f32>;
+            var w_hi: vec4<f32>;
+            if WIDE == 1u {
+                let words = w_words(row, k);
+                w_lo = lower(words);
+                w_hi = upper(words);
+            } else {
+                w_lo = w_four(row, k);
+                w_hi = w_four(row, k + 4u);
+            }
+            for (var i = 0u; i < REG_M; i++) {
+                var sum = add_products(sums[i * REG_N + j], lo[i], w_lo);
+                if HALVES {
+                    sum = add_products(sum, hi[i], w_hi);
                 }
+                sums[i * REG_N + j] = sum;
             }
         }
     }

@@ -172,23 +172,24 @@ pub fn matmul(caps: &Caps, m: u64, n: u64, k: u64, dtype: Dtype) -> MatmulTile {
     match (caps.kind, caps.class) {
         // Registers and caches are the business of the CPU kernel itself; a cell is what one thread takes at a time.
         (Kind::Cpu, _) => MatmulTile { tile_m: 128, tile_n: 256, tile_k: 256, reg_m: 1, reg_n: 1 },
-        // Threads become vector lanes. Loads whose address differs from lane to lane are taken one by one, those with one
-        // address for all are cheap: each lane has a row of w, and every row of x is read by all lanes at once.
+        // Threads become lanes of one vector register, and every load is taken lane by lane at some ten times the price of a
+        // product: 8 x 8 sums a thread pay 16 loads for 64 products of vectors. A workgroup of more than one register
+        // costs another pass over memory for all that its threads keep.
         (_, Class::Software) => {
             let rows = m.clamp(1, 8).next_power_of_two() as u32;
-            MatmulTile { tile_m: rows, tile_n: 32, tile_k: 0, reg_m: rows, reg_n: 1 }
+            MatmulTile { tile_m: rows, tile_n: 64, tile_k: 0, reg_m: rows, reg_n: 8 }
         }
         _ => {
-            // 8 x 8 sums a thread: 16 loads of workgroup memory feed 256 products. 128 x 128 takes all of the 16 KiB that
-            // WebGPU guarantees and reads each number of x and w from memory 128 times less often than it is used.
             let cells = |tile: u64| m.div_ceil(tile) * n.div_ceil(tile);
-            // Where large tiles are too few to occupy a GPU, smaller ones waste less.
+            // Slices of 32 KiB, 8 x 8 sums a thread: 28 TFLOP/s on an H200, 26 with the next. Large tiles that are too few
+            // to occupy a GPU lose more than they win: 8 against 19 at 1024 columns. 64 x 64 takes all of the 16 KiB that
+            // WebGPU guarantees.
             let (tile, reg) = match () {
-                _ if cells(128) >= 128 => (128, 8),
-                _ if cells(64) >= 96 => (64, 4),
+                _ if cells(128) >= 128 && caps.workgroup_memory >= 32 << 10 => (128, 8),
+                _ if cells(64) >= 48 => (64, 4),
                 _ => (32, 4),
             };
-            MatmulTile { tile_m: tile, tile_n: tile, tile_k: 16, reg_m: reg, reg_n: reg }
+            MatmulTile { tile_m: tile, tile_n: tile, tile_k: 32, reg_m: reg, reg_n: reg }
         }
     }
 }
@@ -225,11 +226,15 @@ pub fn fuse(caps: &Caps) -> bool {
 
 /// The tile of a product of a few rows of x with `[n, k]`.
 pub fn matvec(caps: &Caps, n: u64, k: u64, dtype: Dtype) -> MatvecTile {
-    let _ = (n, k, dtype);
+    let _ = n;
     match caps.kind {
         Kind::Cpu => MatvecTile { rows: 64, lanes: 1 },
-        // Four rows share each load of x and one reduction of a vec4; many small workgroups hide the latency of memory.
-        Kind::WebGpu | Kind::Cuda => MatvecTile { rows: 4, lanes: 64 },
+        // Four rows share each load of x and one reduction of a vec4; many small workgroups hide the latency of memory. Each
+        // thread takes about four loads of 16 bytes from each row.
+        Kind::WebGpu | Kind::Cuda => {
+            let loads = k * dtype.size() / 16;
+            MatvecTile { rows: 4, lanes: (loads / 4).clamp(32, 128).next_power_of_two() as u32 }
+        }
     }
 }
 
@@ -244,39 +249,46 @@ pub struct AttendTile {
     pub lanes: u32,
     /// Keys in a split, a multiple of `tile_k`.
     pub span: u32,
+    /// Splits that fewer keys are cut into at most.
+    pub most: u32,
 }
 
 /// The tile of attention for `rows` query rows (tokens times query heads per key head) of each of `kv_heads` key heads over
-/// the positions before `end`.
-pub fn attend(caps: &Caps, rows: u64, kv_heads: u32, end: u64) -> AttendTile {
-    // 32 keys a slice: the scores of 32 query rows, and slices of q and k 16 numbers deep, take 8 KiB together.
+/// `keys` keys of a page, when each split of it costs `slot` bytes of scratch.
+pub fn attend(caps: &Caps, rows: u64, kv_heads: u32, keys: u64, slot: u64) -> AttendTile {
+    // 32 keys a slice: the scores of 32 query rows and the slices of q and k take 12 KiB together.
     let tile_k = 32;
     // One decoded token of a group of heads fills the smallest; a tile of 32 rows reads keys and values 32 times less often
-    // than it uses them, at 32 sums of the output a thread for the largest head.
+    // than it uses them, at 32 sums of the output a thread for the largest head. 64 rows take 22 KiB.
+    let large = caps.workgroup_memory >= 32 << 10 && caps.workgroup_threads >= 256;
     let (tile_q, lanes) = match (caps.kind, rows) {
         (Kind::Cpu, _) => (32, 1),
         (_, ..=4) => (4, 64),
         (_, ..=8) => (8, 64),
         (_, ..=16) => (16, 64),
+        (_, 512..) if large && caps.class == Class::Discrete => (64, 256),
         _ => (32, 128),
     };
-    // Cells in all when each key head is split this often: a GPU wants some hundred, a CPU a few per thread.
+    // Cells in all when each key head is split this often: a large GPU wants some hundred, a CPU a few per thread.
     let wanted = match (caps.kind, caps.class) {
         (Kind::Cpu, _) | (_, Class::Software) => 4 * caps.threads.max(2) as u64,
-        _ => 256,
+        (_, Class::Discrete) => 512,
+        _ => 128,
     };
     let cells = rows.div_ceil(tile_q as u64).max(1).saturating_mul(kv_heads as u64);
-    // At most 64 splits, which bounds the scratch; no fewer than 128 keys, so that a split outweighs its merge.
-    let splits = (wanted / cells.max(1)).clamp(1, 64);
-    let span = end.div_ceil(splits).max(128).next_multiple_of(tile_k as u64);
-    AttendTile { tile_q, tile_k, lanes, span: span.min(1 << 31) as u32 }
+    // At most 64 splits and 16 MiB of scratch a page: all pages of a context together fit WebGPU's 128 MiB. No fewer than 64
+    // keys, so that a split outweighs its merge.
+    let splits = (wanted / cells.max(1)).min((16 << 20) / slot.max(1)).clamp(1, 64);
+    let span = keys.div_ceil(splits).max(64).next_multiple_of(tile_k as u64);
+    let most = splits.min(keys.div_ceil(64)) as u32;
+    AttendTile { tile_q, tile_k, lanes, span: span.min(1 << 31) as u32, most }
 }
 
 /// Positions in a page of the cache of keys and values whose positions take `kv_row` bytes each.
 pub fn kv_page(caps: &Caps, kv_row: u64) -> u64 {
-    // 4 MiB of keys: small enough to grow a short conversation by, large enough that 32k positions are a few launches.
+    // 8 MiB of keys: small enough to grow a short conversation by, large enough that 32k positions are a few launches.
     let most = caps.max_binding.min(caps.max_buffer) / kv_row.max(1);
-    ((4 << 20) / kv_row.max(1)).next_power_of_two().clamp(256, 1 << 20).min(most.max(1))
+    ((8 << 20) / kv_row.max(1)).next_power_of_two().clamp(256, 1 << 20).min(most.max(1))
 }
 
 /// Numbers that one cell of an elementwise kernel covers.
@@ -306,6 +318,16 @@ pub fn row_lanes(caps: &Caps, dim: u64) -> u32 {
             let most = caps.workgroup_threads.clamp(32, 256);
             (dim.min(256) as u32).next_power_of_two().clamp(32, most)
         }
+    }
+}
+
+/// Threads that look for the largest number of a row.
+pub fn argmax_lanes(caps: &Caps) -> u32 {
+    match (caps.kind, caps.class) {
+        (Kind::Cpu, _) => 1,
+        (_, Class::Software) => 64,
+        // One workgroup reads a row of some hundred thousand logits: the more threads, the more loads under way.
+        _ => 1 << caps.workgroup_threads.clamp(64, 1024).ilog2(),
     }
 }
 

@@ -11,7 +11,7 @@ use crate::kernel::model::{
 };
 use crate::pass::Pass;
 use crate::shape::Dtype;
-use crate::tune::{self, Caps};
+use crate::tune::{self, AttendTile, Caps};
 
 /// What stays the same from call to call.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -103,7 +103,7 @@ pub struct Attention<'a> {
     pub y: &'a View,
 }
 
-/// Bytes of `part` that [`attention`] needs for these pages, given as (start, len).
+/// Bytes of `part` that [`attention`] needs for these pages, given as (start, len), when `positions` ends at `end` or before.
 pub fn attention_scratch(
     caps: &Caps,
     shape: &AttentionShape,
@@ -111,15 +111,20 @@ pub fn attention_scratch(
     pages: impl IntoIterator<Item = (u64, u64)>,
     end: u64,
 ) -> u64 {
-    let rows = tokens * shape.heads as u64 / shape.kv_heads.max(1) as u64;
-    let span = tune::attend(caps, rows, shape.kv_heads, end).span as u64;
-    let slots: u64 = pages.into_iter().map(|(start, len)| splits(start, len, end, span)).sum();
-    tokens * shape.heads as u64 * slots * (shape.dim as u64 + 2) * 4
+    let slots: u64 = pages.into_iter().map(|(start, len)| cut(caps, shape, tokens, start, len, end).most as u64).sum();
+    tokens * slots * slot(shape)
 }
 
-/// Splits of a page whose keys lie before `end`.
-fn splits(start: u64, len: u64, end: u64, span: u64) -> u64 {
-    end.saturating_sub(start).min(len).div_ceil(span)
+/// Bytes of the partial results of one token in one split.
+fn slot(shape: &AttentionShape) -> u64 {
+    shape.heads as u64 * (shape.dim as u64 + 2) * 4
+}
+
+/// The tile for a page.
+fn cut(caps: &Caps, s: &AttentionShape, tokens: u64, start: u64, len: u64, end: u64) -> AttendTile {
+    let keys = end.saturating_sub(start).min(len);
+    let rows = tokens * (s.heads / s.kv_heads.max(1)) as u64;
+    tune::attend(caps, rows, s.kv_heads, keys, tokens * slot(s))
 }
 
 /// Norms and rotary on q and k, k and v into the cache, causal softmax attention, output gate.
@@ -144,8 +149,6 @@ pub fn attention(caps: &Caps, pass: &mut Pass, a: &Attention) -> Result<()> {
     let q = words(caps, "q", a.q, &[t, heads, dim])?;
     let y = words(caps, "y", a.y, &[t, heads, dim])?;
 
-    let tile = tune::attend(caps, t * heads / kv, s.kv_heads, end);
-    let span = tile.span as u64;
     let mut pages = Vec::new();
     let mut next = 0;
     let mut slots = 0;
@@ -159,8 +162,10 @@ pub fn attention(caps: &Caps, pass: &mut Pass, a: &Attention) -> Result<()> {
         }
         let k = need(caps, &format!("pages[{i}].k"), &p.k, s.kv_dtype.size(), &[p.len, kv, dim])?;
         let v = need(caps, &format!("pages[{i}].v"), &p.v, s.kv_dtype.size(), &[p.len, kv, dim])?;
-        pages.push((KvPage { k, v, ..*p }, slots));
-        slots += splits(p.start, p.len, end, span);
+        let tile = cut(caps, s, t, p.start, p.len, end);
+        let splits = (end.min(next) - p.start).div_ceil(tile.span as u64);
+        pages.push((KvPage { k, v, ..*p }, tile, slots, splits as u32));
+        slots += splits;
     }
     if next < end {
         return Err(Error::argument("pages", format!("{next} positions"), format!("at least {end}")));
@@ -169,7 +174,7 @@ pub fn attention(caps: &Caps, pass: &mut Pass, a: &Attention) -> Result<()> {
 
     let tokens = small("tokens", t)?;
     let (page_pos, lanes) = (|p: &KvPage| (p.start as u32, p.len as u32), tune::head_lanes(caps, s.dim));
-    for (p, _) in pages.iter().filter(|(p, _)| p.start + p.len > a.positions.start) {
+    for (p, ..) in pages.iter().filter(|(p, ..)| p.start + p.len > a.positions.start) {
         let consts = AttnPrepareConsts { dim: s.dim, rot: s.rot, kv_type: s.kv_dtype.code(), lanes };
         let (page_start, page_len) = page_pos(p);
         let params = AttnPrepareParams { heads: s.heads, kv_heads: s.kv_heads, page_start, page_len, eps: s.eps };
@@ -184,7 +189,7 @@ pub fn attention(caps: &Caps, pass: &mut Pass, a: &Attention) -> Result<()> {
         );
     }
     let (rows, slots) = (t * heads / kv, small("slots", slots)?);
-    for (p, slot0) in &pages {
+    for (p, tile, slot0, splits) in &pages {
         let consts = AttendConsts {
             dim: s.dim,
             kv_type: s.kv_dtype.code(),
@@ -204,11 +209,7 @@ pub fn attention(caps: &Caps, pass: &mut Pass, a: &Attention) -> Result<()> {
             slots,
             scale: s.scale,
         };
-        let grid = [
-            small("query cells", rows.div_ceil(tile.tile_q as u64))?,
-            s.kv_heads,
-            splits(p.start, p.len, end, span) as u32,
-        ];
+        let grid = [small("query cells", rows.div_ceil(tile.tile_q as u64))?, s.kv_heads, *splits];
         let keys = end.min(p.start + p.len) - p.start;
         let work = 4 * t * heads * dim * keys + grid[0] as u64 * keys * s.kv_row() * 2;
         pass.launch(&ATTEND, consts, params, &[&q, &p.k, &p.v, &pos, &part], grid, work);

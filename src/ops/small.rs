@@ -91,7 +91,7 @@ pub fn swiglu(caps: &Caps, pass: &mut Pass, gate_up: &View, y: &View, rows: u64,
 pub fn argmax(caps: &Caps, pass: &mut Pass, x: &View, ids: &View, rows: u64, n: u64) -> Result<()> {
     let x = words(caps, "x", x, &[rows, n])?;
     let ids = words(caps, "ids", ids, &[rows])?;
-    let consts = ArgmaxConsts { lanes: tune::row_lanes(caps, n) };
+    let consts = ArgmaxConsts { lanes: tune::argmax_lanes(caps) };
     let params = ArgmaxParams { n: some("n (numbers in a row)", n)? };
     pass.launch(&ARGMAX, consts, params, &[&x, &ids], [small("rows", rows)?, 1, 1], rows * n * 5);
     Ok(())
