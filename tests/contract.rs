@@ -130,7 +130,7 @@ fn other_variants(caps: &Caps, out: &mut Vec<Variant>) {
         out.push(variant(row, caps, &[("block", tune::block(caps))]));
     }
     out.push(variant(&RMS_NORM, caps, &[("lanes", tune::row_lanes(caps, 1024))]));
-    out.push(variant(&ARGMAX, caps, &[("lanes", tune::row_lanes(caps, 248_320))]));
+    out.push(variant(&ARGMAX, caps, &[("lanes", tune::argmax_lanes(caps))]));
     for (ty, dtype) in [Dtype::F32, Dtype::F16, Dtype::Bf16].into_iter().enumerate() {
         let ty = ty as u32;
         out.push(variant(&EMBED, caps, &[("w_type", ty)]));
@@ -143,7 +143,7 @@ fn other_variants(caps: &Caps, out: &mut Vec<Variant>) {
             out.push(variant(&ATTN_PREPARE, caps, &consts));
             out.push(variant(&ATTEND_MERGE, caps, &[("dim", dim), ("lanes", lanes)]));
             for rows in [1, 4, 8, 16, 1000] {
-                let tile = tune::attend(caps, rows, 2, 4096);
+                let tile = tune::attend(caps, rows, 2, 4096, 1 << 16);
                 let consts = [
                     ("dim", dim),
                     ("kv_type", ty),
