@@ -186,7 +186,7 @@ impl<E: Engine> Agent<E> {
         })?;
         output.take(parser.finish(), sink)?;
         summary.prompt_tokens = answer.prompt;
-        summary.read_tokens += answer.prompt.saturating_sub(answer.reused);
+        summary.read_tokens += answer.read;
         summary.reused_tokens += answer.reused;
         summary.reread_tokens += answer.reread;
         summary.generated_tokens += answer.wrote;

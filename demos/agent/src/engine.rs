@@ -48,6 +48,8 @@ pub struct Answer {
     pub prompt: usize,
     /// Of these, how many were still in memory.
     pub reused: usize,
+    /// Of the rest, how many were read before the answer ended.
+    pub read: usize,
     /// Of those read, how many had been read before: the prompt departs from what was in memory, which had to go.
     pub reread: usize,
     /// Tokens written.

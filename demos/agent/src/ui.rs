@@ -58,10 +58,10 @@ impl Terminal {
 
     /// Ends whatever line is under way.
     fn section(&mut self, section: Section) -> io::Result<()> {
+        self.clear_bar();
         if section == self.section {
             return Ok(());
         }
-        self.clear_bar();
         match self.section {
             Section::Text { line_ended: false } => {
                 writeln!(self.out)?;
@@ -91,10 +91,12 @@ impl Terminal {
             self.clear_bar();
             return Ok(());
         }
-        self.section(Section::None)?;
+        if self.bar.is_none() {
+            self.section(Section::None)?;
+        }
         let since = *self.reading.get_or_insert_with(Instant::now);
         if self.bar.is_none() && since.elapsed() >= PATIENCE && total - reused > 1 {
-            let style = "reading {bar:30} {pos}/{len} tokens, {per_sec}, {eta} left";
+            let style = "reading {bar:30} {pos}/{len} tokens, {eta} left";
             self.bar = Some(progress(total as u64, style).with_position(reused as u64));
         }
         if let Some(bar) = &self.bar {
@@ -104,6 +106,7 @@ impl Terminal {
     }
 
     fn done(&mut self, summary: &Summary) -> io::Result<()> {
+        self.reading = None;
         let (dim, warn) = (self.dim.clone(), self.warn.clone());
         if let Some(note) = summary.reason.note() {
             self.say(&warn, &format!("[{note}]"))?;

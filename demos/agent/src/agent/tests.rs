@@ -38,6 +38,7 @@ impl Engine for Script {
             end: End::Stop,
             prompt: 10,
             reused: 4,
+            read: 6,
             reread: 0,
             wrote: 0,
             decoded: 0,

@@ -161,6 +161,7 @@ impl Engine for Local {
             end: End::Cancelled,
             prompt: total,
             reused,
+            read: 0,
             reread,
             wrote: 0,
             decoded: 0,
@@ -185,6 +186,7 @@ impl Engine for Local {
                     if !text.is_empty() {
                         each(Step::Rest { text: &text })?;
                     }
+                    answer.read = timings.prompt_tokens as usize;
                     answer.decoded = timings.decoded_tokens as usize;
                     answer.reading = timings.prompt;
                     answer.writing = timings.decode;
