@@ -244,7 +244,7 @@ fn check(kernel: &Kernel, text: &str, caps: &Caps) -> Result<(), String> {
             naga::AddressSpace::WorkGroup if !used[handle].is_empty() => {
                 workgroup_bytes += layouter[global.ty].to_stride();
             }
-            naga::AddressSpace::WorkGroup => {}
+            naga::AddressSpace::WorkGroup | naga::AddressSpace::Private => {}
             naga::AddressSpace::Uniform => check_params(kernel, &module, global)?,
             naga::AddressSpace::Storage { access } => {
                 let binding = global.binding.ok_or(format!("{name} has no binding"))?;
