@@ -210,10 +210,8 @@ impl<'p> Job<'p> {
 
     /// Lets all threads into stage `i`, whose inputs are complete.
     fn open_stage(&self, i: usize) {
-        if let Some(stage) = self.stages.get(i) {
-            if stage.phase == 0 {
-                self.guard(stage.task, || self.tasks[stage.task].begin());
-            }
+        if let Some(stage) = self.stages.get(i).filter(|stage| stage.phase == 0) {
+            self.guard(stage.task, || self.tasks[stage.task].begin());
         }
         self.open.store(i + 1, Ordering::Release);
     }
