@@ -89,7 +89,7 @@ impl Heads {
             return Err(Error::argument("Hv (value heads)", hv, format!("a multiple of Hk = {hk}")));
         }
         for (what, n) in [("K (q/k head size)", k), ("V (value head size)", v)] {
-            if n < 16 || n > 256 || n % 16 != 0 {
+            if !(16..=256).contains(&n) || n % 16 != 0 {
                 return Err(Error::argument(what, n, "a multiple of 16 from 16 to 256"));
             }
         }

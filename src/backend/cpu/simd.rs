@@ -169,7 +169,6 @@ pub(super) fn dot<S: Simd>(s: S, a: &[f32], b: &[f32]) -> f32 {
     let (a4, a_rest) = pulp::as_arrays::<4, _>(a);
     let (b4, b_rest) = pulp::as_arrays::<4, _>(b);
     for (a, b) in a4.iter().zip(b4) {
-        #[expect(clippy::needless_range_loop, reason = "iterators over vectors do not always stay in registers")]
         for i in 0..4 {
             sum[i] = fma(s, a[i], b[i], sum[i]);
         }
