@@ -168,17 +168,21 @@ impl Entry {
     }
 }
 
-/// Everything that could be opened, in order of preference.
-fn entries() -> Vec<Entry> {
+/// Everything that could be opened, in order of preference. Asking for adapters loads every graphics driver of the machine,
+/// which is left out where only the CPU is wanted: it must work beside the worst of drivers.
+fn entries(wanted: Option<&str>) -> Vec<Entry> {
+    let not_tried = || Verdict::NotTried(wanted.map_or("something better works", |_| "another was asked for").into());
     let mut entries = vec![Entry::absent("cuda", Kind::Cuda, "this build has no CUDA backend")];
     #[cfg(feature = "webgpu")]
-    {
+    if wanted.is_some_and(|w| w.eq_ignore_ascii_case("cpu")) {
+        entries.push(Entry::absent("wgpu", Kind::WebGpu, "not looked for: the CPU was asked for"));
+    } else {
         let adapters = WebGpu::enumerate();
         if adapters.found.is_empty() {
             entries.push(Entry::absent("wgpu", Kind::WebGpu, &adapters.why_none));
         }
         entries.extend(adapters.found.into_iter().map(|found| {
-            let verdict = Verdict::NotTried("something better was found first".into());
+            let verdict = not_tried();
             let Caps { name, driver, class, .. } = found.caps.clone();
             let candidate = Candidate { name, driver, kind: Kind::WebGpu, class, caps: None, verdict };
             Entry { candidate, source: Source::WebGpu(Box::new(found)) }
@@ -193,7 +197,7 @@ fn entries() -> Vec<Entry> {
         kind: Kind::Cpu,
         class: Class::Cpu,
         caps: None,
-        verdict: Verdict::NotTried("a GPU was found".into()),
+        verdict: not_tried(),
     };
     entries.push(Entry { candidate, source: Source::Cpu });
     entries.sort_by_key(|e| match (e.candidate.kind, e.candidate.class) {
@@ -209,7 +213,7 @@ fn entries() -> Vec<Entry> {
 
 /// Opens and tests every device there is, chooses none of them, and says which one [`open`] would choose.
 pub fn list() -> Account {
-    let mut entries = entries();
+    let mut entries = entries(None);
     for entry in &mut entries {
         // The verdict keeps the reason of a failure.
         let _ = entry.open();
@@ -243,11 +247,12 @@ fn reason(entries: &[Entry], chosen: usize) -> String {
 /// reported. Without a name there is always the CPU.
 pub fn open(name: Option<&str>) -> Result<(Arc<dyn Backend>, Account)> {
     let from_environment = std::env::var(VARIABLE).ok().filter(|v| !v.is_empty());
-    let mut entries = entries();
-    let (backend, chosen, why) = match (name, &from_environment) {
-        (Some(name), _) => open_named(&mut entries, name, "asked for by name")?,
-        (None, Some(name)) => open_named(&mut entries, name, &format!("asked for by {VARIABLE}"))?,
-        (None, None) => open_best(&mut entries)?,
+    let wanted = name.or(from_environment.as_deref());
+    let mut entries = entries(wanted);
+    let (backend, chosen, why) = match (wanted, name) {
+        (Some(wanted), Some(_)) => open_named(&mut entries, wanted, "asked for by name")?,
+        (Some(wanted), None) => open_named(&mut entries, wanted, &format!("asked for by {VARIABLE}"))?,
+        (None, _) => open_best(&mut entries)?,
     };
     let account = Account { candidates: entries.into_iter().map(|e| e.candidate).collect(), chosen: Some(chosen), why };
     log::info!("{}", account.summary());

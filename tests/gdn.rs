@@ -357,6 +357,9 @@ fn bad_shapes_are_named() {
     assert!(shape(&[0, 5, 4]).contains("cu_seqlens[2]: found 4, expected at least cu_seqlens[1] = 5"));
 }
 
+/// A way to spoil the memory of a call, given a view that is too small.
+type SpoiledIo = fn(&mut Io, &gatedelta::backend::View);
+
 #[test]
 fn views_too_small_are_named() {
     let batch = Batch::random(heads(1, 2, 32, 32), &[20], true, 13);
@@ -365,7 +368,7 @@ fn views_too_small_are_named() {
         let good = packed(backend, &batch, Dtype::F32).io;
         let prefill = Prefill::new(backend, &batch.shape, &batch.options, good.q.stride).unwrap();
         let small = backend.alloc("small", 64).unwrap().view();
-        let spoiled: [(&str, fn(&mut Io, &gatedelta::backend::View)); 5] = [
+        let spoiled: [(&str, SpoiledIo); 5] = [
             ("q", |io, s| io.q.view = s.clone()),
             ("o", |io, s| io.o.view = s.clone()),
             ("beta", |io, s| io.beta = s.clone()),

@@ -137,14 +137,15 @@ fn huge_header_lengths_are_refused() {
 
 #[test]
 fn headers_that_lie_are_refused_with_the_tensor() {
-    let cases: [(&dyn Fn(&mut Value), &str); 7] = [
-        (&|t| t["dtype"] = json!("F99"), "unknown dtype"),
-        (&|t| t["dtype"] = json!("I16"), "dtype I16"),
-        (&|t| t["data_offsets"] = json!([0, u64::MAX]), "claims the bytes"),
-        (&|t| t["data_offsets"] = json!([192, 0]), "claims the bytes"),
-        (&|t| t["shape"] = json!([97]), "does not take the"),
-        (&|t| t["shape"] = json!([u64::MAX, u64::MAX]), "does not take the"),
-        (&|t| t["shape"] = json!([2, 48]), "has the shape [2, 48], and the config asks for [96]"),
+    type Change = fn(&mut Value);
+    let cases: [(Change, &str); 7] = [
+        (|t| t["dtype"] = json!("F99"), "unknown dtype"),
+        (|t| t["dtype"] = json!("I16"), "dtype I16"),
+        (|t| t["data_offsets"] = json!([0, u64::MAX]), "claims the bytes"),
+        (|t| t["data_offsets"] = json!([192, 0]), "claims the bytes"),
+        (|t| t["shape"] = json!([97]), "does not take the"),
+        (|t| t["shape"] = json!([u64::MAX, u64::MAX]), "does not take the"),
+        (|t| t["shape"] = json!([2, 48]), "has the shape [2, 48], and the config asks for [96]"),
     ];
     for (change, word) in cases {
         let dir = text();
