@@ -1,4 +1,4 @@
-//! Builders of the model: each function checks its arguments and appends the launches of one operation to a [`Pass`].
+//! Builders of the model: each function checks its arguments and appends the launches of one operation to a [`Pass`](crate::pass::Pass).
 //!
 //! Activations are f32 matrices of tokens by numbers ([`Rows`], or a packed [`View`]); weights keep their stored type and may
 //! lie in several parts ([`Weight`]), because a device limits how much a kernel sees through one argument. Activations are
