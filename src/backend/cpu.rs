@@ -49,7 +49,8 @@ pub struct Cpu {
     /// Distinguishes the memory of this backend.
     id: u64,
     level: Level,
-    pool: rayon::ThreadPool,
+    /// The threads beside the one that calls.
+    helpers: Option<rayon::ThreadPool>,
     /// Held by everything that touches memory, so that calls are ordered.
     lock: Mutex<Scratches>,
 }
@@ -76,11 +77,16 @@ impl Cpu {
             return Err(Error::argument("threads", threads, "1 to 1024"));
         }
         let level = Level::detect();
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|i| format!("gatedelta-{i}"))
-            .build()
-            .map_err(|e| Error::Device { device: "cpu".into(), why: e.to_string() })?;
+        let helpers = match threads {
+            1 => None,
+            _ => Some(
+                rayon::ThreadPoolBuilder::new()
+                    .num_threads(threads - 1)
+                    .thread_name(|i| format!("gatedelta-{i}"))
+                    .build()
+                    .map_err(|e| Error::Device { device: "cpu".into(), why: e.to_string() })?,
+            ),
+        };
         let caps = Caps {
             name: processor_name().unwrap_or_else(|| std::env::consts::ARCH.into()),
             driver: format!("native, {}, {threads} threads", level.name()),
@@ -99,7 +105,7 @@ impl Cpu {
         let scratches =
             Scratches { threads: (0..threads).map(|_| Mutex::default()).collect(), shared: Scratch::default() };
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
-        Ok(Cpu { caps, id, level, pool, lock: Mutex::new(scratches) })
+        Ok(Cpu { caps, id, level, helpers, lock: Mutex::new(scratches) })
     }
 
     fn lock(&self) -> MutexGuard<'_, Scratches> {
@@ -216,21 +222,24 @@ impl Backend for Cpu {
     fn run(&self, pass: &Pass) -> Result<()> {
         let tasks = self.bind(pass)?;
         let work = pass.launches.iter().fold(0u64, |sum, l| sum.saturating_add(l.work));
-        let threads = if work < ALONE { 1 } else { self.pool.current_num_threads() };
-        let job = Job::new(self.level, threads, tasks);
+        let helpers = self.helpers.as_ref().filter(|_| work >= ALONE);
+        let job = Job::new(self.level, helpers.map_or(0, |pool| pool.current_num_threads()) + 1, tasks);
         let mut scratches = self.lock();
         let Scratches { threads: locals, shared } = &mut *scratches;
-        let shared = Shared::new(shared.floats(job.shared()));
+        let (locals, shared) = (&*locals, Shared::new(shared.floats(job.shared())));
         job.start();
         let walk = |i: usize| {
             if let Some(scratch) = locals.get(i) {
                 job.walk(&mut scratch.lock().unwrap_or_else(|e| e.into_inner()), shared);
             }
         };
-        if threads == 1 {
-            walk(0);
-        } else {
-            self.pool.broadcast(|context| walk(context.index()));
+        match helpers {
+            None => walk(0),
+            // The caller begins at once; the helpers join in when the system has woken them.
+            Some(pool) => pool.in_place_scope(|scope| {
+                scope.spawn_broadcast(|_, context| walk(context.index() + 1));
+                walk(0);
+            }),
         }
         job.finish()
     }
