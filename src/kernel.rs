@@ -5,6 +5,7 @@
 //! against its row.
 
 pub mod gdn;
+pub mod gdn_grad;
 pub mod model;
 
 /// The kernels of the operator and of the model, in pipeline order.
@@ -19,6 +20,11 @@ pub static ALL: &[&Kernel] = &[
     &gdn::STEP,
     &gdn::GATED_NORM,
     &gdn::MIX_STEP,
+    // its backward pass
+    &gdn_grad::GRAD_SCAN,
+    &gdn_grad::GRAD_CHUNK,
+    &gdn_grad::GRAD_QK,
+    &gdn_grad::GRAD_GATES,
     // the rest of the model
     &model::EMBED,
     &model::RMS_NORM,

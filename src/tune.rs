@@ -79,6 +79,12 @@ pub struct Tile {
     pub step_lanes: u32,
     /// Bytes of scratch that one piece of a prefill may take.
     pub scratch: u64,
+    /// Columns of the state's gradient that one `gdn_grad_scan` cell carries; divides V.
+    pub dv_grad: u32,
+    /// Threads of a `gdn_grad_scan` workgroup.
+    pub grad_lanes: u32,
+    /// Bytes that one piece of a backward pass may save.
+    pub grad_scratch: u64,
 }
 
 /// The tile for these heads on this device.
@@ -97,6 +103,11 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             // Written by prepare and read by scan soon after: with the q and k of the same tokens, which take eight times as
             // much with 16 heads, it should stay in the last-level cache.
             scratch: 2 << 20,
+            dv_grad: divisor(heads.v, if heads.hv >= 2 * caps.threads { 128 } else { 32 }),
+            grad_lanes: 1,
+            // States before and after each chunk: the fewer pieces, the less of the forward pass is walked twice. With ws
+            // and a state per piece it stays below 100 MB.
+            grad_scratch: 64 << 20,
         },
         // Threads are lanes of vector registers: two columns a thread, all in registers and the stack, no exchange.
         Kind::WebGpu | Kind::Cuda if caps.class == Class::Software => Tile {
@@ -109,6 +120,9 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             step_lanes: divisor(heads.v, 128) / 2,
             // A scan cell cannot be cut: with 16 heads this is some hundred tokens, tens of milliseconds.
             scratch: 1 << 20,
+            dv_grad: divisor(heads.v, 32),
+            grad_lanes: divisor(heads.v, 32) / 4 * row_groups(heads.k, 16),
+            grad_scratch: 16 << 20,
         },
         Kind::WebGpu | Kind::Cuda => {
             // A thread takes 4 columns, and 4 rows or a multiple: up to 16 row groups keep the registers of S below 64 for
@@ -128,6 +142,12 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
                 scratch: match caps.class {
                     Class::Discrete => 64 << 20,
                     _ => 16 << 20,
+                },
+                dv_grad: dv_tile,
+                grad_lanes: lanes,
+                grad_scratch: match caps.class {
+                    Class::Discrete => 96 << 20,
+                    _ => 32 << 20,
                 },
             }
         }
@@ -336,6 +356,24 @@ pub fn head_lanes(caps: &Caps, dim: u32) -> u32 {
     match caps.kind {
         Kind::Cpu => 1,
         Kind::WebGpu | Kind::Cuda => (dim / 2).next_power_of_two().clamp(32, 128),
+    }
+}
+
+/// Threads of a `gdn_grad_chunk` workgroup.
+pub fn grad_chunk_lanes(caps: &Caps) -> u32 {
+    match caps.kind {
+        Kind::Cpu => 1,
+        // 8 x 8 threads with a block of both `[C, C]` products each.
+        Kind::WebGpu | Kind::Cuda => 64,
+    }
+}
+
+/// Threads of a `gdn_grad_qk` workgroup.
+pub fn grad_qk_lanes(caps: &Caps) -> u32 {
+    match caps.kind {
+        Kind::Cpu => 1,
+        // Both `[C, K]` sums stay in registers: 32 numbers a thread for 32 tokens and K = 128.
+        Kind::WebGpu | Kind::Cuda => 256,
     }
 }
 
