@@ -238,7 +238,7 @@ fn bad_numbers_and_tables_are_refused() {
         let ws = b.f32s(&[0.0; 3 * (2 * 256 + 64)]);
         let (chunks_view, segments_view) = (b.words(chunks), b.words(segments));
         run(&b, |p| {
-            let consts = PrepareConsts { chunk: 16, dk: h.k, group: 1, qk_type: 0, l2norm: 1, lanes: 1 };
+            let consts = PrepareConsts { chunk: 16, dk: h.k, group: 1, qk_type: 0, l2norm: 1, grad: 0, lanes: 1 };
             let params = PrepareParams {
                 hk: 1,
                 hv: 1,
@@ -252,7 +252,7 @@ fn bad_numbers_and_tables_are_refused() {
             };
             let args = [&qkv, &qkv, &g, &g, &chunks_view, &ws];
             p.launch(&PREPARE, consts, params, &args, [chunks.len() as u32 / 4, 1, 1], 1);
-            let consts = ScanConsts { chunk: 16, dk: 16, dv_tile: 16, qk_type: 0, v_type: 0, lanes: 1 };
+            let consts = ScanConsts { chunk: 16, dk: 16, dv_tile: 16, qk_type: 0, v_type: 0, save: 0, lanes: 1 };
             let params = ScanParams {
                 hk: 1,
                 hv: 1,

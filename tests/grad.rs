@@ -79,14 +79,8 @@ fn the_definition_agrees_with_finite_differences() {
             sum(&o, &given.d_o) + sum(&ht, &given.dht)
         };
         type Pick = fn(&mut Batch) -> &mut Vec<f32>;
-        let picks: [Pick; 6] = [
-            |b| &mut b.q,
-            |b| &mut b.k,
-            |b| &mut b.v,
-            |b| &mut b.g,
-            |b| &mut b.beta,
-            |b| b.h0.as_mut().unwrap(),
-        ];
+        let picks: [Pick; 6] =
+            [|b| &mut b.q, |b| &mut b.k, |b| &mut b.v, |b| &mut b.g, |b| &mut b.beta, |b| b.h0.as_mut().unwrap()];
         for ((name, grad), pick) in grads.named().into_iter().zip(picks) {
             let mut r = Random::new(9);
             for _ in 0..12 {

@@ -180,6 +180,7 @@ impl Batch {
                 group: heads.group(),
                 qk_type: dtype.code(),
                 l2norm: l2norm as u32,
+                grad: 0,
                 lanes: 1,
             };
             let params = PrepareParams {
@@ -200,6 +201,7 @@ impl Batch {
                 dv_tile,
                 qk_type: dtype.code(),
                 v_type: dtype.code(),
+                save: 0,
                 lanes: 1,
             };
             let params = ScanParams {

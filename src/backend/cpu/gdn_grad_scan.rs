@@ -178,15 +178,7 @@ impl<S: Simd> Chunk<'_, S> {
     /// # Safety
     /// `x` has `len` rows of 16 numbers, `x_row` apart, that nothing else refers to.
     #[inline(always)]
-    unsafe fn panel(
-        &self,
-        state: &mut [f32],
-        d_o: &[f32],
-        d_n: &mut [f32],
-        yz: &mut [f32],
-        x: *mut f32,
-        x_row: usize,
-    ) {
+    unsafe fn panel(&self, state: &mut [f32], d_o: &[f32], d_n: &mut [f32], yz: &mut [f32], x: *mut f32, x_row: usize) {
         let Chunk { s, c, len, dk, tile, rows, ws } = *self;
         let (p, vectors) = (&ws[c * c..2 * c * c], &ws[2 * c * c..]);
         let (u, o, decay, gamma) = (&vectors[..c], &vectors[c..][..c], &vectors[2 * c..][..c], vectors[3 * c]);

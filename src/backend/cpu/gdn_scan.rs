@@ -126,7 +126,8 @@ impl Row for Scan<'_> {
     fn begin(&self) -> Result<()> {
         let hv = self.params.hv as usize;
         let chunks = self.chunks.all();
-        let mut limit = chunks.len().min(self.ws.all().len() / (ws_size(self.consts.chunk, self.consts.save == 1) * hv));
+        let mut limit =
+            chunks.len().min(self.ws.all().len() / (ws_size(self.consts.chunk, self.consts.save == 1) * hv));
         if let Out::Saved(saved) = &self.out {
             limit = limit.min(saved.len() / (saved_size(self.consts.chunk, self.consts.dk, self.params.dv) * hv));
         }
