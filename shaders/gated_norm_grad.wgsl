@@ -1,4 +1,5 @@
-// Gradients of y = o * rsqrt(mean(o^2) + eps) * w * silu(z); a workgroup takes head after head, a thread the same columns of each.
+// Gradients of y = o * rsqrt(mean(o^2) + eps) * w * silu(z); a workgroup takes head after head, a thread the same columns of
+// each.
 
 @group(0) @binding(1) var<storage, read> o: array<f32>; // [T, Hv, V]
 @group(0) @binding(2) var<storage, read> z: array<f32>; // [T, z_stride]

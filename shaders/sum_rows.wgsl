@@ -1,4 +1,5 @@
-// y[c] = sum_r x[r, c]. Thread (ty, tx) adds up rows ty, ty + ROW_GROUPS, .. of column tx; then the groups are added up in order.
+// y[c] = sum_r x[r, c]. Thread (ty, tx) adds up rows ty, ty + ROW_GROUPS, .. of column tx; then the groups are added up in
+// order.
 
 @group(0) @binding(1) var<storage, read> x: array<f32>; // [rows, x_stride]
 @group(0) @binding(2) var<storage, read_write> y: array<f32>; // [n]

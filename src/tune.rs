@@ -386,6 +386,15 @@ pub fn norm_grad_block(caps: &Caps) -> u64 {
     64
 }
 
+/// Threads of a `gated_norm_grad` workgroup for heads of `dim` numbers.
+pub fn norm_grad_lanes(caps: &Caps, dim: u32) -> u32 {
+    match (caps.kind, caps.class) {
+        // One or two vector registers: a barrier costs a switch of context for each more. A quarter of the time of 64.
+        (Kind::WebGpu, Class::Software) => 16,
+        _ => head_lanes(caps, dim),
+    }
+}
+
 /// Columns of a cell and threads of a workgroup of [`crate::kernel::grad::SUM_ROWS`].
 pub fn sum_rows(caps: &Caps) -> (u32, u32) {
     match (caps.kind, caps.class) {

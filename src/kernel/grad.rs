@@ -1,8 +1,8 @@
 //! Rows of the gradients of what surrounds the operator: convolution, gates, gated norm.
 //!
-//! `dx` is the gradient of a loss by x, of the shape of x. The gradient of a weight is a sum over all tokens: each cell leaves
-//! the sum over its own tokens as one row of `part`, and [`SUM_ROWS`] adds the rows up, both in an order that depends on
-//! nothing but the numbers of the launch: the same inputs give the same bits.
+//! `dx` is the gradient of a loss by x, of the shape of x. The gradient of a weight is a sum over all tokens: each cell
+//! leaves the sum over its own tokens as one row of `part`, and [`SUM_ROWS`] adds the rows up, both in an order that depends
+//! on nothing but the numbers of the launch: the same inputs give the same bits.
 
 use super::{Fields, Kernel, fields, read, update, write};
 
@@ -77,9 +77,9 @@ fields! {
 
 /// What the tails add to [`CONV_GRAD`], after it: the gradient of the old tail, and that which the new tail hands to x.
 ///
-/// The new tail is rows `len ..` of the `taps - 1 + len` rows of (tail, x), so that `dtail_out[slot]` is added to the gradients of
-/// these rows: to dx, and where the sequence is shorter than the tail, to dtail. Row i of the old tail also gets
-/// `sum_t w[i - t] dp[t]`, t <= i.
+/// The new tail is rows `len ..` of the `taps - 1 + len` rows of (tail, x), so that `dtail_out[slot]` is added to the
+/// gradients of these rows: to dx, and where the sequence is shorter than the tail, to dtail. Row i of the old tail also
+/// gets `sum_t w[i - t] dp[t]`, t <= i.
 /// - x, w, seqs, tail, dy, dx as there; dtail_out, dtail `[slots, taps - 1, channels]` f32; slots outside the table stay
 /// - grid: `[ceil(channels / 64), count, 1]`
 pub static CONV_TAIL_GRAD: Kernel = Kernel {

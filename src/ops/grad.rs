@@ -1,8 +1,8 @@
 //! Gradients of what surrounds the recurrence: convolution, gates, gated norm.
 //!
-//! `dx` is the gradient of a loss by x. Results replace what their memory held: where a tensor is used twice, the caller adds.
-//! They lie in other buffers than what is read, and scratch in one of its own. NaN and infinity reach the results that depend
-//! on them.
+//! `dx` is the gradient of a loss by x. Results replace what their memory held: where a tensor is used twice, the caller
+//! adds. They lie in other buffers than what is read, and scratch in one of its own. NaN and infinity reach the results that
+//! depend on them.
 
 use super::mixer::together;
 use super::{Seqs, need_rows, small, some, words};
@@ -41,7 +41,7 @@ pub struct ConvGrad<'a> {
     pub dx: &'a Rows,
     /// `[channels, taps]` f32: a result.
     pub dw: &'a View,
-    /// `[slots, taps - 1, channels]` f32: a result, the gradient of the old tails; slots that no sequence has stay as they are.
+    /// `[slots, taps - 1, channels]` f32: a result, the gradient of the old tails; slots of no sequence stay as they are.
     pub dtail: Option<&'a View>,
     /// Scratch of [`conv_grad_scratch`] bytes.
     pub scratch: &'a View,
@@ -64,7 +64,8 @@ fn conv_cells(caps: &Caps, seqs: &Seqs, row: u64) -> u64 {
 ///
 /// With `X` the rows of (tail, x) and `p[t, c] = sum_j w[c, j] X[t - (taps - 1) + j, c]`, which is computed anew:
 /// ```text
-/// dp = dy silu'(p)      dX[i, c] = sum_j w[c, j] dp[i + (taps - 1) - j, c]      dw[c, j] = sum_t dp[t, c] X[t - (taps - 1) + j, c]
+/// dp[t, c] = dy[t, c] silu'(p[t, c])        dw[c, j] = sum_t dp[t, c] X[t - (taps - 1) + j, c]
+/// dX[i, c] = sum_j w[c, j] dp[i + (taps - 1) - j, c]
 /// ```
 /// dx and dtail are the rows of `dX`; the last `taps - 1` rows of (tail, x) are the new tail and get dtail_out too.
 ///
@@ -163,7 +164,8 @@ fn gate_block(caps: &Caps, tokens: u64, hv: u64) -> u64 {
 /// Gradients of [`super::gate`].
 ///
 /// ```text
-/// da = -exp(A_log) sigmoid(a + dt_bias) dg      db = beta (1 - beta) dbeta      dA_log = sum_t dg g      ddt_bias = sum_t da
+/// da = -exp(A_log) sigmoid(a + dt_bias) dg        dA_log = sum_t dg g
+/// db = beta (1 - beta) dbeta                      ddt_bias = sum_t da
 /// ```
 ///
 /// # Errors
@@ -270,7 +272,7 @@ pub fn gated_norm_grad(caps: &Caps, pass: &mut Pass, of: &GatedNormGrad) -> Resu
         block: small("block", block)?,
         eps: of.eps,
     };
-    let consts = GatedNormGradConsts { dv: heads.v, lanes: tune::head_lanes(caps, heads.v) };
+    let consts = GatedNormGradConsts { dv: heads.v, lanes: tune::norm_grad_lanes(caps, heads.v) };
     let args = [&o, &z, &w, &dy, &d_o, &dz, &part];
     pass.launch(&GATED_NORM_GRAD, consts, params, &args, [small("cells", cells)?, 1, 1], tokens * hv * dv * 60);
     sum_rows(caps, pass, &part, [cells, dv], 0, &dw, dv)
