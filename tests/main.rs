@@ -7,6 +7,7 @@ mod formula;
 mod formula_grad;
 mod gdn;
 mod grad;
+mod grad_bad;
 mod layering;
 mod naive;
 mod ops;
