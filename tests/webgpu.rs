@@ -274,6 +274,7 @@ fn prepare_and_scan(gpu: &dyn Backend, case: &Case) -> (Vec<f32>, Vec<f32>, Vec<
             group: h.group(),
             qk_type: ty.code(),
             l2norm: case.l2norm as u32,
+            grad: 0,
             lanes: tile.prepare_lanes,
         },
         PrepareParams {
@@ -299,6 +300,7 @@ fn prepare_and_scan(gpu: &dyn Backend, case: &Case) -> (Vec<f32>, Vec<f32>, Vec<
             dv_tile: tile.dv_tile,
             qk_type: ty.code(),
             v_type: ty.code(),
+            save: 0,
             lanes: tile.scan_lanes,
         },
         ScanParams {
