@@ -10,9 +10,10 @@
 @group(0) @binding(1) var<storage, read> v: array<u32>; // [window, v_stride]
 @group(0) @binding(2) var<storage, read> d_o: array<u32>; // [window, do_stride]
 @group(0) @binding(3) var<storage, read_write> ws: array<f32>; // [chunks, Hv, 5 C C + 9 C]
-@group(0) @binding(4) var<storage, read> saved: array<vec4<f32>>; // [chunks, Hv, (2 K V + 3 C V) / 4]
-@group(0) @binding(5) var<storage, read> chunks: array<vec4<u32>>; // [chunks]: first token, tokens, sequence, 0
-@group(0) @binding(6) var<storage, read_write> dv: array<u32>; // [window, dv_stride]
+@group(0) @binding(4) var<storage, read> saved: array<vec4<f32>>; // [chunks, Hv, (K V + 2 C V) / 4]
+@group(0) @binding(5) var<storage, read> dsaved: array<vec4<f32>>; // [chunks, Hv, (K V + 2 C V) / 4]
+@group(0) @binding(6) var<storage, read> chunks: array<vec4<u32>>; // [chunks]: first token, tokens, sequence, 0
+@group(0) @binding(7) var<storage, read_write> dv: array<u32>; // [window, dv_stride]
 
 const C = CHUNK;
 const EDGE = C / 8u;
@@ -84,9 +85,8 @@ fn gdn_grad_chunk(thread: Thread) {
     let g0 = p0 + 2u * C * C + 4u * C; // G, R [C, C]
     let r0 = g0 + C * C;
     let k0 = r0 + C * C; // rk, rq, beta, dc, dbeta [C] each
-    let u0 = cell0 * (2u * DK + 3u * C) * (DV / 4u) + 2u * DK * (DV / 4u); // U, N, X [C, V / 4]
+    let u0 = (cell0 * (DK + 2u * C) + DK) * (DV / 4u); // U, N [C, V / 4] of saved, X [C, V / 4] of dsaved
     let n0 = u0 + C * (DV / 4u);
-    let x0 = n0 + C * (DV / 4u);
 
     // dP, dL before the triangles are cut [EDGE, EDGE]
     var dp: array<f32, EDGE * EDGE>;
@@ -111,7 +111,7 @@ fn gdn_grad_chunk(thread: Thread) {
             if row < len {
                 vo = do4(do0 + row * params.do_stride + 4u * col);
                 vn = saved[n0 + row * (DV / 4u) + col];
-                vx = saved[x0 + row * (DV / 4u) + col];
+                vx = dsaved[u0 + row * (DV / 4u) + col];
                 let u = saved[u0 + row * (DV / 4u) + col];
                 let own = ws[k0 + 2u * C + row] * vx;
                 dots[e] += vec2(dot(vx, v4(v0 + row * params.v_stride + 4u * col) - u), dot(own, u));

@@ -1,19 +1,19 @@
 // The gradients of q and k of one chunk and key head, summed over its value heads.
 //
-//   b = o o (dO S^T) + P K
+//   b = Z S^T + P K
 //   a = n o (N dS'^T) - u o ((beta o X) S^T) + P^T Q + R K
 //   dq = b - rq^2 q (q . b)     dk = a - rk^2 k (k . a)     (with l2norm; else dq = b, dk = a)
-//   dc_i += q_i . [o o (dO S^T)]_i - k_i . [n o (N dS'^T)]_i
+//   dc_i += q_i . [Z S^T]_i - k_i . [n o (N dS'^T)]_i
 //   dc_C += sum_i k_i . [n o (N dS'^T)]_i + gamma_C <dS', S>
 //
 // Threads form a grid of GROUPS x QUADS; thread (ty, tx) holds rows ty * ROWS .. + ROWS of columns 4 tx .. + 4 of a and b in
-// registers. S, dS', dO, N and X pass through workgroup memory in slices of V, then P, P^T and R in slices of tokens.
+// registers. S, dS', Z, X and N pass through workgroup memory in slices of V, then P, P^T and R in slices of tokens.
 
 @group(0) @binding(1) var<storage, read> q: array<u32>; // [window, q_stride]
 @group(0) @binding(2) var<storage, read> k: array<u32>; // [window, k_stride]
-@group(0) @binding(3) var<storage, read> d_o: array<u32>; // [window, do_stride]
-@group(0) @binding(4) var<storage, read_write> ws: array<f32>; // [chunks, Hv, 5 C C + 9 C]
-@group(0) @binding(5) var<storage, read> saved: array<vec4<f32>>; // [chunks, Hv, (2 K V + 3 C V) / 4]
+@group(0) @binding(3) var<storage, read_write> ws: array<f32>; // [chunks, Hv, 5 C C + 9 C]
+@group(0) @binding(4) var<storage, read> saved: array<vec4<f32>>; // [chunks, Hv, (K V + 2 C V) / 4]
+@group(0) @binding(5) var<storage, read> dsaved: array<vec4<f32>>; // [chunks, Hv, (K V + 2 C V) / 4]
 @group(0) @binding(6) var<storage, read> chunks: array<vec4<u32>>; // [chunks]: first token, tokens, sequence, 0
 @group(0) @binding(7) var<storage, read_write> dq: array<u32>; // [window, dq_stride]
 @group(0) @binding(8) var<storage, read_write> dk: array<u32>; // [window, dk_stride]
@@ -37,7 +37,7 @@ const_assert DV % (4u * DEPTH) == 0u;
 const_assert QUADS * PART + LANES <= 8u * SIDE;
 
 var<workgroup> tile: array<vec4<f32>, 2u * SIDE>; // S, dS' [DK, DEPTH], then parts of sums over K [QUADS, PART] and [LANES]
-var<workgroup> rows: array<vec4<f32>, 3u * C * DEPTH>; // o o dO, -u o beta o X, n o N, or P, P^T, R: [3, C, DEPTH]
+var<workgroup> rows: array<vec4<f32>, 3u * C * DEPTH>; // Z, -u o beta o X, n o N, or P, P^T, R: [3, C, DEPTH]
 var<workgroup> dots: array<f32, C>;
 
 fn q4(i: u32) -> vec4<f32> {
@@ -54,14 +54,6 @@ fn k4(i: u32) -> vec4<f32> {
     }
     let at = i >> 1u;
     return vec4(unpack_pair(QK_TYPE, k[at]), unpack_pair(QK_TYPE, k[at + 1u]));
-}
-
-fn do4(i: u32) -> vec4<f32> {
-    if V_TYPE == F32 {
-        return bitcast<vec4<f32>>(vec4(d_o[i], d_o[i + 1u], d_o[i + 2u], d_o[i + 3u]));
-    }
-    let at = i >> 1u;
-    return vec4(unpack_pair(V_TYPE, d_o[at]), unpack_pair(V_TYPE, d_o[at + 1u]));
 }
 
 fn store_dq4(i: u32, x: vec4<f32>) {
@@ -156,14 +148,13 @@ fn gdn_grad_qk(thread: Thread) {
     }
     for (var member = 0u; member < GROUP; member++) {
         let head = head_of(head_k, member);
-        let do0 = params.do_off + chunk.x * params.do_stride + head * DV;
         let u0 = (cell.x * params.hv + head) * WS + 2u * C * C; // u, o, n, gamma_C [C] each
         let beta0 = u0 + 4u * C + 3u * C * C + 2u * C; // beta, dc [C]
-        let s0 = (cell.x * params.hv + head) * (2u * DK + 3u * C) * (DV / 4u); // S, dS' [K, V / 4]
-        let n0 = s0 + (2u * DK + C) * (DV / 4u); // N, X [C, V / 4]
-        let x0 = n0 + C * (DV / 4u);
+        let s0 = (cell.x * params.hv + head) * (DK + 2u * C) * (DV / 4u); // S of saved, dS' of dsaved [K, V / 4]
+        let x0 = s0 + DK * (DV / 4u); // X [C, V / 4] of dsaved
+        let n0 = x0 + C * (DV / 4u); // N of saved, Z of dsaved [C, V / 4]
 
-        // of_s = o o (dO S^T), of_ds = n o (N dS'^T) [ROWS, 4]
+        // of_s = Z S^T, of_ds = n o (N dS'^T) [ROWS, 4]
         var of_s: array<vec4<f32>, ROWS>;
         var of_ds: array<vec4<f32>, ROWS>;
         for (var r = 0u; r < ROWS; r++) {
@@ -177,25 +168,17 @@ fn gdn_grad_qk(thread: Thread) {
                 let row = e / DEPTH;
                 let at = s0 + row * (DV / 4u) + slice + e % DEPTH;
                 let vs = saved[at];
-                let vd = saved[at + DK * (DV / 4u)];
+                let vd = dsaved[at];
                 tile[e + row / 4u] = vs;
                 tile[SIDE + e + row / 4u] = vd;
                 inner += dot(vs, vd);
             }
             for (var e = lane; e < C * DEPTH; e += LANES) {
                 let row = e / DEPTH;
-                let col = slice + e % DEPTH;
-                var vo = vec4<f32>();
-                var vx = vec4<f32>();
-                var vn = vec4<f32>();
-                if row < len {
-                    vo = ws[u0 + C + row] * do4(do0 + row * params.do_stride + 4u * col);
-                    vx = -(ws[u0 + row] * ws[beta0 + row]) * saved[x0 + row * (DV / 4u) + col];
-                    vn = ws[u0 + 2u * C + row] * saved[n0 + row * (DV / 4u) + col];
-                }
-                rows[e] = vo;
-                rows[C * DEPTH + e] = vx;
-                rows[2u * C * DEPTH + e] = vn;
+                let at = row * (DV / 4u) + slice + e % DEPTH;
+                rows[e] = dsaved[n0 + at];
+                rows[C * DEPTH + e] = -(ws[u0 + row] * ws[beta0 + row]) * dsaved[x0 + at];
+                rows[2u * C * DEPTH + e] = ws[u0 + 2u * C + row] * saved[n0 + at];
             }
             workgroupBarrier();
             for (var d = 0u; d < DEPTH; d++) {

@@ -1,6 +1,6 @@
 // Carries the gradient of one head's state over the chunks of one segment, last to first, for DV_TILE columns.
 //
-//   dN = n o (K dS') + P^T dO     X = B^T dN     dS = gamma_C dS' - K^T (u o beta o X) + Q^T (o o dO)
+//   dN = n o (K dS') + P^T dO     X = B^T dN     dS = gamma_C dS' - K^T (u o beta o X) + Q^T Z, Z = o o dO
 //
 // Threads form a grid of ROW_GROUPS x QUADS as in gdn_scan.wgsl; thread (ty, tx) holds rows ty * ROWS .. + ROWS of columns
 // 4 tx .. + 4 of dS in registers, and computes rows ty + t * ROW_GROUPS of the [C, DV_TILE] products.
@@ -12,7 +12,7 @@
 @group(0) @binding(5) var<storage, read> chunks: array<vec4<u32>>; // [chunks]: first token, tokens, sequence, 0
 @group(0) @binding(6) var<storage, read> segments: array<vec4<u32>>; // [segments]: first chunk, chunks, slot, 0
 @group(0) @binding(7) var<storage, read_write> dstate: array<vec4<f32>>; // [slots, Hv, K, V / 4]
-@group(0) @binding(8) var<storage, read_write> saved: array<vec4<f32>>; // [chunks, Hv, (2 K V + 3 C V) / 4]
+@group(0) @binding(8) var<storage, read_write> dsaved: array<vec4<f32>>; // [chunks, Hv, (K V + 2 C V) / 4]
 
 const C = CHUNK;
 const QUADS = DV_TILE / 4u;
@@ -31,7 +31,7 @@ const_assert DK % (4u * ROW_GROUPS) == 0u;
 // K: [C, DEPTH], then dN: [C, DV_TILE], then K and Q: [SLICE, DK] each
 var<workgroup> tile_k: array<vec4<f32>, max(max(C * DEPTH / 4u, C * QUADS), SLICE * DK / 2u)>;
 var<workgroup> tile_s: array<vec4<f32>, max(DEPTH, C) * QUADS>; // dS: [DEPTH, DV_TILE], then -u o beta o X: [C, DV_TILE]
-var<workgroup> tile_o: array<vec4<f32>, C * QUADS>; // dO, then o o dO: [C, DV_TILE]
+var<workgroup> tile_o: array<vec4<f32>, C * QUADS>; // dO, then Z: [C, DV_TILE]
 
 fn q4(i: u32) -> vec4<f32> {
     if QK_TYPE == F32 {
@@ -88,12 +88,12 @@ fn gdn_grad_scan(thread: Thread) {
         let u0 = p0 + C * C; // u, o, n, gamma_C [C] each
         let b0 = u0 + 4u * C; // B [C, C]
         let beta0 = b0 + 3u * C * C + 2u * C; // beta [C]
-        let saved0 = (cell0 * (2u * DK + 3u * C) * params.dv + column) / 4u; // S, dS' [K, V / 4], U, N, X [C, V / 4]
-        let ds0 = saved0 + (DK + ty * ROWS) * row;
-        let x0 = saved0 + 2u * (DK + C) * row;
+        let saved0 = (cell0 * (DK + 2u * C) * params.dv + column) / 4u; // dS' [K, V / 4], X, Z [C, V / 4]
+        let ds0 = saved0 + ty * ROWS * row;
+        let x0 = saved0 + DK * row;
 
         for (var r = 0u; r < ROWS; r++) {
-            saved[ds0 + r * row] = s[r];
+            dsaved[ds0 + r * row] = s[r];
         }
         // kds = K dS' [TOKENS, 4]
         var kds: array<vec4<f32>, TOKENS>;
@@ -152,7 +152,7 @@ fn gdn_grad_scan(thread: Thread) {
             }
         }
         workgroupBarrier();
-        // X = B^T dN; B is lower triangular
+        // X = B^T dN, Z = o o dO; B is lower triangular
         for (var t = 0u; t < TOKENS; t++) {
             let i = ty + t * ROW_GROUPS;
             if i < C {
@@ -160,12 +160,14 @@ fn gdn_grad_scan(thread: Thread) {
                 for (var j = i; j < len; j++) {
                     x += ws[b0 + j * C + i] * tile_k[j * QUADS + tx];
                 }
-                saved[x0 + i * row] = x;
+                dsaved[x0 + i * row] = x;
                 tile_s[i * QUADS + tx] = -(ws[u0 + i] * ws[beta0 + i]) * x;
-                tile_o[i * QUADS + tx] *= ws[u0 + C + i];
+                let z = ws[u0 + C + i] * tile_o[i * QUADS + tx];
+                dsaved[x0 + (C + i) * row] = z;
+                tile_o[i * QUADS + tx] = z;
             }
         }
-        // dS = gamma_C dS' - K^T (u o beta o X) + Q^T (o o dO)
+        // dS = gamma_C dS' - K^T (u o beta o X) + Q^T Z
         let gamma = ws[u0 + 3u * C];
         for (var r = 0u; r < ROWS; r++) {
             s[r] *= gamma;

@@ -16,7 +16,7 @@
 @group(0) @binding(5) var<storage, read> chunks: array<vec4<u32>>; // [chunks]: first token, tokens, sequence, 0
 @group(0) @binding(6) var<storage, read> segments: array<vec4<u32>>; // [segments]: first chunk, chunks, slot, 0
 @group(0) @binding(7) var<storage, read_write> state: array<vec4<f32>>; // [slots, Hv, K, V / 4]
-@group(0) @binding(8) var<storage, read_write> o: array<u32>; // [window, o_stride] or [chunks, Hv, 2 K V + 3 C V]
+@group(0) @binding(8) var<storage, read_write> o: array<u32>; // [window, o_stride] or [chunks, Hv, K V + 2 C V]
 
 const C = CHUNK;
 const WS = select(2u * C * C + 4u * C, 5u * C * C + 9u * C, SAVE == 1u) / 4u;
@@ -113,8 +113,8 @@ fn gdn_scan(thread: Thread) {
         let p0 = a0 + C * C / 4u; // P [C, C / 4]
         let u0 = p0 + C * C / 4u; // u, o, n, gamma_C [C / 4] each
 
-        let saved0 = (at * params.hv + head) * (2u * DK + 3u * C) * params.dv + column; // S [K, V]
-        let u_saved0 = saved0 + 2u * DK * params.dv; // U [C, V], N [C, V]
+        let saved0 = (at * params.hv + head) * (DK + 2u * C) * params.dv + column; // S [K, V]
+        let u_saved0 = saved0 + DK * params.dv; // U [C, V], N [C, V]
         if SAVE == 1u {
             for (var r = 0u; r < ROWS; r++) {
                 save4(saved0 + (ty * ROWS + r) * params.dv, s[r]);

@@ -83,8 +83,10 @@ pub struct Tile {
     pub dv_grad: u32,
     /// Threads of a `gdn_grad_scan` workgroup.
     pub grad_lanes: u32,
-    /// Bytes that one piece of a backward pass may save.
+    /// Bytes that the backward scan of one piece may save.
     pub grad_scratch: u64,
+    /// Bytes that the forward scans of a backward pass may save before the pieces that they were for are walked back.
+    pub grad_states: u64,
 }
 
 /// The tile for these heads on this device.
@@ -105,9 +107,11 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             scratch: 2 << 20,
             dv_grad: divisor(heads.v, if heads.hv >= 2 * caps.threads { 128 } else { 32 }),
             grad_lanes: 1,
-            // States before and after each chunk: the fewer pieces, the less of the forward pass is walked twice. With ws
-            // and a state per piece it stays below 100 MB.
-            grad_scratch: 64 << 20,
+            // What one row leaves for the next stays in the last-level cache.
+            grad_scratch: 12 << 20,
+            // The forward pass is walked twice but for what fits here: 2700 tokens of 16 heads of 128. With all else it stays
+            // below 200 MB.
+            grad_states: 128 << 20,
         },
         // Threads are lanes of vector registers: two columns a thread, all in registers and the stack, no exchange.
         Kind::WebGpu | Kind::Cuda if caps.class == Class::Software => Tile {
@@ -123,6 +127,7 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             dv_grad: divisor(heads.v, 32),
             grad_lanes: divisor(heads.v, 32) / 4 * row_groups(heads.k, 16),
             grad_scratch: 16 << 20,
+            grad_states: 64 << 20,
         },
         Kind::WebGpu | Kind::Cuda => {
             // A thread takes 4 columns, and 4 rows or a multiple: up to 16 row groups keep the registers of S below 64 for
@@ -145,10 +150,12 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
                 },
                 dv_grad: dv_tile,
                 grad_lanes: lanes,
+                // Cells of a piece should occupy the device; its longest, a scan's, bounds the time of a submission.
                 grad_scratch: match caps.class {
-                    Class::Discrete => 96 << 20,
-                    _ => 32 << 20,
+                    Class::Discrete => 64 << 20,
+                    _ => 16 << 20,
                 },
+                grad_states: 96 << 20,
             }
         }
     }

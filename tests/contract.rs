@@ -151,7 +151,6 @@ fn grad_variants(caps: &Caps, heads: &Heads, out: &mut Vec<Variant>) {
                 ("dv", heads.v),
                 ("group", heads.group()),
                 ("qk_type", ty),
-                ("v_type", ty),
                 ("l2norm", l2norm),
                 ("lanes", tune::grad_qk_lanes(caps, heads.k, tile.chunk)),
             ];

@@ -5,6 +5,7 @@ mod contract;
 mod cpu;
 mod formula;
 mod gdn;
+mod grad;
 mod layering;
 mod naive;
 mod ops;

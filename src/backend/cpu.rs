@@ -16,6 +16,9 @@ mod conv;
 mod engine;
 mod gate;
 mod gated_norm;
+mod gdn_grad_chunk;
+mod gdn_grad_qk;
+mod gdn_grad_scan;
 mod gdn_mix_step;
 mod gdn_prepare;
 mod gdn_scan;
@@ -39,7 +42,7 @@ use self::memory::{Memory, Scratch};
 use self::simd::Level;
 use super::{Backend, Buffer, HostBytes, Pending, Readback, Timing, View};
 use crate::error::{Error, Result};
-use crate::kernel::{gdn, model};
+use crate::kernel::{gdn, gdn_grad, model};
 use crate::pass::{Launch, Pass};
 use crate::tune::{Caps, Class, Kind};
 
@@ -145,6 +148,10 @@ fn bind<'p>(b: &Bind<'p>, launch: &Launch) -> Result<Box<dyn Task + 'p>> {
         k if *k == gdn::STEP => Box::new(gdn_step::Step::bind(b)?),
         k if *k == gdn::GATED_NORM => Box::new(gated_norm::GatedNorm::bind(b)?),
         k if *k == gdn::MIX_STEP => Box::new(gdn_mix_step::MixStep::bind(b)?),
+        k if *k == gdn_grad::GRAD_SCAN => Box::new(gdn_grad_scan::GradScan::bind(b)?),
+        k if *k == gdn_grad::GRAD_CHUNK => Box::new(gdn_grad_chunk::GradChunk::bind(b)?),
+        k if *k == gdn_grad::GRAD_QK => Box::new(gdn_grad_qk::GradQk::bind(b)?),
+        k if *k == gdn_grad::GRAD_GATES => Box::new(gdn_grad_chunk::GradGates::bind(b)?),
         k if *k == model::EMBED => Box::new(simple::Embed::bind(b)?),
         k if *k == model::RMS_NORM => Box::new(gated_norm::RmsNorm::bind(b)?),
         k if *k == model::MATMUL => Box::new(matmul::Matmul::bind(b)?),
