@@ -125,7 +125,7 @@ fn gdn_variants(caps: &Caps, heads: &Heads, out: &mut Vec<Variant>) {
 }
 
 /// The variants of the gradients around the operator.
-fn grad_variants(caps: &Caps, out: &mut Vec<Variant>) {
+fn around_grad_variants(caps: &Caps, out: &mut Vec<Variant>) {
     use kernel::grad::*;
     for taps in [2, 4, 8] {
         for flag in 0..8 {
@@ -268,7 +268,7 @@ fn variants() -> Vec<Variant> {
             grad_variants(&caps, &heads, &mut all);
         }
         other_variants(&caps, &mut all);
-        grad_variants(&caps, &mut all);
+        around_grad_variants(&caps, &mut all);
     }
     all.sort_by_key(|v| v.caps.workgroup_memory);
     let mut seen = BTreeSet::new();
