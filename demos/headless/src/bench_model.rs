@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use gatedelta::backend::Backend;
 use gatedelta::qwen::{Config, Event, Finish, GenerateOptions, LayerKind, LoadOptions, Model, Sampling, Session};
 use gatedelta::shape::Dtype;
@@ -111,7 +111,7 @@ fn load(backend: &Arc<dyn Backend>, which: &Which) -> Result<(Model, String)> {
     Ok(match which {
         Which::Files(dir) => (Model::load(dir, backend.clone(), &options)?, dir.display().to_string()),
         Which::Random { size, vocab, dtype } => {
-            let mut config = Config::preset(size)?;
+            let mut config = Config::preset(size).context("--shape")?;
             if let Some(vocab) = *vocab {
                 config.vocab = vocab;
                 config.eos.retain(|&id| id < vocab);
