@@ -124,8 +124,8 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             step_lanes: divisor(heads.v, 128) / 2,
             // A scan cell cannot be cut: with 16 heads this is some hundred tokens, tens of milliseconds.
             scratch: 1 << 20,
-            dv_grad: divisor(heads.v, 32),
-            grad_lanes: divisor(heads.v, 32) / 4 * row_groups(heads.k, 16),
+            dv_grad: divisor(heads.v, 128),
+            grad_lanes: divisor(heads.v, 128) / 2,
             grad_scratch: 16 << 20,
             grad_states: 64 << 20,
         },
