@@ -219,7 +219,8 @@ fn gdn_grad_qk(thread: Thread) {
         put_part(QUADS * PART + lane, inner);
         workgroupBarrier();
         if lane < C {
-            let k_dot = row_sum(lane);
+            // The last token's own share cancels: its factor is 1 whatever its gate.
+            let k_dot = select(0.0, row_sum(lane), lane < len - 1u);
             var share = 0.0;
             for (var e = lane; e < LANES; e += C) {
                 share += part(QUADS * PART + e);

@@ -96,6 +96,8 @@ static COLUMNS: &[(&str, &str)] = &[
     ("gdn_prepare", include_str!("../shaders/gdn_prepare_columns.wgsl")),
     ("gdn_scan", include_str!("../shaders/gdn_scan_columns.wgsl")),
     ("gdn_step", include_str!("../shaders/gdn_step_columns.wgsl")),
+    ("gdn_grad_scan", include_str!("../shaders/gdn_grad_scan_columns.wgsl")),
+    ("gdn_grad_qk", include_str!("../shaders/gdn_grad_qk_columns.wgsl")),
 ];
 
 /// The WGSL text of a kernel for these consts (in the order of the row).

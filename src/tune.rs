@@ -124,8 +124,8 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             step_lanes: divisor(heads.v, 128) / 2,
             // A scan cell cannot be cut: with 16 heads this is some hundred tokens, tens of milliseconds.
             scratch: 1 << 20,
-            dv_grad: divisor(heads.v, 32),
-            grad_lanes: divisor(heads.v, 32) / 4 * row_groups(heads.k, 16),
+            dv_grad: divisor(heads.v, 128),
+            grad_lanes: divisor(heads.v, 128) / 2,
             grad_scratch: 16 << 20,
             grad_states: 64 << 20,
         },
@@ -379,6 +379,8 @@ pub fn grad_chunk_lanes(caps: &Caps) -> u32 {
 pub fn grad_qk_lanes(caps: &Caps, k: u32, chunk: u32) -> u32 {
     match caps.kind {
         Kind::Cpu => 1,
+        // Two columns a thread.
+        _ if caps.class == Class::Software => k / 2,
         // A thread has 4 columns of both `[C, K]` sums, and a share of the rows that is a power of two: 4 rows for 32 tokens
         // and K = 128.
         Kind::WebGpu | Kind::Cuda => k / 4 * (1 << (256 / (k / 4)).ilog2()).min(chunk),
