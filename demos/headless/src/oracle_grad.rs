@@ -177,7 +177,7 @@ mod tests {
                 let grad = grad.unwrap();
                 let square = sum(grad, grad);
                 // Far above the rounding of o to f32, far below where the scalar curves.
-                let step = 2e-2 / square.sqrt();
+                let step = 5e-3 / square.sqrt();
                 let moved = |sign: f64| {
                     let mut case = case.clone();
                     let x = pick(&mut case)?;
