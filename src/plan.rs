@@ -91,9 +91,9 @@ pub const fn grad_scratch_per_chunk_head(chunk: u32) -> u64 {
     scratch_per_chunk_head(chunk) + 4 * (3 * chunk as u64 * chunk as u64 + 5 * chunk as u64)
 }
 
-/// Bytes that the backward pass saves per chunk and value head: S, dS `[K, V]`, U, N, X `[C, V]`.
+/// Bytes that either scan of the backward pass saves per chunk and value head: a state `[K, V]` and two `[C, V]`.
 pub const fn saved_per_chunk_head(chunk: u32, dk: u32, dv: u32) -> u64 {
-    4 * dv as u64 * (2 * dk as u64 + 3 * chunk as u64)
+    4 * dv as u64 * (dk as u64 + 2 * chunk as u64)
 }
 
 impl Plan {

@@ -192,8 +192,8 @@ fn pieces_shared_rows_and_the_same_bits_again() {
         }
         let shared = Rows::packed(put(&rows), stride);
         let base = tune::tile(b.caps(), &h);
-        let run = |grad_scratch: u64| {
-            let tile = Tile { grad_scratch, ..base };
+        let run = |grad_scratch: u64, grad_states: u64| {
+            let tile = Tile { grad_scratch, grad_states, ..base };
             let plan = Backward::with_tile(b, &batch.shape, &batch.options, stride, tile).unwrap();
             let io = GradIo {
                 q: shared.clone(),
@@ -225,12 +225,14 @@ fn pieces_shared_rows_and_the_same_bits_again() {
             };
             (plan.plan().pieces.len(), found)
         };
-        for (bytes, pieces) in [(1, 9), (150_000, 2), (1 << 30, 1)] {
-            let (found_pieces, found) = run(bytes);
-            assert!(found_pieces >= pieces, "{} {found_pieces} pieces of {bytes} bytes", device.name);
-            compare(&format!("{} pieces of {bytes} bytes", device.name), &found, &batch, &given);
+        let (large, small) = (1 << 30, 100_000);
+        for (bytes, states, pieces) in [(1, 1, 9), (1, small, 9), (1, large, 9), (small, small, 2), (large, large, 1)] {
+            let (found_pieces, found) = run(bytes, states);
+            let what = format!("{} pieces of {bytes} bytes in blocks of {states}", device.name);
+            assert!(found_pieces >= pieces, "{what}: {found_pieces} pieces");
+            compare(&what, &found, &batch, &given);
             let bits = |g: &Gradients| named(g).map(|(_, x)| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
-            assert!(bits(&run(bytes).1) == bits(&found), "{}: other bits the second time", device.name);
+            assert!(bits(&run(bytes, states).1) == bits(&found), "{}: other bits the second time", device.name);
         }
     }
 }

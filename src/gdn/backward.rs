@@ -48,24 +48,29 @@ pub struct GradIo {
 /// The backward pass of one shape: tables and scratch on the device, made once and used by any number of recordings that run
 /// one after the other.
 ///
-/// Nothing of the forward pass is needed but its inputs. The pieces of the plan are walked forward once, to leave the state
-/// before each of them (not for a plan of a single piece), and then backward, each piece computing its states again: memory
-/// is one piece's worth of states and one state per piece.
+/// Nothing of the forward pass is needed but its inputs. The pieces of the plan form blocks whose states fit a budget. All
+/// blocks but the last are walked forward once, to leave the state before each; then, last to first, each block is walked
+/// forward with its states saved, and backward piece by piece. So memory is one block's worth of states, one piece's worth of
+/// gradients, and one state per block.
 #[derive(Debug)]
 pub struct Backward {
     shape: Shape,
     options: Options,
     tile: Tile,
     plan: Plan,
+    /// Runs of pieces.
+    blocks: Vec<std::ops::Range<usize>>,
     caps: Caps,
     tables: Buffer,
-    /// `[chunks, Hv, 5 C C + 9 C]`
+    /// `[chunks of a block, Hv, 5 C C + 9 C]`
     ws: Buffer,
-    /// `[chunks, Hv, 2 K V + 3 C V]`
+    /// `[chunks of a block, Hv, K V + 2 C V]`
     saved: Buffer,
+    /// `[chunks of a piece, Hv, K V + 2 C V]`
+    dsaved: Buffer,
     /// `[N, Hv, K, V]`
     state: Buffer,
-    /// `[pieces, Hv, K, V]`
+    /// `[blocks, Hv, K, V]`
     checkpoints: Buffer,
     stride: u64,
 }
@@ -98,25 +103,27 @@ impl Backward {
                 .max(grad_scratch_per_chunk_head(tile.chunk)),
         };
         let plan = Plan::new(shape, &tile, &limits)?;
-        let chunk_heads = plan.most_chunks * heads.hv as u64;
+        let ws_bytes = grad_scratch_per_chunk_head(tile.chunk) * heads.hv as u64;
+        let saved_bytes = saved_per_chunk_head(tile.chunk, heads.k, heads.v) * heads.hv as u64;
+        let blocks = blocks(&plan, (tile.grad_states.min(caps.max_buffer) / saved_bytes).max(1) as usize);
+        let chunks = |block: &std::ops::Range<usize>| plan.pieces[block.clone()].iter().map(|p| p.chunks.len()).sum();
+        let most: usize = blocks.iter().map(chunks).max().unwrap_or(0);
+        // Every piece's part starts aligned.
+        let padding = blocks.iter().map(|b| b.len()).max().unwrap_or(0) as u64 * caps.align;
+        let checkpoints = if blocks.len() > 1 { blocks.len() as u64 * limits.state_bytes } else { 0 };
         let alloc = |what: &str, bytes: u64| backend.alloc(what, bytes.max(16));
-        let several = plan.pieces.len() > 1;
         Ok(Backward {
             tables: upload(backend, &plan)?,
-            ws: alloc("scratch of a backward pass", chunk_heads * grad_scratch_per_chunk_head(tile.chunk))?,
-            saved: alloc(
-                "states of a backward pass",
-                chunk_heads * saved_per_chunk_head(tile.chunk, heads.k, heads.v),
-            )?,
+            ws: alloc("scratch of a backward pass", most as u64 * ws_bytes + padding)?,
+            saved: alloc("states of a backward pass", most as u64 * saved_bytes + padding)?,
+            dsaved: alloc("gradients of states of a backward pass", plan.most_chunks * saved_bytes)?,
             state: alloc("state of a backward pass", shape.sequences() as u64 * limits.state_bytes)?,
-            checkpoints: alloc(
-                "states before the pieces of a backward pass",
-                if several { plan.pieces.len() as u64 * limits.state_bytes } else { 0 },
-            )?,
+            checkpoints: alloc("states before the blocks of a backward pass", checkpoints)?,
             shape: shape.clone(),
             options: *options,
             tile,
             plan,
+            blocks,
             caps,
             stride,
         })
@@ -124,7 +131,10 @@ impl Backward {
 
     /// Bytes of device memory that tables and scratch take.
     pub fn device_bytes(&self) -> u64 {
-        [&self.tables, &self.ws, &self.saved, &self.state, &self.checkpoints].iter().map(|b| b.bytes()).sum()
+        [&self.tables, &self.ws, &self.saved, &self.dsaved, &self.state, &self.checkpoints]
+            .iter()
+            .map(|b| b.bytes())
+            .sum()
     }
 
     /// The plan.
@@ -138,31 +148,31 @@ impl Backward {
     /// [`Error::Argument`] naming a view that is too small or a stride that the plan was not made for.
     pub fn record(&self, pass: &mut Pass, io: &GradIo) -> Result<()> {
         self.check(io)?;
-        let last = self.plan.pieces.len().saturating_sub(1);
-        for (i, piece) in self.plan.pieces.iter().enumerate().filter(|_| last > 0) {
-            self.begin(pass, io, piece)?;
-            if self.continues(piece) {
-                let (slot, at) = (piece.slots.start..piece.slots.start + 1, i as u32..i as u32 + 1);
-                self.copy(pass, &self.state.view(), &slot, &self.checkpoints.view(), &at)?;
-            }
-            if i < last {
-                self.piece(io, piece)?.forward(pass, Save::Nothing)?;
+        let Some((last, before)) = self.blocks.split_last() else { return Ok(()) };
+        for (i, block) in before.iter().enumerate() {
+            self.checkpoint(pass, i)?;
+            for piece in &self.plan.pieces[block.clone()] {
+                self.begin(pass, io, piece)?;
+                self.piece(io, block, piece)?.forward(pass, Save::Nothing)?;
             }
         }
-        for (i, piece) in self.plan.pieces.iter().enumerate().rev() {
-            // The forward walk has left the state before the last piece where it belongs.
-            if i < last || last == 0 {
-                self.begin(pass, io, piece)?;
-            }
-            if i < last && self.continues(piece) {
-                let (slot, at) = (piece.slots.start..piece.slots.start + 1, i as u32..i as u32 + 1);
-                self.copy(pass, &self.checkpoints.view(), &at, &self.state.view(), &slot)?;
-            }
-            let piece = self.piece(io, piece)?;
-            piece.forward(pass, Save::Saved)?;
-            piece.backward(pass)?;
+        // The walk has left the state before the last block where it belongs.
+        self.walk(pass, io, last)?;
+        for (i, block) in before.iter().enumerate().rev() {
+            self.restore(pass, i)?;
+            self.walk(pass, io, block)?;
         }
         Ok(())
+    }
+
+    /// A block forward, keeping its states, and back.
+    fn walk(&self, pass: &mut Pass, io: &GradIo, block: &std::ops::Range<usize>) -> Result<()> {
+        let pieces = &self.plan.pieces[block.clone()];
+        for piece in pieces {
+            self.begin(pass, io, piece)?;
+            self.piece(io, block, piece)?.forward(pass, Save::Saved)?;
+        }
+        pieces.iter().rev().try_for_each(|piece| self.piece(io, block, piece)?.backward(pass))
     }
 
     fn check(&self, io: &GradIo) -> Result<()> {
@@ -191,6 +201,26 @@ impl Backward {
         first.start > self.shape.cu_seqlens()[first.seq as usize]
     }
 
+    /// Keeps the state before block `i`, if it begins inside a sequence.
+    fn checkpoint(&self, pass: &mut Pass, i: usize) -> Result<()> {
+        let piece = &self.plan.pieces[self.blocks[i].start];
+        let (slot, at) = (piece.slots.start..piece.slots.start + 1, i as u32..i as u32 + 1);
+        if !self.continues(piece) {
+            return Ok(());
+        }
+        self.copy(pass, &self.state.view(), &slot, &self.checkpoints.view(), &at)
+    }
+
+    /// Brings the state before block `i` back.
+    fn restore(&self, pass: &mut Pass, i: usize) -> Result<()> {
+        let piece = &self.plan.pieces[self.blocks[i].start];
+        let (slot, at) = (piece.slots.start..piece.slots.start + 1, i as u32..i as u32 + 1);
+        if !self.continues(piece) {
+            return Ok(());
+        }
+        self.copy(pass, &self.checkpoints.view(), &at, &self.state.view(), &slot)
+    }
+
     /// Puts the initial states of the sequences that begin in the piece into their slots.
     fn begin(&self, pass: &mut Pass, io: &GradIo, piece: &Piece) -> Result<()> {
         let fresh = piece.slots.start + self.continues(piece) as u32..piece.slots.end;
@@ -217,7 +247,7 @@ impl Backward {
         ops::copy(&self.caps, pass, &from, 0, &to, 0, to.bytes / 4)
     }
 
-    fn piece<'a>(&'a self, io: &GradIo, piece: &'a Piece) -> Result<GradPiece<'a>> {
+    fn piece<'a>(&'a self, io: &GradIo, block: &std::ops::Range<usize>, piece: &'a Piece) -> Result<GradPiece<'a>> {
         let (h, size) = (&self.shape.heads, self.options.store.size());
         let (qk, vo) = (h.hk as u64 * h.k as u64, h.hv as u64 * h.v as u64);
         let rows = |what: &str, rows: &Rows, width: u64| window(&self.caps, what, rows, &piece.tokens, width, size);
@@ -225,7 +255,16 @@ impl Backward {
             let rows = Rows::packed(view.clone(), h.hv as u64);
             window(&self.caps, what, &rows, &piece.tokens, h.hv as u64, 4)
         };
-        let chunk_heads = piece.chunks.len() as u64 * h.hv as u64;
+        let (ws, saved) =
+            (grad_scratch_per_chunk_head(self.tile.chunk), saved_per_chunk_head(self.tile.chunk, h.k, h.v));
+        let regions = |piece: &Piece| [ws, saved].map(|bytes| piece.chunks.len() as u64 * h.hv as u64 * bytes);
+        let mut at = [0, 0];
+        for earlier in self.plan.pieces[block.clone()].iter().take_while(|p| p.chunks.start < piece.chunks.start) {
+            for (at, bytes) in at.iter_mut().zip(regions(earlier)) {
+                *at += bytes.next_multiple_of(self.caps.align.max(4));
+            }
+        }
+        let own = regions(piece);
         Ok(GradPiece {
             all: self,
             tables: Tables::new(&self.tables, piece)?,
@@ -240,12 +279,25 @@ impl Backward {
             dv: rows("dv", &io.dv, vo)?,
             dg: gates("dg", &io.dg)?,
             dbeta: gates("dbeta", &io.dbeta)?,
-            ws: self.ws.slice(0, chunk_heads * grad_scratch_per_chunk_head(self.tile.chunk))?,
-            saved: self.saved.slice(0, chunk_heads * saved_per_chunk_head(self.tile.chunk, h.k, h.v))?,
+            ws: self.ws.slice(at[0], own[0])?,
+            saved: self.saved.slice(at[1], own[1])?,
+            dsaved: self.dsaved.slice(0, own[1])?,
             state: slots(&self.state.view(), &piece.slots, h)?,
             dstate: slots(&io.dstate, &piece.slots, h)?,
         })
     }
+}
+
+/// Runs of pieces of at most `most` chunks, or of one piece.
+fn blocks(plan: &Plan, most: usize) -> Vec<std::ops::Range<usize>> {
+    let mut blocks: Vec<std::ops::Range<usize>> = Vec::new();
+    for (i, piece) in plan.pieces.iter().enumerate() {
+        match blocks.last_mut() {
+            Some(b) if piece.chunks.end - plan.pieces[b.start].chunks.start <= most => b.end = i + 1,
+            _ => blocks.push(i..i + 1),
+        }
+    }
+    blocks
 }
 
 /// One piece and the windows that its launches see.
@@ -265,6 +317,7 @@ struct GradPiece<'a> {
     dbeta: Window,
     ws: View,
     saved: View,
+    dsaved: View,
     state: View,
     dstate: View,
 }
@@ -315,7 +368,7 @@ impl GradPiece<'_> {
                 &tables.chunks,
                 &tables.segments,
                 &self.dstate,
-                &self.saved,
+                &self.dsaved,
             ],
             [tables.n_segments, h.hv, h.v / tile.dv_grad],
             chunk_heads * (6 * c * dk * dv + 4 * c * c * dv),
@@ -339,7 +392,7 @@ impl GradPiece<'_> {
                 dv_off: self.dv.off,
                 scale: options.scale_for(h)?,
             },
-            &[&self.v.view, &self.d_o.view, &self.ws, &self.saved, &tables.chunks, &self.dv.view],
+            &[&self.v.view, &self.d_o.view, &self.ws, &self.saved, &self.dsaved, &tables.chunks, &self.dv.view],
             [tables.n_chunks, h.hv, 1],
             chunk_heads * (4 * c * c * dv + 8 * c * dv),
         );
@@ -351,9 +404,8 @@ impl GradPiece<'_> {
                 dv: h.v,
                 group: h.group(),
                 qk_type: store,
-                v_type: store,
                 l2norm: options.qk_l2norm as u32,
-                lanes: tune::grad_qk_lanes(&self.all.caps),
+                lanes: tune::grad_qk_lanes(&self.all.caps, h.k, tile.chunk),
             },
             GradQkParams {
                 hk: h.hk,
@@ -363,8 +415,6 @@ impl GradPiece<'_> {
                 q_off: self.q.off,
                 k_stride: self.k.stride,
                 k_off: self.k.off,
-                do_stride: self.d_o.stride,
-                do_off: self.d_o.off,
                 dq_stride: self.dq.stride,
                 dq_off: self.dq.off,
                 dk_stride: self.dk.stride,
@@ -373,9 +423,9 @@ impl GradPiece<'_> {
             &[
                 &self.q.view,
                 &self.k.view,
-                &self.d_o.view,
                 &self.ws,
                 &self.saved,
+                &self.dsaved,
                 &tables.chunks,
                 &self.dq.view,
                 &self.dk.view,

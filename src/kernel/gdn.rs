@@ -228,9 +228,8 @@ fields! {
 /// ```
 /// - q, k, v, o `[window, *]`; ws, chunks as [`PREPARE`] wrote and read them
 /// - segments `[segments]` of (first chunk, chunks, state slot, 0); state `[slots, Hv, K, V]` f32, updated in place
-/// - save = 1: ws is the longer one; q is not read; o is f32, per (chunk of the launch, value head) `2 K V + 3 C V` numbers,
-///   of which this writes S before the chunk `[K, V]` at 0, `U = u o (K S)` and N `[C, V]` at `2 K V` and `2 K V + C V`,
-///   rows past a short chunk's end as 0
+/// - save = 1: ws is the longer one; q is not read; o is f32, per (chunk of the launch, value head) `K V + 2 C V` numbers:
+///   S before the chunk `[K, V]`, `U = u o (K S)` and N `[C, V]`, rows past a short chunk's end as 0
 /// - save = 2: neither q nor o is touched
 /// - grid: `[segments, Hv, V / dv_tile]`
 pub static SCAN: Kernel = Kernel {

@@ -21,10 +21,11 @@
 //! which is reverse-mode differentiation of Yang et al.'s chunked form, checked in `tests/grad.rs` against the recurrence.
 //! The two sums over E are taken from the same f32 numbers: where a gate forgets fast they cancel.
 //!
-//! A piece of chunks runs `gdn_prepare` and `gdn_scan` (with grad and save), then the rows below in order, over
-//! - ws, per (chunk, value head) `5 C C + 9 C` f32: A, P `[C, C]`, u, o, n `[C]`, gamma_C in a `[C]`, B, G, R `[C, C]`, rk,
-//!   rq, beta, dc, dbeta `[C]`
-//! - saved, per (chunk, value head) `2 K V + 3 C V` f32: S, dS' `[K, V]`, U, N, X `[C, V]`
+//! A piece of chunks runs `gdn_prepare` and `gdn_scan` (with grad and save), then the rows below in order, over f32 numbers
+//! per (chunk, value head):
+//! - ws, `5 C C + 9 C`: A, P `[C, C]`, u, o, n `[C]`, gamma_C in a `[C]`, B, G, R `[C, C]`, rk, rq, beta, dc, dbeta `[C]`
+//! - saved by the forward scan, `K V + 2 C V`: S `[K, V]`, U, N `[C, V]`
+//! - dsaved by the backward scan, `K V + 2 C V`: dS' `[K, V]`, X, Z `[C, V]` with `Z = o o dO`
 //!
 //! Rows and columns past a short chunk's end are 0 in all of them.
 
@@ -81,7 +82,7 @@ fields! {
 /// ```
 /// - q, k, d_o `[window, *]`; ws, chunks, segments as `gdn_scan` read them
 /// - dstate `[slots, Hv, K, V]` f32, the gradient of the state after the segment, replaced by that of the state before it
-/// - saved: writes dS' and X
+/// - dsaved is written
 /// - grid: `[segments, Hv, V / dv_tile]`
 pub static GRAD_SCAN: Kernel = Kernel {
     name: "gdn_grad_scan",
@@ -93,7 +94,7 @@ pub static GRAD_SCAN: Kernel = Kernel {
         read("chunks"),
         read("segments"),
         update("dstate"),
-        update("saved"),
+        write("dsaved"),
     ],
     consts: GradScanConsts::FIELDS,
     params: GradScanParams::FIELDS,
@@ -144,13 +145,13 @@ fields! {
 /// dv = beta o X          dbeta_i = X_i . (V - U)_i + sum_j dL_ij R_ij
 /// dc_i = -dv_i . U_i + sum_j E_ij - sum_j E_ji
 /// ```
-/// - v, d_o, dv `[window, *]`; saved is read; chunks as before
+/// - v, d_o, dv `[window, *]`; U, N, X of saved and dsaved; chunks as before
 /// - ws: dc and dbeta are written; P becomes `s rq_i rk_j G_ij dP_ij` and R becomes `D + D^T`,
 ///   `D_ij = beta_i rk_i rk_j G_ij dL_ij`: the factors of Q and K in the next row
 /// - grid: `[chunks, Hv, 1]`
 pub static GRAD_CHUNK: Kernel = Kernel {
     name: "gdn_grad_chunk",
-    args: &[read("v"), read("d_o"), update("ws"), read("saved"), read("chunks"), write("dv")],
+    args: &[read("v"), read("d_o"), update("ws"), read("saved"), read("dsaved"), read("chunks"), write("dv")],
     consts: GradChunkConsts::FIELDS,
     params: GradChunkParams::FIELDS,
 };
@@ -168,8 +169,6 @@ fields! {
         group: u32,
         /// Type code of q, k, dq and dk.
         qk_type: u32,
-        /// Type code of do.
-        v_type: u32,
         /// 1: the gradients are those of q and k before their L2 norm.
         l2norm: u32,
         /// Threads of a workgroup.
@@ -194,10 +193,6 @@ fields! {
         k_stride: u32,
         /// Element of k where token 0 of the window starts.
         k_off: u32,
-        /// Elements between the rows of do.
-        do_stride: u32,
-        /// Element of do where token 0 of the window starts.
-        do_off: u32,
         /// Elements between the rows of dq.
         dq_stride: u32,
         /// Element of dq where token 0 of the window starts.
@@ -213,18 +208,27 @@ fields! {
 ///
 /// With P and R as [`GRAD_CHUNK`] left them:
 /// ```text
-/// b = o o (dO S^T) + P K
+/// b = Z S^T + P K
 /// a = n o (N dS'^T) - u o ((beta o X) S^T) + P^T Q + R K
 /// dq = b - rq^2 q (q . b)     dk = a - rk^2 k (k . a)     (with l2norm; else dq = b, dk = a)
-/// dc_i += q_i . [o o (dO S^T)]_i - k_i . [n o (N dS'^T)]_i
+/// dc_i += q_i . [Z S^T]_i - k_i . [n o (N dS'^T)]_i
 /// dc_C += sum_i k_i . [n o (N dS'^T)]_i + gamma_C <dS', S>
 /// ```
-/// - q, k, d_o, dq, dk `[window, *]`; saved is read; chunks as before
+/// - q, k, dq, dk `[window, *]`; S, N of saved, all of dsaved; chunks as before
 /// - ws: dc is completed
 /// - grid: `[chunks, Hk, 1]`
 pub static GRAD_QK: Kernel = Kernel {
     name: "gdn_grad_qk",
-    args: &[read("q"), read("k"), read("d_o"), update("ws"), read("saved"), read("chunks"), write("dq"), write("dk")],
+    args: &[
+        read("q"),
+        read("k"),
+        update("ws"),
+        read("saved"),
+        read("dsaved"),
+        read("chunks"),
+        write("dq"),
+        write("dk"),
+    ],
     consts: GradQkConsts::FIELDS,
     params: GradQkParams::FIELDS,
 };

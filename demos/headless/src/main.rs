@@ -17,6 +17,8 @@ mod junit;
 mod oracle;
 mod oracle_grad;
 mod peak;
+#[path = "../../quiet.rs"]
+mod quiet;
 mod table;
 mod timing;
 mod ways;
@@ -51,6 +53,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    quiet::hush();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn,wgpu=error,naga=error")).init();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

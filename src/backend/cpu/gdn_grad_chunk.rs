@@ -24,8 +24,9 @@ pub(super) struct GradChunk<'p> {
     d_o: Stored<'p>,
     /// `[chunks, Hv, 5 C C + 9 C]`
     ws: Write<'p, f32>,
-    /// `[chunks, Hv, 2 K V + 3 C V]`
+    /// `[chunks, Hv, K V + 2 C V]`
     saved: Read<'p, f32>,
+    dsaved: Read<'p, f32>,
     table: Read<'p, Entry>,
     chunks: usize,
     /// `[window, *]`
@@ -43,12 +44,12 @@ impl<'p> GradChunk<'p> {
         let chunks = b.grid()[0];
         b.expect_grid([chunks, p.hv as usize, 1])?;
         let ty = b.dtype("v_type", c.v_type)?;
-        let (v, d_o, dv) = (b.stored(0, ty, 0)?, b.stored(1, ty, 0)?, b.stored_mut(5, ty, 0)?);
+        let (v, d_o, dv) = (b.stored(0, ty, 0)?, b.stored(1, ty, 0)?, b.stored_mut(6, ty, 0)?);
         let width = (p.hv * c.dv) as usize;
         let tokens = [
             b.rows(0, v.len, p.v_off, p.v_stride, width)?,
             b.rows(1, d_o.len, p.do_off, p.do_stride, width)?,
-            b.rows(5, dv.len, p.dv_off, p.dv_stride, width)?,
+            b.rows(6, dv.len, p.dv_off, p.dv_stride, width)?,
         ];
         let chunk_heads = chunks as u64 * p.hv as u64;
         Ok(GradChunk {
@@ -56,7 +57,8 @@ impl<'p> GradChunk<'p> {
             d_o,
             ws: b.write(2, chunk_heads * ws_size(c.chunk, true) as u64)?,
             saved: b.read(3, chunk_heads * saved_size(c.chunk, c.dk, c.dv) as u64)?,
-            table: b.read(4, chunks as u64)?,
+            dsaved: b.read(4, chunk_heads * saved_size(c.chunk, c.dk, c.dv) as u64)?,
+            table: b.read(5, chunks as u64)?,
             chunks,
             dv,
             tokens: tokens.into_iter().min().unwrap_or(0),
@@ -86,10 +88,10 @@ impl Row for GradChunk<'_> {
         let (p, c, dv) = (&self.params, self.consts.chunk as usize, self.consts.dv as usize);
         let (chunk, h) = (cell / p.hv as usize, cell % p.hv as usize);
         let [first, len, ..] = self.table.all()[chunk].map(|n| n as usize);
-        let saved = &self.saved.all()[cell * saved_size(self.consts.chunk, self.consts.dk, self.consts.dv)..];
-        let saved = &saved[2 * self.consts.dk as usize * dv..][..3 * c * dv];
+        let at = cell * saved_size(self.consts.chunk, self.consts.dk, self.consts.dv) + self.consts.dk as usize * dv;
         // U, N, X: [C, V]
-        let (u, n, x) = (&saved[..c * dv], &saved[c * dv..2 * c * dv], &saved[2 * c * dv..]);
+        let (u, n) = self.saved.all()[at..][..2 * c * dv].split_at(c * dv);
+        let x = &self.dsaved.all()[at..][..c * dv];
         // SAFETY: the scratch of this chunk and head belongs to this cell alone.
         let ws = unsafe { self.ws.part(cell * ws_size(self.consts.chunk, true), ws_size(self.consts.chunk, true)) };
 

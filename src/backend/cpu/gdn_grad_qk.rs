@@ -21,20 +21,20 @@ use crate::kernel::gdn_grad::{GRAD_QK, GradQkConsts, GradQkParams};
 pub(super) struct GradQk<'p> {
     consts: GradQkConsts,
     params: GradQkParams,
-    /// q, k, d_o `[window, *]`
+    /// q, k `[window, *]`
     q: Stored<'p>,
     k: Stored<'p>,
-    d_o: Stored<'p>,
     /// `[chunks, Hv, 5 C C + 9 C]`
     ws: Write<'p, f32>,
-    /// `[chunks, Hv, 2 K V + 3 C V]`
+    /// `[chunks, Hv, K V + 2 C V]`
     saved: Read<'p, f32>,
+    dsaved: Read<'p, f32>,
     table: Read<'p, Entry>,
     chunks: usize,
     /// dq, dk `[window, *]`
     dq: StoredMut<'p>,
     dk: StoredMut<'p>,
-    /// Tokens that q, k, d_o, dq and dk all hold.
+    /// Tokens that q, k, dq and dk all hold.
     tokens: usize,
 }
 
@@ -46,14 +46,13 @@ impl<'p> GradQk<'p> {
         check_chunk(b, c.chunk)?;
         let chunks = b.grid()[0];
         b.expect_grid([chunks, p.hk as usize, 1])?;
-        let (qk, vo) = (b.dtype("qk_type", c.qk_type)?, b.dtype("v_type", c.v_type)?);
-        let (q, k, d_o) = (b.stored(0, qk, 0)?, b.stored(1, qk, 0)?, b.stored(2, vo, 0)?);
-        let (dq, dk) = (b.stored_mut(6, qk, 0)?, b.stored_mut(7, qk, 0)?);
+        let ty = b.dtype("qk_type", c.qk_type)?;
+        let (q, k) = (b.stored(0, ty, 0)?, b.stored(1, ty, 0)?);
+        let (dq, dk) = (b.stored_mut(6, ty, 0)?, b.stored_mut(7, ty, 0)?);
         let width = (p.hk * c.dk) as usize;
         let tokens = [
             b.rows(0, q.len, p.q_off, p.q_stride, width)?,
             b.rows(1, k.len, p.k_off, p.k_stride, width)?,
-            b.rows(2, d_o.len, p.do_off, p.do_stride, (p.hv * c.dv) as usize)?,
             b.rows(6, dq.len, p.dq_off, p.dq_stride, width)?,
             b.rows(7, dk.len, p.dk_off, p.dk_stride, width)?,
         ];
@@ -61,9 +60,9 @@ impl<'p> GradQk<'p> {
         Ok(GradQk {
             q,
             k,
-            d_o,
-            ws: b.write(3, chunk_heads * ws_size(c.chunk, true) as u64)?,
-            saved: b.read(4, chunk_heads * saved_size(c.chunk, c.dk, c.dv) as u64)?,
+            ws: b.write(2, chunk_heads * ws_size(c.chunk, true) as u64)?,
+            saved: b.read(3, chunk_heads * saved_size(c.chunk, c.dk, c.dv) as u64)?,
+            dsaved: b.read(4, chunk_heads * saved_size(c.chunk, c.dk, c.dv) as u64)?,
             table: b.read(5, chunks as u64)?,
             chunks,
             dq,
@@ -92,14 +91,13 @@ impl Row for GradQk<'_> {
         let [first, len, ..] = self.table.all()[chunk].map(|n| n as usize);
         let panels = len.div_ceil(WIDTH);
 
-        let room = 2 * len * dk + 4 * panels * WIDTH * dk + len * dv + 3 * WIDTH * dv + WIDTH * c;
+        let room = 2 * len * dk + 4 * panels * WIDTH * dk + 3 * WIDTH * dv + WIDTH * c;
         let rest = &mut local.scratch.floats(room);
         let (k_rows, q_rows) = (cut(rest, len * dk), cut(rest, len * dk)); // [len, K]
         let k_panels = cut(rest, panels * WIDTH * dk); // K^T: [panels][K, 16]
         let q_panels = cut(rest, panels * WIDTH * dk);
         let a = cut(rest, panels * WIDTH * dk); // dK^T, dQ^T: [panels][K, 16]
         let b = cut(rest, panels * WIDTH * dk);
-        let d_o = cut(rest, len * dv); // o o dO: [len, V]
         let work = (cut(rest, 3 * WIDTH * dv), cut(rest, WIDTH * c));
         a.fill(0.0);
         b.fill(0.0);
@@ -120,14 +118,9 @@ impl Row for GradQk<'_> {
             // SAFETY: the scratch of this chunk and head, and head to this key head, belongs to this cell alone.
             let ws = unsafe { self.ws.part((chunk * hv + h) * size, size) };
             let saved = saved_size(self.consts.chunk, self.consts.dk, self.consts.dv);
-            let saved = &self.saved.all()[(chunk * hv + h) * saved..][..saved];
-            let o = &ws[2 * c * c + c..][..c];
-            for t in 0..len {
-                let row = &mut d_o[t * dv..][..dv];
-                widen(&self.d_o, p.do_off as usize + (first + t) * p.do_stride as usize + h * dv, row);
-                row.iter_mut().for_each(|x| *x *= o[t]);
-            }
-            let head = Head { s, c, len, dk, dv, k_rows, q_rows, k_panels, q_panels, d_o, saved };
+            let saved = (chunk * hv + h) * saved..(chunk * hv + h + 1) * saved;
+            let (saved, dsaved) = (&self.saved.all()[saved.clone()], &self.dsaved.all()[saved]);
+            let head = Head { s, c, len, dk, dv, k_rows, q_rows, k_panels, q_panels, saved, dsaved };
             head.add(ws, a, b, &mut *work.0, &mut *work.1);
         }
 
@@ -195,10 +188,10 @@ struct Head<'a, S> {
     /// `[panels][K, 16]`
     k_panels: &'a [f32],
     q_panels: &'a [f32],
-    /// o o dO `[len, V]`
-    d_o: &'a [f32],
-    /// S, dS' `[K, V]`, U, N, X `[C, V]`
+    /// S `[K, V]`, U, N `[C, V]`
     saved: &'a [f32],
+    /// dS' `[K, V]`, X, Z `[C, V]`
+    dsaved: &'a [f32],
 }
 
 impl<S: Simd> Head<'_, S> {
@@ -206,10 +199,10 @@ impl<S: Simd> Head<'_, S> {
     /// `[C, 16]`.
     #[inline(always)]
     fn add(&self, ws: &mut [f32], a: &mut [f32], b: &mut [f32], vs: &mut [f32], cs: &mut [f32]) {
-        let Head { s, c, len, dk, dv, k_rows, q_rows, k_panels, q_panels, d_o, saved } = *self;
-        let (state, rest) = saved.split_at(dk * dv);
-        let (d_state, rest) = rest.split_at(dk * dv);
-        let (n, x) = (&rest[c * dv..2 * c * dv], &rest[2 * c * dv..]);
+        let Head { s, c, len, dk, dv, k_rows, q_rows, k_panels, q_panels, saved, dsaved } = *self;
+        let (state, un) = saved.split_at(dk * dv);
+        let (d_state, xz) = dsaved.split_at(dk * dv);
+        let (n, (x, z)) = (&un[c * dv..], xz.split_at(c * dv));
         let (p, rest) = ws[c * c..].split_at_mut(c * c);
         let (vectors, rest) = rest.split_at_mut(4 * c);
         let (u, decay, gamma) = (&vectors[..c], &vectors[2 * c..3 * c], vectors[3 * c]);
@@ -217,13 +210,13 @@ impl<S: Simd> Head<'_, S> {
         let (factors, dc) = rest.split_at_mut(3 * c);
         let (beta, dc) = (&factors[2 * c..], &mut dc[..c]);
         let (n_panel, rest) = vs.split_at_mut(WIDTH * dv);
-        let (x_panel, o_panel) = rest.split_at_mut(WIDTH * dv);
+        let (x_panel, z_panel) = rest.split_at_mut(WIDTH * dv);
 
         // gamma_C <dS', S>
         let mut last = gamma * dot(s, d_state, state);
         for from in (0..len).step_by(WIDTH) {
             let count = (len - from).min(WIDTH);
-            pack(&d_o[from * dv..], dv, count, dv, o_panel);
+            pack(&z[from * dv..], dv, count, dv, z_panel);
             pack(&n[from * dv..], dv, count, dv, n_panel);
             pack(&x[from * dv..], dv, count, dv, x_panel);
             let (mut by_n, mut by_x) = ([0f32; WIDTH], [0f32; WIDTH]);
@@ -238,14 +231,14 @@ impl<S: Simd> Head<'_, S> {
             let (q_sum, k_sum) = (q_dot.as_mut_ptr(), k_dot.as_mut_ptr());
             // SAFETY: states have dk rows of dv numbers, panels of v dv rows of 16, panels of k and the sums dk rows of 16.
             unsafe {
-                // b += S (o o dO)^T        q . b
+                // b += S Z^T        q . b
                 let left = Left { ptr: state.as_ptr(), row: dv, col: 1 };
                 product(
                     s,
                     dk,
                     |_| dv,
                     left,
-                    o_panel.as_ptr(),
+                    z_panel.as_ptr(),
                     WIDTH,
                     #[inline(always)]
                     |i, j, v| {

@@ -30,8 +30,8 @@ pub(super) struct GradScan<'p> {
     count: usize,
     /// `[slots, Hv, K, V]`
     dstate: Write<'p, f32>,
-    /// `[chunks, Hv, 2 K V + 3 C V]`
-    saved: Write<'p, f32>,
+    /// `[chunks, Hv, K V + 2 C V]`
+    dsaved: Write<'p, f32>,
     /// Tokens that q, k and d_o all hold.
     tokens: usize,
 }
@@ -60,7 +60,7 @@ impl<'p> GradScan<'p> {
             segments: b.read(5, count as u64)?,
             count,
             dstate: b.write(6, 0)?,
-            saved: b.write(7, 0)?,
+            dsaved: b.write(7, 0)?,
             tokens: tokens.into_iter().min().unwrap_or(0),
             consts: c,
             params: p,
@@ -81,7 +81,7 @@ impl Row for GradScan<'_> {
         let limit = chunks
             .len()
             .min(self.ws.all().len() / (ws_size(c.chunk, true) * hv))
-            .min(self.saved.len() / (saved_size(c.chunk, c.dk, p.dv) * hv));
+            .min(self.dsaved.len() / (saved_size(c.chunk, c.dk, p.dv) * hv));
         let slots = self.dstate.len() / (hv * c.dk as usize * p.dv as usize);
         let segments = &self.segments.all()[..self.count];
         check_chunks(GRAD_SCAN.name, segments, &chunks[..limit], slots, c.chunk, self.tokens)
@@ -126,23 +126,23 @@ impl Row for GradScan<'_> {
                 widen(&self.d_o, at(p.do_off, p.do_stride, h * dv + column), &mut d_o[t * tile..][..tile]);
             }
             let ws = &self.ws.all()[(chunk * hv + h) * size..][..size];
-            let saved = (chunk * hv + h) * saved_size(self.consts.chunk, self.consts.dk, p.dv) + column;
+            let dsaved = (chunk * hv + h) * saved_size(self.consts.chunk, self.consts.dk, p.dv) + column;
             for j in 0..tile / WIDTH {
                 let panel = &mut panels[j * dk * WIDTH..][..dk * WIDTH];
-                let at = saved + j * WIDTH;
+                let at = dsaved + j * WIDTH;
                 for (i, row) in panel.chunks_exact(WIDTH).enumerate() {
                     // SAFETY: these columns of this chunk and head belong to this cell alone.
-                    unsafe { self.saved.part(at + (dk + i) * dv, WIDTH) }.copy_from_slice(row);
+                    unsafe { self.dsaved.part(at + i * dv, WIDTH) }.copy_from_slice(row);
                 }
-                let x = at + 2 * (dk + c) * dv;
-                for t in len..c {
+                let xz = at + dk * dv;
+                for row in (len..c).flat_map(|t| [xz + t * dv, xz + (c + t) * dv]) {
                     // SAFETY: as above.
-                    unsafe { self.saved.part(x + t * dv, WIDTH) }.fill(0.0);
+                    unsafe { self.dsaved.part(row, WIDTH) }.fill(0.0);
                 }
-                let x = self.saved.at(x, (c - 1) * dv + WIDTH);
+                let xz = self.dsaved.at(xz, (2 * c - 1) * dv + WIDTH);
                 let chunk = Chunk { s, c, len, dk, tile, rows, ws };
-                // SAFETY: rows of x are V apart, C of them.
-                unsafe { chunk.panel(panel, &d_o[j * WIDTH..], d_n, yz, x, dv) }
+                // SAFETY: rows of X and Z are V apart, C of each.
+                unsafe { chunk.panel(panel, &d_o[j * WIDTH..], d_n, yz, xz, dv) }
             }
         }
 
@@ -173,18 +173,26 @@ struct Chunk<'a, S> {
 
 impl<S: Simd> Chunk<'_, S> {
     /// 16 columns: `state` [K, 16] holds dS' on entry and dS on return; `d_o` [len, 16], rows `tile` apart; `d_n` [len, 16] and
-    /// `yz` [2 len, 16] are work space; X [len, 16] goes to `x`.
+    /// `yz` [2 len, 16] are work space; X and Z, [C, 16] each, go to `xz`.
     ///
     /// # Safety
-    /// `x` has `len` rows of 16 numbers, `x_row` apart, that nothing else refers to.
+    /// `xz` has 2 C rows of 16 numbers, `xz_row` apart, that nothing else refers to.
     #[inline(always)]
-    unsafe fn panel(&self, state: &mut [f32], d_o: &[f32], d_n: &mut [f32], yz: &mut [f32], x: *mut f32, x_row: usize) {
+    unsafe fn panel(
+        &self,
+        state: &mut [f32],
+        d_o: &[f32],
+        d_n: &mut [f32],
+        yz: &mut [f32],
+        xz: *mut f32,
+        xz_row: usize,
+    ) {
         let Chunk { s, c, len, dk, tile, rows, ws } = *self;
         let (p, vectors) = (&ws[c * c..2 * c * c], &ws[2 * c * c..]);
         let (u, o, decay, gamma) = (&vectors[..c], &vectors[c..][..c], &vectors[2 * c..][..c], vectors[3 * c]);
         let (b, beta) = (&vectors[4 * c..][..c * c], &vectors[4 * c + 3 * c * c + 2 * c..][..c]);
         let (state, d_n, yz, d_o) = (state.as_mut_ptr(), d_n.as_mut_ptr(), yz.as_mut_ptr(), d_o.as_ptr());
-        // SAFETY: every pointer below is to a row of 16 numbers inside the slices above or of `x`: rows of `state` are below
+        // SAFETY: every pointer below is to a row of 16 numbers inside the slices above or of `xz`: rows of `state` are below
         // dk, rows of yz below 2 len, rows of the others below len, and rows of `d_o` are `tile` apart.
         unsafe {
             // dN = n o (K dS')
@@ -223,10 +231,11 @@ impl<S: Simd> Chunk<'_, S> {
                 WIDTH,
                 #[inline(always)]
                 |i, j, v| {
-                    store(s, x.add(i * x_row + j), v);
+                    store(s, xz.add(i * xz_row + j), v);
                     store(s, yz.add(i * WIDTH + j), s.mul_f32s(s.splat_f32s(-u[i] * beta[i]), v));
                     let z = s.mul_f32s(s.splat_f32s(o[i]), load(s, d_o.add(i * tile + j)));
                     store(s, yz.add((len + i) * WIDTH + j), z);
+                    store(s, xz.add((c + i) * xz_row + j), z);
                 },
             );
             // dS = gamma_C dS' + K^T Y + Q^T Z

@@ -42,7 +42,7 @@ pub(super) struct Scan<'p> {
 enum Out<'p> {
     /// o `[window, *]`
     Output(StoredMut<'p>),
-    /// `[chunks, Hv, 2 K V + 3 C V]`: S at 0, U and N `[C, V]` at 2 K V
+    /// `[chunks, Hv, K V + 2 C V]`: S, U, N
     Saved(Write<'p, f32>),
     Nothing,
 }
@@ -233,7 +233,7 @@ impl Scan<'_> {
             // SAFETY: these columns of this chunk and head belong to this cell alone.
             unsafe { saved.part(at + i * dv, WIDTH) }.copy_from_slice(row);
         }
-        let u = at + 2 * dk * dv;
+        let u = at + dk * dv;
         for row in (len..c).flat_map(|t| [u + t * dv, u + (c + t) * dv]) {
             // SAFETY: as above.
             unsafe { saved.part(row, WIDTH) }.fill(0.0);
