@@ -10,8 +10,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use gatedelta::backend::{Backend, View};
 use gatedelta::gdn::{Backward, GradIo, Options};
+use gatedelta::kernel::Kernel;
+use gatedelta::kernel::gdn::PREPARE;
+use gatedelta::kernel::gdn_grad::GRAD_CHUNK;
 use gatedelta::pass::{Pass, Rows};
-use gatedelta::plan::Plan;
 use gatedelta::shape::{Dtype, Heads, Shape};
 use gatedelta::tune;
 
@@ -33,9 +35,8 @@ pub fn row(backend: &dyn Backend, tokens: u64, heads: Heads, store: Dtype, budge
     let memory = Memory::new(backend, &shape, store, &mut block)?;
     let options = Options { store, ..Options::default() };
     let stride = (heads.hk as u64 * heads.k as u64).max(heads.hv as u64 * heads.v as u64);
-    let backward = Backward::new(backend, &shape, &options, stride)?;
     let mut pass = Pass::new();
-    backward.record(&mut pass, &memory.io)?;
+    Backward::new(backend, &shape, &options, stride)?.record(&mut pass, &memory.io)?;
     backend.load(&pass)?;
     backend.run(&pass)?;
     let (error, bound) = (memory.check(backend, &block, store)?, grads::bound(store));
@@ -44,34 +45,36 @@ pub fn row(backend: &dyn Backend, tokens: u64, heads: Heads, store: Dtype, budge
     let d_o = &block.cotangents.as_ref().context("benchmark inputs have cotangents")?.d_o;
     repeat(backend, &memory.io.d_o.view, &stored(d_o, store))?;
     let sample = timing::pass(backend, &pass, budget)?;
-    let (flops, bytes) = cost(backend, backward.plan(), &heads, tokens, store);
+    let (flops, bytes) = cost(backend, &pass, &heads, tokens, store);
     Ok(Row { what: What::Backward(tokens), heads, error, sample, flops, bytes })
 }
 
 /// Operations of what is run, counting whole tiles, and bytes of inputs, gradients and states.
 ///
+/// Products of a chunk (see [`gatedelta::kernel::gdn_grad`]):
 /// ```text
-/// a chunk of every piece, per value head             K x V products     C x V or C x K products
-///   gdn_prepare  Q K^T, K K^T per key head; A                                2 K, 2 C/3 a row
-///   gdn_scan     K S, K^T N; A W                     2                       1
-///   gdn_grad_scan  K dS', K^T dV, Q^T dO; P^T dO, B^T dN   3                 2
-///   gdn_grad_chunk dO N^T, X N^T                                             2
-///   gdn_grad_qk  dO S^T, N dS'^T, dV S^T; P K, P^T Q, R K  3                 3 (K)
-/// a chunk of every piece but the last, once more
-///   gdn_prepare, gdn_scan
+/// gdn_prepare     per key head: C K C: Q K^T, K K^T      per value head: the inverse, C C C / 3
+/// gdn_scan        C K V: K S, K^T N                      C C V: B W
+/// gdn_grad_scan   C K V: K dS', K^T dV, Q^T Z            C C V: P^T dO, B^T dN
+/// gdn_grad_chunk                                         C C V: dO N^T, X N^T
+/// gdn_grad_qk     C K V: Z S^T, N dS'^T, dV S^T          C C K: P K, P^T Q, R K
 /// ```
-fn cost(backend: &dyn Backend, plan: &Plan, heads: &Heads, tokens: u64, store: Dtype) -> (f64, f64) {
+/// The first two rows run once to save the states, and once more before that where the pass does not keep all states: the
+/// recording says over how many chunks each runs.
+fn cost(backend: &dyn Backend, pass: &Pass, heads: &Heads, tokens: u64, store: Dtype) -> (f64, f64) {
     let (hk, hv, k, v) = (heads.hk as f64, heads.hv as f64, heads.k as f64, heads.v as f64);
     let c = tune::tile(backend.caps(), heads).chunk as f64;
-    let (state, values, keys) = (2.0 * c * k * v, 2.0 * c * c * v, 2.0 * c * c * k);
-    let forward = hk * 2.0 * keys + hv * (2.0 * c * c * c / 3.0 + 2.0 * state + values);
-    let back = hv * (6.0 * state + 4.0 * values + 3.0 * keys);
-    let chunks = plan.chunks.len() as f64;
-    let last = plan.pieces.last().map_or(0, |piece| piece.chunks.len()) as f64;
+    let chunks = |row: &Kernel| -> f64 {
+        let launches = pass.launches.iter().filter(|launch| launch.kernel.name == row.name);
+        launches.map(|launch| launch.grid[0] as f64).sum()
+    };
+    let (ckv, ccv, cck) = (2.0 * c * k * v, 2.0 * c * c * v, 2.0 * c * c * k);
+    let forward = hk * 2.0 * cck + hv * (2.0 * c * c * c / 3.0 + 2.0 * ckv + ccv);
+    let back = hv * (6.0 * ckv + 4.0 * ccv + 3.0 * cck);
     // q, k, v, do and dq, dk, dv; g, beta and dg, dbeta; h0, dht and dh0.
     let token_bytes = (4.0 * hk * k + 3.0 * hv * v) * store.size() as f64 + 16.0 * hv;
     let bytes = tokens as f64 * token_bytes + 12.0 * heads.state_len() as f64;
-    (chunks * (forward + back) + (chunks - last) * forward, bytes)
+    (chunks(&PREPARE) * forward + chunks(&GRAD_CHUNK) * back, bytes)
 }
 
 /// Device memory of the row.
@@ -161,4 +164,49 @@ fn within(backend: &dyn Backend, name: &str, view: &View, numbers: u64, store: D
         ensure!(bad == 0, "{name} is wrong: {bad} numbers are not zero where nothing depends on the input");
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bench_op;
+
+    #[test]
+    fn operations_are_counted_by_hand_once() {
+        let backend = gatedelta::device::open(Some("cpu")).unwrap().0;
+        let heads = bench_op::heads(1, 2).unwrap();
+        let row = row(&*backend, 96, heads, Dtype::F32, Duration::ZERO).unwrap();
+        let c = tune::tile(backend.caps(), &heads).chunk as f64;
+        // All states are kept: K = V = d, 8 C d d, 5 C C d of values, 3 C C d of keys, the inverse, and two per key head.
+        let d = 128.0;
+        let head = 16.0 * c * d * d + 16.0 * c * c * d + 2.0 / 3.0 * c * c * c;
+        let wanted = (96.0 / c).ceil() * (2.0 * head + 4.0 * c * c * d);
+        assert!((row.flops / wanted - 1.0).abs() < 1e-12, "{} {wanted}", row.flops);
+        assert_eq!(row.bytes, 96.0 * 4.0 * (4.0 * d + 6.0 * d + 4.0 * 2.0) + 12.0 * 2.0 * d * d);
+        assert!(row.error <= 1e-5 && row.error > 0.0);
+    }
+
+    #[test]
+    fn gradients_that_are_not_there_do_not_pass() {
+        let backend = gatedelta::device::open(Some("cpu")).unwrap().0;
+        let (heads, tokens) = (bench_op::heads(1, 1).unwrap(), CHECKED_TOKENS + 64);
+        let shape = Shape::one(heads, tokens);
+        let mut block = oracle::inputs("bench", Shape::one(heads, CHECKED_TOKENS), false, true, 7);
+        block.cotangents = Some(oracle_grad::cotangents(&block, 8));
+        let memory = Memory::new(&*backend, &shape, Dtype::F32, &mut block).unwrap();
+        let check = || memory.check(&*backend, &block, Dtype::F32);
+        assert!(check().unwrap_err().to_string().contains("not finite"));
+        let mut pass = Pass::new();
+        Backward::new(&*backend, &shape, &Options::default(), 128).unwrap().record(&mut pass, &memory.io).unwrap();
+        backend.run(&pass).unwrap();
+        assert!(check().unwrap() <= 1e-5);
+        // One number among those that must be zero, one among those that are compared.
+        let put =
+            |at: u64, x: f32| backend.write(&memory.io.dk.view.slice(at * 4, 4).unwrap(), &x.to_le_bytes()).unwrap();
+        put(CHECKED_TOKENS * 128, f32::NAN);
+        assert!(check().unwrap_err().to_string().contains("dk is wrong: 1 numbers are not zero"));
+        put(CHECKED_TOKENS * 128, 0.0);
+        put(300, 1e4);
+        assert!(check().unwrap() > 1e-2);
+    }
 }

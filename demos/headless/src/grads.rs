@@ -186,8 +186,8 @@ mod tests {
                 judged(g).unwrap()
             };
             assert!(after(|x| x[5] += 1.0).starts_with(&format!("{name}: relative error")), "{name}");
-            assert!(after(|x| x[0] = f32::NAN).starts_with(&format!("{name}: relative error none")), "{name}");
-            assert!(after(|x| x.truncate(x.len() - 1)).starts_with(&format!("{name}: relative error none")), "{name}");
+            assert!(after(|x| x[0] = f32::NAN).starts_with(&format!("{name}: relative error NaN")), "{name}");
+            assert!(after(|x| x.truncate(x.len() - 1)).starts_with(&format!("{name}: relative error NaN")), "{name}");
             assert!(after(Vec::clear).starts_with(name), "{name}");
         }
     }
