@@ -109,9 +109,10 @@ pub(super) fn check_chunks(
     distinct_slots(kernel, "segments", segments, slots)?;
     let mut used: Vec<Entry> = Vec::new();
     for &[first, count, ..] in segments {
-        for i in first as usize..(first + count) as usize {
-            chunk_length(i, &chunks[i], most)?;
-            used.push(chunks[i]);
+        let own = first as usize..(first + count) as usize;
+        for (i, chunk) in own.clone().zip(&chunks[own]) {
+            chunk_length(i, chunk, most)?;
+            used.push(*chunk);
         }
     }
     runs(kernel, "chunks", &used, tokens)
