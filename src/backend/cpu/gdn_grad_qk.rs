@@ -12,7 +12,7 @@ use super::gdn_grad_scan::check_chunk;
 use super::gdn_prepare::{check_heads, value_head, ws_size};
 use super::gdn_scan::saved_size;
 use super::memory::cut;
-use super::product::{Left, WIDTH, pack, product};
+use super::product::{Left, WIDTH, pack, product, unpack};
 use super::simd::{dot, fma, load, narrow, store, widen};
 use super::table::Entry;
 use crate::error::Result;
@@ -124,7 +124,7 @@ impl Row for GradQk<'_> {
             head.add(ws, a, b, &mut *work.0, &mut *work.1);
         }
 
-        // The norms are those of the key head: every value head has the same.
+        // The norms are those of the key head: every value head has the same. The rows of K are not needed any more.
         let h = value_head(p.head_map, p.hk, hv, hk, 0);
         let at = (chunk * hv + h) * size + 5 * c * c + 4 * c;
         // SAFETY: as above.
@@ -138,11 +138,9 @@ impl Row for GradQk<'_> {
                 }
                 let (to, off, stride) =
                     if which == 0 { (&self.dk, p.dk_off, p.dk_stride) } else { (&self.dq, p.dq_off, p.dq_stride) };
-                let row = &mut work.0[..dk];
-                for t in 0..(len - j * WIDTH).min(WIDTH) {
-                    for (i, x) in row.iter_mut().enumerate() {
-                        *x = grad[i * WIDTH + t];
-                    }
+                let n = (len - j * WIDTH).min(WIDTH);
+                unpack(grad, n, dk, k_rows, dk);
+                for (t, row) in k_rows.chunks_exact(dk).take(n).enumerate() {
                     let token = first + j * WIDTH + t;
                     // SAFETY: this head of this token belongs to this cell alone.
                     unsafe { narrow(to, off as usize + token * stride as usize + hk * dk, row) }

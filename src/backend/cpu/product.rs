@@ -164,12 +164,77 @@ unsafe fn vectors<S: Simd, const ROWS: usize, const N: usize>(
 #[inline(always)]
 pub(super) fn pack(x: &[f32], row: usize, n: usize, depth: usize, panel: &mut [f32]) {
     let panel = &mut panel[..depth * WIDTH];
+    let n = n.min(WIDTH);
     if n < WIDTH {
         panel.fill(0.0);
     }
-    for j in 0..n.min(WIDTH) {
-        for (p, &x) in x[j * row..j * row + depth].iter().enumerate() {
+    let whole = (n / 4 * 4, depth / 4 * 4);
+    for j in (0..whole.0).step_by(4) {
+        for p in (0..whole.1).step_by(4) {
+            transpose(&x[j * row + p..], row, &mut panel[p * WIDTH + j..], WIDTH);
+        }
+    }
+    for j in 0..n {
+        let from = if j < whole.0 { whole.1 } else { 0 };
+        for (p, &x) in x[j * row..j * row + depth].iter().enumerate().skip(from) {
             panel[p * WIDTH + j] = x;
+        }
+    }
+}
+
+/// The inverse of [`pack`] for `n` columns of a panel of `depth` rows, which become rows `row` apart.
+#[inline(always)]
+pub(super) fn unpack(panel: &[f32], n: usize, depth: usize, x: &mut [f32], row: usize) {
+    let whole = (n / 4 * 4, depth / 4 * 4);
+    for j in (0..whole.0).step_by(4) {
+        for p in (0..whole.1).step_by(4) {
+            transpose(&panel[p * WIDTH + j..], WIDTH, &mut x[j * row + p..], row);
+        }
+    }
+    for j in 0..n {
+        let from = if j < whole.0 { whole.1 } else { 0 };
+        for (p, x) in x[j * row..j * row + depth].iter_mut().enumerate().skip(from) {
+            *x = panel[p * WIDTH + j];
+        }
+    }
+}
+
+/// `to[j, i] = from[i, j]` for 4 x 4 numbers in rows `from_row` and `to_row` apart: small enough to stay in vector registers
+/// on every processor.
+#[inline(always)]
+fn transpose(from: &[f32], from_row: usize, to: &mut [f32], to_row: usize) {
+    let mut rows = [[0f32; 4]; 4];
+    for (i, row) in rows.iter_mut().enumerate() {
+        row.copy_from_slice(&from[i * from_row..][..4]);
+    }
+    let [a, b, c, d] = rows;
+    for j in 0..4 {
+        to[j * to_row..][..4].copy_from_slice(&[a[j], b[j], c[j], d[j]]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pack_and_unpack_are_inverse() {
+        for (n, depth) in [(16, 128), (16, 5), (7, 12), (3, 3), (1, 1)] {
+            let row = depth + 3;
+            let x: Vec<f32> = (0..n * row).map(|i| i as f32 + 1.0).collect();
+            let mut panel = vec![f32::NAN; depth * WIDTH];
+            pack(&x, row, n, depth, &mut panel);
+            for p in 0..depth {
+                for j in 0..WIDTH {
+                    let expected = if j < n { x[j * row + p] } else { 0.0 };
+                    assert_eq!(panel[p * WIDTH + j], expected, "{n} x {depth}: {p}, {j}");
+                }
+            }
+            let mut back = vec![0.0; n * row];
+            unpack(&panel, n, depth, &mut back, row);
+            for j in 0..n {
+                assert_eq!(back[j * row..][..depth], x[j * row..][..depth]);
+            }
         }
     }
 }
