@@ -21,6 +21,9 @@ use crate::table::{Table, error, metric, significant};
 /// Lengths of a prefill.
 const TOKENS: [u64; 6] = [64, 512, 2048, 4096, 8192, 32768];
 
+/// Lengths of a prefill that is also gone back over.
+const BACKWARD: [u64; 3] = [512, 2048, 8192];
+
 /// Batches of a decode, and layers: alone, in the 18 layers of a 0.8B model, together.
 const BATCHES: [(u64, u64); 4] = [(1, 1), (1, 18), (8, 1), (64, 1)];
 
@@ -45,7 +48,7 @@ pub struct Args {
     /// Heads of the operator, q/k and value heads: 16/16
     #[arg(long, value_name = "HK/HV", value_delimiter = ',', default_value = "16/16,16/32")]
     heads: Vec<String>,
-    /// Lengths of the prefill, separated by commas; 0 for none
+    /// Lengths of the prefill, separated by commas, 0 for none; 512, 2048 and 8192 are also timed backward
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     tokens: Option<Vec<u64>>,
     /// How the operator's q, k, v and o are stored: f32, f16 or bf16
@@ -114,7 +117,7 @@ fn parse_heads(text: &str) -> Result<Heads> {
     Ok(bench_op::heads(hk.parse().with_context(wrong)?, hv.parse().with_context(wrong)?)?)
 }
 
-/// Prefill over lengths, decode over batches.
+/// Prefill and backward over lengths, decode over batches.
 fn operator(
     args: &Args,
     backend: &Arc<dyn Backend>,
@@ -123,25 +126,24 @@ fn operator(
     peak: Option<Peak>,
 ) -> Result<bool> {
     let lengths = args.tokens.clone().unwrap_or_else(|| TOKENS.to_vec());
-    let prefills = lengths.into_iter().filter(|&t| t > 0).map(What::Prefill);
+    let prefills = lengths.iter().filter(|&&t| t > 0).map(|&t| What::Prefill(t));
+    let backwards = BACKWARD.into_iter().filter(|t| lengths.contains(t)).map(What::Backward);
     let decodes = BATCHES.iter().map(|&(sequences, layers)| What::Decode { sequences, layers });
     let columns =
         ["", "size", "median ms", "min..max ms", "runs", "us/token/head", "FLOP/s", "B/s", "of peak", "error"];
     let mut table = Table::new(2, &columns);
     let (mut notes, mut right) = (String::new(), true);
     let mut done: Vec<Row> = Vec::new();
-    for what in prefills.chain(decodes) {
-        if let (What::Prefill(tokens), Some(Row { what: What::Prefill(before), sample, .. })) = (what, done.last()) {
-            let predicted = sample.median() * tokens as f64 / *before as f64;
-            if predicted > args.longest {
-                notes.push_str(&format!("T={tokens} left out: a run would take about {predicted:.0} s (--longest)\n"));
-                continue;
-            }
+    for what in prefills.chain(backwards).chain(decodes) {
+        if let Some(seconds) = predicted(what, &done).filter(|&seconds| seconds > args.longest) {
+            let (name, size) = (what.name(), what.size());
+            notes.push_str(&format!("{name} {size} left out: a run would take about {seconds:.0} s (--longest)\n"));
+            continue;
         }
         match bench_op::row(&**backend, what, heads, args.store, seconds) {
             Ok(row) => {
                 if args.json {
-                    print_json(row_json(&row, args.store, peak));
+                    print_json(row_json(&row, args.store, peak, &done));
                 }
                 table.row(row_cells(&row, peak));
                 done.push(row);
@@ -159,6 +161,7 @@ fn operator(
         return Ok(right);
     }
     notes.push_str(&linearity(&done));
+    notes.push_str(&ratio(&done));
     let clock = if done.iter().all(|r| r.sample.device_clock) { "the device's clock" } else { "the host's clock" };
     let longest = done.iter().map(|r| r.sample.longest_submission).fold(0.0, f64::max);
     if backend.caps().kind != Kind::Cpu {
@@ -191,7 +194,7 @@ fn row_cells(row: &Row, peak: Option<Peak>) -> Vec<String> {
     ]
 }
 
-fn row_json(row: &Row, store: Dtype, peak: Option<Peak>) -> Value {
+fn row_json(row: &Row, store: Dtype, peak: Option<Peak>, done: &[Row]) -> Value {
     let (s, seconds) = (&row.sample, row.sample.median());
     let share = peak.map(|p| p.share(row.flops, row.bytes, seconds));
     json!({
@@ -208,7 +211,39 @@ fn row_json(row: &Row, store: Dtype, peak: Option<Peak>) -> Value {
         "share_of_peak": share.map(|s| s.0),
         "bound": share.map(|s| s.1),
         "relative_error": row.error,
+        "times_prefill": times_prefill(row, done),
     })
+}
+
+/// Seconds that a run should take, judged by the rows before it; none for the first of its kind.
+fn predicted(what: What, done: &[Row]) -> Option<f64> {
+    let per_token = |name: &str| {
+        let row = done.iter().rev().find(|r| r.what.name() == name)?;
+        Some(row.sample.median() / row.what.tokens() as f64)
+    };
+    let per_token = match what {
+        What::Prefill(_) => per_token("prefill"),
+        // Before the first: about the ratio of their operations.
+        What::Backward(_) => per_token("backward").or_else(|| Some(3.0 * per_token("prefill")?)),
+        What::Decode { .. } => None,
+    };
+    Some(per_token? * what.tokens() as f64)
+}
+
+/// The time of a backward row over that of the prefill of the same length.
+fn times_prefill(row: &Row, done: &[Row]) -> Option<f64> {
+    let What::Backward(tokens) = row.what else { return None };
+    let prefill = done.iter().find(|r| r.what == What::Prefill(tokens))?;
+    Some(row.sample.median() / prefill.sample.median())
+}
+
+/// What backward costs, at 2048 tokens or else at the most that were run.
+fn ratio(rows: &[Row]) -> String {
+    let ratios = rows.iter().filter_map(|r| Some((r, times_prefill(r, rows)?)));
+    match ratios.max_by_key(|(r, _)| (r.what == What::Backward(2048), r.what.tokens())) {
+        Some((row, ratio)) => format!("backward takes {ratio:.1} times the prefill at {}\n", row.what.size()),
+        None => String::new(),
+    }
 }
 
 /// How the cost of a token at the largest length compares with that at 2048.
@@ -233,6 +268,39 @@ pub fn print_json(value: Value) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::timing::Sample;
+
+    fn took(what: What, seconds: f64) -> Row {
+        let heads = bench_op::heads(1, 1).unwrap();
+        Row { what, heads, error: 0.0, sample: Sample::new(vec![seconds], false, 0.0), flops: 1.0, bytes: 1.0 }
+    }
+
+    #[test]
+    fn a_long_row_is_foreseen() {
+        let mut done = Vec::new();
+        assert_eq!(predicted(What::Prefill(512), &done), None);
+        assert_eq!(predicted(What::Backward(512), &done), None);
+        done.push(took(What::Prefill(512), 1.0));
+        assert_eq!(predicted(What::Prefill(2048), &done), Some(4.0));
+        assert_eq!(predicted(What::Backward(1024), &done), Some(6.0));
+        done.push(took(What::Backward(512), 2.0));
+        assert_eq!(predicted(What::Backward(1024), &done), Some(4.0));
+        assert_eq!(predicted(What::Decode { sequences: 1, layers: 1 }, &done), None);
+    }
+
+    #[test]
+    fn backward_is_compared_with_the_prefill_of_its_length() {
+        let mut rows = vec![took(What::Prefill(512), 1.0), took(What::Backward(2048), 9.0)];
+        assert_eq!(ratio(&rows), "");
+        rows.push(took(What::Backward(512), 2.0));
+        assert_eq!(ratio(&rows), "backward takes 2.0 times the prefill at T=512\n");
+        rows.extend([
+            took(What::Prefill(2048), 3.6),
+            took(What::Prefill(8192), 10.0),
+            took(What::Backward(8192), 99.0),
+        ]);
+        assert_eq!(ratio(&rows), "backward takes 2.5 times the prefill at T=2048\n");
+    }
 
     #[test]
     fn heads_are_two_numbers() {

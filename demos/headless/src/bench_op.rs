@@ -1,4 +1,4 @@
-//! Times the operator: chunked prefill over lengths, decode over batches.
+//! Times the operator: chunked prefill over lengths, decode over batches; the backward pass is in [`crate::bench_grad`].
 //!
 //! Every row is checked before it is timed: the very recording that is timed runs once over fresh memory, and its outputs are
 //! compared with the float64 recurrence on two heads, one that hardly forgets and one that does, over the first tokens; all
@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use gatedelta::backend::{Backend, Buffer, View};
+use gatedelta::backend::{Backend, View};
 use gatedelta::gdn::{Commit, Io, Options, Prefill, Step};
 use gatedelta::pass::{Pass, Rows};
 use gatedelta::shape::{Dtype, HeadMap, Heads, Shape};
@@ -15,8 +15,8 @@ use gatedelta::tune;
 use half::{bf16, f16};
 
 use crate::case::Case;
-use crate::oracle;
 use crate::timing::{self, Sample};
+use crate::{bench_grad, oracle};
 
 /// Tokens that are compared with the float64 recurrence.
 const CHECKED_TOKENS: u64 = 2048;
@@ -26,6 +26,8 @@ const CHECKED_TOKENS: u64 = 2048;
 pub enum What {
     /// One sequence of so many tokens.
     Prefill(u64),
+    /// The gradients of such a prefill.
+    Backward(u64),
     /// One token for each of so many sequences, in so many layers one after the other, each with states of its own: a model's
     /// states do not stay in a cache from one token to the next.
     Decode {
@@ -38,9 +40,9 @@ pub enum What {
 
 impl What {
     /// Tokens of one run, counted once per layer.
-    fn tokens(self) -> u64 {
+    pub fn tokens(self) -> u64 {
         match self {
-            What::Prefill(tokens) => tokens,
+            What::Prefill(tokens) | What::Backward(tokens) => tokens,
             What::Decode { sequences, layers } => sequences * layers,
         }
     }
@@ -49,6 +51,7 @@ impl What {
     pub fn name(self) -> &'static str {
         match self {
             What::Prefill(_) => "prefill",
+            What::Backward(_) => "backward",
             What::Decode { .. } => "decode",
         }
     }
@@ -56,7 +59,7 @@ impl What {
     /// Its size in tables.
     pub fn size(self) -> String {
         match self {
-            What::Prefill(tokens) => format!("T={tokens}"),
+            What::Prefill(tokens) | What::Backward(tokens) => format!("T={tokens}"),
             What::Decode { sequences, layers: 1 } => format!("N={sequences}"),
             What::Decode { sequences, layers } => format!("N={sequences} x{layers}"),
         }
@@ -100,6 +103,7 @@ pub fn heads(hk: u32, hv: u32) -> gatedelta::Result<Heads> {
 /// Whatever the device reports, and an answer that is not right.
 pub fn row(backend: &dyn Backend, what: What, heads: Heads, store: Dtype, budget: Duration) -> Result<Row> {
     let (shape, layers) = match what {
+        What::Backward(tokens) => return bench_grad::row(backend, tokens, heads, store, budget),
         What::Prefill(tokens) => (Shape::one(heads, tokens), 1),
         What::Decode { sequences, layers } => (Shape::new(heads, (0..=sequences).collect())?, layers),
     };
@@ -111,7 +115,9 @@ pub fn row(backend: &dyn Backend, what: What, heads: Heads, store: Dtype, budget
     let stride = (heads.hk as u64 * heads.k as u64).max(heads.hv as u64 * heads.v as u64);
     let mut pass = Pass::new();
     match what {
-        What::Prefill(_) => Prefill::new(backend, &shape, &options, stride)?.record(&mut pass, &memory.io)?,
+        What::Prefill(_) | What::Backward(_) => {
+            Prefill::new(backend, &shape, &options, stride)?.record(&mut pass, &memory.io)?;
+        }
         What::Decode { sequences, layers } => {
             let step = Step::new(backend, &shape, &vec![1; sequences as usize], &options, stride)?;
             let own = memory.state.bytes / layers;
@@ -149,7 +155,7 @@ fn cost(backend: &dyn Backend, what: What, heads: &Heads, store: Dtype) -> (f64,
     let token_bytes = (2.0 * hk * k + 2.0 * hv * v) * store.size() as f64 + 8.0 * hv;
     let state_bytes = 8.0 * heads.state_len() as f64;
     match what {
-        What::Prefill(tokens) => {
+        What::Prefill(tokens) | What::Backward(tokens) => {
             let c = tune::tile(backend.caps(), heads).chunk as f64;
             let chunks = (tokens as f64 / c).ceil();
             // Q K^T and K K^T, the inverse; K S, Q S and K^T N; A W and P N.
@@ -175,28 +181,11 @@ impl Memory {
     fn new(backend: &dyn Backend, shape: &Shape, layers: u64, store: Dtype, block: &Case) -> Result<Memory> {
         let (tokens, heads) = (shape.tokens(), &shape.heads);
         let (qk, vo, gates) = (heads.hk as u64 * heads.k as u64, heads.hv as u64 * heads.v as u64, heads.hv as u64);
-        let fill = |name: &str, values: &[f32], width: u64, store: Dtype| -> Result<View> {
-            let total = tokens * width * store.size();
-            let view = alloc(backend, name, total)?.slice(0, total)?;
-            let bytes = stored(values, store);
-            let mut at = 0;
-            while at < total {
-                let part = (bytes.len() as u64).min(total - at);
-                backend.write(&view.slice(at, part)?, &bytes[..part as usize])?;
-                at += part;
-            }
-            Ok(view)
-        };
+        let fill =
+            |name: &str, values: &[f32], width: u64, store: Dtype| fill(backend, name, values, tokens * width, store);
         let h0 = block.h0.as_deref().context("benchmark inputs have initial states")?;
-        let state_bytes = layers * shape.sequences() as u64 * heads.state_len() * 4;
-        let state = alloc(backend, "state", state_bytes)?.slice(0, state_bytes)?;
-        let mut at = 0;
-        let h0 = stored(h0, Dtype::F32);
-        while at < state_bytes {
-            let part = (h0.len() as u64).min(state_bytes - at);
-            backend.write(&state.slice(at, part)?, &h0[..part as usize])?;
-            at += part;
-        }
+        let states = layers * shape.sequences() as u64 * heads.state_len();
+        let state = self::fill(backend, "state", h0, states, Dtype::F32)?;
         let nan = vec![f32::NAN; block.v.len()];
         let o = fill("o", &nan, vo, store)?;
         let io = Io {
@@ -237,28 +226,43 @@ impl Memory {
             for n in 0..block.shape.sequences() {
                 oracle::head(block, n, h, &mut o64, &mut ht64);
             }
-            let column = |o: &[f32]| -> Vec<f32> {
-                o.chunks_exact(dv).skip(h as usize).step_by(hv).flatten().copied().collect()
-            };
-            worst = worst.max(oracle::error(&column(&o), &column(&o64)));
+            worst = worst.max(oracle::error(&of_head(&o, dv, hv, h), &of_head(&o64, dv, hv, h)));
             if tokens == block.shape.tokens() {
                 let size = (heads.k * heads.v) as usize;
-                let states = |s: &[f32]| -> Vec<f32> {
-                    s.chunks_exact(size).skip(h as usize).step_by(hv).flatten().copied().collect()
-                };
-                worst = worst.max(oracle::error(&states(ht), &states(&ht64)));
+                worst = worst.max(oracle::error(&of_head(ht, size, hv, h), &of_head(&ht64, size, hv, h)));
             }
         }
         Ok(worst)
     }
 }
 
-/// Devices have no empty buffers.
-fn alloc(backend: &dyn Backend, what: &str, bytes: u64) -> gatedelta::Result<Buffer> {
-    backend.alloc(what, bytes.max(16))
+/// Memory for so many numbers, filled with the values over and over.
+pub fn fill(backend: &dyn Backend, what: &str, values: &[f32], numbers: u64, store: Dtype) -> Result<View> {
+    let total = numbers * store.size();
+    // Devices have no empty buffers.
+    let view = backend.alloc(what, total.max(16))?.slice(0, total)?;
+    repeat(backend, &view, &stored(values, store))?;
+    Ok(view)
 }
 
-fn stored(values: &[f32], store: Dtype) -> Vec<u8> {
+/// Writes the bytes over and over until the view is full.
+pub fn repeat(backend: &dyn Backend, view: &View, bytes: &[u8]) -> Result<()> {
+    let mut at = 0;
+    while at < view.bytes {
+        let part = (bytes.len() as u64).min(view.bytes - at);
+        backend.write(&view.slice(at, part)?, &bytes[..part as usize])?;
+        at += part;
+    }
+    Ok(())
+}
+
+/// The part of head `h` in rows of `heads` heads of `size` numbers.
+pub fn of_head(x: &[f32], size: usize, heads: usize, h: u32) -> Vec<f32> {
+    x.chunks_exact(size).skip(h as usize).step_by(heads).flatten().copied().collect()
+}
+
+/// Numbers as a device holds them.
+pub fn stored(values: &[f32], store: Dtype) -> Vec<u8> {
     match store {
         Dtype::F32 => bytemuck::cast_slice(values).to_vec(),
         Dtype::F16 => values.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect(),
@@ -266,7 +270,8 @@ fn stored(values: &[f32], store: Dtype) -> Vec<u8> {
     }
 }
 
-fn loaded(bytes: &[u8], store: Dtype) -> Vec<f32> {
+/// The inverse of [`stored`].
+pub fn loaded(bytes: &[u8], store: Dtype) -> Vec<f32> {
     let halves = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
     match store {
         Dtype::F32 => bytemuck::allocation::pod_collect_to_vec(bytes),

@@ -7,7 +7,8 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use gatedelta::shape::{HeadMap, Heads, Shape};
+use gatedelta::gdn::{Inputs, Options};
+use gatedelta::shape::{Dtype, HeadMap, Heads, Shape};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype as Stored, SafeTensors};
 
@@ -18,6 +19,32 @@ pub struct Answers {
     pub o: Vec<f32>,
     /// `[N, Hv, K, V]`.
     pub ht: Vec<f32>,
+}
+
+/// The gradient of a scalar with respect to what the operator gives.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Cotangents {
+    /// `[T, Hv, V]`.
+    pub d_o: Vec<f32>,
+    /// `[N, Hv, K, V]`; zero where absent.
+    pub dht: Option<Vec<f32>>,
+}
+
+/// What the gradient of the same scalar with respect to the inputs should be.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gradients {
+    /// `[T, Hk, K]`, of the raw q.
+    pub dq: Vec<f32>,
+    /// `[T, Hk, K]`, of the raw k.
+    pub dk: Vec<f32>,
+    /// `[T, Hv, V]`.
+    pub dv: Vec<f32>,
+    /// `[T, Hv]`.
+    pub dg: Vec<f32>,
+    /// `[T, Hv]`.
+    pub dbeta: Vec<f32>,
+    /// `[N, Hv, K, V]`; files have it only where they have h0.
+    pub dh0: Option<Vec<f32>>,
 }
 
 /// One call of the operator.
@@ -45,6 +72,10 @@ pub struct Case {
     pub qk_l2norm: bool,
     /// The file's answers, if it holds both.
     pub answers: Option<Answers>,
+    /// The gradient to go back from, if the file has it.
+    pub cotangents: Option<Cotangents>,
+    /// The gradients that this gives, if the file has them; only beside cotangents.
+    pub gradients: Option<Gradients>,
 }
 
 impl Case {
@@ -91,16 +122,27 @@ impl Case {
         );
 
         let (qk, vo, gate, state) = (vec![t, hk, k_dim], vec![t, hv, v_dim], vec![t, hv], vec![n, hv, k_dim, v_dim]);
-        // Gradients are checked like everything else, so that a broken file is not found out only when they are used.
-        for (name, dims) in [("do", &vo), ("dht", &state), ("dq", &qk), ("dk", &qk), ("dv", &vo)] {
-            tensors.optional(name, dims)?;
-        }
-        for (name, dims) in [("dg", &gate), ("dbeta", &gate), ("dh0", &state)] {
-            tensors.optional(name, dims)?;
-        }
         let answers = match (tensors.optional("o", &vo)?, tensors.optional("ht", &state)?) {
             (Some(o), Some(ht)) => Some(Answers { o, ht }),
             _ => None,
+        };
+        let h0 = tensors.optional("h0", &state)?;
+        let cotangents = match (tensors.optional("do", &vo)?, tensors.optional("dht", &state)?) {
+            (Some(d_o), dht) => Some(Cotangents { d_o, dht }),
+            (None, Some(_)) => bail!("tensor do is missing, and dht is there"),
+            (None, None) => None,
+        };
+        let gradients = if tensors.has_gradients(h0.is_some())? {
+            Some(Gradients {
+                dq: tensors.numbers("dq", &qk)?,
+                dk: tensors.numbers("dk", &qk)?,
+                dv: tensors.numbers("dv", &vo)?,
+                dg: tensors.numbers("dg", &gate)?,
+                dbeta: tensors.numbers("dbeta", &gate)?,
+                dh0: tensors.optional("dh0", &state)?,
+            })
+        } else {
+            None
         };
         Ok(Case {
             name,
@@ -109,12 +151,43 @@ impl Case {
             v: tensors.numbers("v", &vo)?,
             g: tensors.numbers("g", &gate)?,
             beta: tensors.numbers("beta", &gate)?,
-            h0: tensors.optional("h0", &state)?,
+            h0,
             shape,
             scale,
             qk_l2norm,
             answers,
+            cotangents,
+            gradients,
         })
+    }
+
+    /// The call, with its numbers stored as `store` on the device.
+    pub fn inputs(&self, store: Dtype) -> Inputs<'_> {
+        Inputs {
+            shape: self.shape.clone(),
+            q: &self.q,
+            k: &self.k,
+            v: &self.v,
+            g: &self.g,
+            beta: &self.beta,
+            h0: self.h0.as_deref(),
+            options: self.options(store),
+        }
+    }
+
+    /// Scale, norm and storage.
+    pub fn options(&self, store: Dtype) -> Options {
+        Options { scale: self.scale, qk_l2norm: self.qk_l2norm, store }
+    }
+
+    /// `[T, Hk, K]`.
+    pub fn q_dims(&self) -> Vec<usize> {
+        vec![self.shape.tokens() as usize, self.shape.heads.hk as usize, self.shape.heads.k as usize]
+    }
+
+    /// `[T, Hv]`.
+    pub fn gate_dims(&self) -> Vec<usize> {
+        vec![self.shape.tokens() as usize, self.shape.heads.hv as usize]
     }
 
     /// `[T, Hv, V]`.
@@ -204,13 +277,26 @@ impl<'a> Tensors<'a> {
         if self.0.tensor(name).is_ok() { self.numbers(name, dims).map(Some) } else { Ok(None) }
     }
 
+    /// Whether the file has gradients: all of them, and what they come from, or none.
+    fn has_gradients(&self, h0: bool) -> Result<bool> {
+        let has = |name: &&str| self.0.tensor(name).is_ok();
+        let Some(found) = ["dq", "dk", "dv", "dg", "dbeta", "dh0"].iter().find(|name| has(name)) else {
+            return Ok(false);
+        };
+        let last = if h0 { &["dh0"][..] } else { &[] };
+        match ["do", "dq", "dk", "dv", "dg", "dbeta"].iter().chain(last).find(|name| !has(name)) {
+            Some(missing) => bail!("tensor {missing} is missing, and {found} is there"),
+            None => Ok(true),
+        }
+    }
+
     fn offsets(&self, name: &str) -> Result<Vec<u64>> {
         let view = self.get(name)?;
         expect_type(name, &view, Stored::I32)?;
         words(view.data())
             .map(i32::from_le_bytes)
             .enumerate()
-            .map(|(i, n)| u64::try_from(n).with_context(|| format!("{name}[{i}]: found {n}, expected 0 or more")))
+            .map(|(i, n)| u64::try_from(n).ok().with_context(|| format!("{name}[{i}]: found {n}, expected 0 or more")))
             .collect()
     }
 }

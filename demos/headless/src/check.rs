@@ -1,7 +1,8 @@
 //! `check`: the conformance suite on each device.
 //!
-//! Every case, from the files and generated, goes every way through the operator in every storage type, and every
-//! checkpoint answers its prompts. A GPU is checked twice: with all it has, and held to WebGPU's default limits.
+//! Every case, from the files and generated, goes every way through the operator in every storage type, forward and, where
+//! it has gradients, backward; and every checkpoint answers its prompts. A GPU is checked twice: with all it has, and held to
+//! WebGPU's default limits.
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ use crate::case::{self, Case};
 use crate::junit::{self, Suite, Test};
 use crate::table::{self, Table, verdict};
 use crate::ways::Way;
-use crate::{checkpoints, oracle, say};
+use crate::{checkpoints, grads, oracle, say};
 
 /// Storage types and the largest relative error of o and ht in each.
 const STORES: [(Dtype, f64); 3] = [(Dtype::F32, 1e-5), (Dtype::F16, 1e-3), (Dtype::Bf16, 5e-3)];
@@ -50,13 +51,16 @@ struct Subject {
 
 /// The largest error of one kind and where it occurred.
 #[derive(Clone, Default)]
-struct Worst {
-    error: f64,
-    at: String,
+pub struct Worst {
+    /// Relative.
+    pub error: f64,
+    /// Empty if there was none.
+    pub at: String,
 }
 
 impl Worst {
-    fn add(&mut self, error: f64, at: impl FnOnce() -> String) {
+    /// Keeps the larger one.
+    pub fn add(&mut self, error: f64, at: impl FnOnce() -> String) {
         if error > self.error {
             *self = Worst { error, at: at() };
         }
@@ -80,17 +84,21 @@ pub fn run(args: &Args) -> Result<bool> {
     let checkpoints = checkpoints::read(&directory(&args.models, "models")?)?;
 
     let mut suites = Vec::new();
-    let mut summary =
-        Table::new(1, &["device", "checks", "failed", "f32", "f16", "bf16", "logits", "seconds", "verdict"]);
+    let kinds = ["f32", "f16", "bf16", "f32 grad", "f16 grad", "bf16 grad", "logits"];
+    let mut summary = Table::new(1, &[&["device", "checks", "failed"], &kinds[..], &["seconds", "verdict"]].concat());
     let mut places = String::new();
     for subject in subjects(&args.device, &mut suites)? {
         let begin = Instant::now();
-        let (mut tests, mut worst) = (Vec::new(), vec![Worst::default(); STORES.len() + 1]);
+        let (mut tests, mut worst) = (Vec::new(), vec![Worst::default(); kinds.len()]);
         say(&format!("{}\n\n", subject.label));
-        operator(&subject, &cases, &mut tests, &mut worst);
+        let (forward, rest) = worst.split_at_mut(STORES.len());
+        let (backward, logits) = rest.split_at_mut(STORES.len());
+        operator(&subject, &cases, &mut tests, forward);
         say("\n");
         let backend = &subject.backend;
-        let logits = &mut worst[STORES.len()];
+        grads::check(&subject.label, &**backend, &cases, &mut tests, backward);
+        say("\n");
+        let logits = &mut logits[0];
         checkpoints::check(&subject.label, backend, &checkpoints, &mut tests, |error, at| logits.add(error, at));
         say("\n");
         let failed = tests.iter().filter(|t| t.failure.is_some()).count();
@@ -98,7 +106,7 @@ pub fn run(args: &Args) -> Result<bool> {
         row.extend(worst.iter().map(|w| if w.at.is_empty() { "-".into() } else { table::error(w.error) }));
         row.extend([format!("{:.1}", begin.elapsed().as_secs_f64()), verdict(failed == 0)]);
         summary.row(row);
-        for (name, w) in ["f32", "f16", "bf16", "logits"].iter().zip(&worst).filter(|(_, w)| !w.at.is_empty()) {
+        for (name, w) in kinds.iter().zip(&worst).filter(|(_, w)| !w.at.is_empty()) {
             places.push_str(&format!("worst {name} on {}: {} at {}\n", subject.label, table::error(w.error), w.at));
         }
         suites.push(Suite { name: subject.label, tests });
@@ -221,7 +229,7 @@ fn operator(subject: &Subject, cases: &[Case], tests: &mut Vec<Test>, worst: &mu
 }
 
 /// Says on a terminal what is under way, in one line that the next one replaces: a driver in software takes minutes.
-fn progress(text: &str) {
+pub fn progress(text: &str) {
     let mut err = std::io::stderr();
     if err.is_terminal() {
         let _ = write!(err, "\r\x1b[K{text}").and_then(|()| err.flush());
@@ -272,7 +280,7 @@ mod tests {
         assert!(judged(off, right.ht.clone()).unwrap().starts_with("o: relative error"));
         let mut nan = right.ht.clone();
         nan[0] = f32::NAN;
-        assert!(judged(right.o.clone(), nan).unwrap().starts_with("ht: relative error none"));
+        assert!(judged(right.o.clone(), nan).unwrap().starts_with("ht: relative error NaN"));
         assert!(judged(right.o[1..].to_vec(), right.ht.clone()).is_some());
         assert!(judged(Vec::new(), Vec::new()).is_some());
     }

@@ -8,7 +8,7 @@ use gatedelta::shape::Dtype;
 
 use crate::case::{self, Case};
 use crate::ways::Way;
-use crate::{checkpoints, oracle, say};
+use crate::{checkpoints, grads, oracle, say};
 
 /// Arguments of `run`.
 #[derive(clap::Args, Debug)]
@@ -19,13 +19,13 @@ pub struct Run {
     /// The case file
     #[arg(long, value_name = "FILE")]
     case: PathBuf,
-    /// Where to write o and ht, as safetensors
+    /// Where to write o and ht as safetensors, and dq, dk, dv, dg, dbeta and dh0 if the case has do (dht is zero where absent)
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    /// How q, k, v and o are stored on the device
+    /// How q, k, v, o and their gradients are stored on the device
     #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = dtype)]
     store: Dtype,
-    /// How to get there: prefill, split, decode or verify
+    /// How to get o and ht: prefill, split, decode or verify; gradients have one way
     #[arg(long, value_name = "WAY", default_value = "prefill", value_parser = way)]
     way: Way,
 }
@@ -78,19 +78,39 @@ fn way(name: &str) -> Result<Way, String> {
     Way::ALL.into_iter().find(|w| w.name() == name).ok_or_else(|| "expected prefill, split, decode or verify".into())
 }
 
-/// Runs one case.
+/// Runs one case, and goes back from its cotangents if it has them.
 ///
 /// # Errors
 /// A case that cannot be used, a device that does not exist, whatever the library or the file system reports.
 pub fn run(args: &Run) -> Result<()> {
     let case = Case::read(&args.case)?;
     let (backend, _) = device::open(args.device.as_deref())?;
-    let out = args.way.compute(&*backend, &case, args.store).with_context(|| args.case.display().to_string())?;
-    case::write(&args.out, &[("o", case.o_dims(), &out.o), ("ht", case.state_dims(), &out.ht)])?;
+    let of_case = || args.case.display().to_string();
+    let out = args.way.compute(&*backend, &case, args.store).with_context(of_case)?;
+    let back = match case.cotangents {
+        Some(_) => Some(grads::compute(&*backend, &case, args.store).with_context(of_case)?),
+        None => None,
+    };
+    let mut tensors = vec![("o", case.o_dims(), &out.o[..]), ("ht", case.state_dims(), &out.ht[..])];
+    if let Some(back) = &back {
+        let (q, v, gate) = (case.q_dims(), case.o_dims(), case.gate_dims());
+        let dims = [q.clone(), q, v, gate.clone(), gate, case.state_dims()];
+        tensors.extend(grads::named(back).into_iter().zip(dims).map(|((name, data), dims)| (name, dims, data)));
+    }
+    case::write(&args.out, &tensors)?;
+
+    let mut errors = Vec::new();
     if let Some(answers) = &case.answers {
-        let error = |found: &[f32], wanted: &[f32]| crate::table::error(oracle::error(found, wanted));
-        let (o, ht) = (error(&out.o, &answers.o), error(&out.ht, &answers.ht));
-        say(&format!("{} on {}: relative error of o {o}, of ht {ht}\n", case.name, backend.caps().name));
+        errors.push(("o", oracle::error(&out.o, &answers.o)));
+        errors.push(("ht", oracle::error(&out.ht, &answers.ht)));
+    }
+    if let (Some(back), Some(wanted)) = (&back, &case.gradients) {
+        let found = grads::named(back).into_iter().zip(grads::errors(back, wanted));
+        errors.extend(found.filter_map(|((name, _), error)| error.map(|error| (name, error))));
+    }
+    if !errors.is_empty() {
+        let errors: Vec<_> = errors.iter().map(|(name, e)| format!("of {name} {}", crate::table::error(*e))).collect();
+        say(&format!("{} on {}: relative error {}\n", case.name, backend.caps().name, errors.join(", ")));
     }
     Ok(())
 }

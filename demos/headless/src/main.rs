@@ -4,6 +4,7 @@
 //! line that cannot be understood.
 
 mod bench;
+mod bench_grad;
 mod bench_model;
 mod bench_op;
 mod case;
@@ -11,9 +12,13 @@ mod check;
 mod checkpoints;
 mod devices;
 mod doors;
+mod grads;
 mod junit;
 mod oracle;
+mod oracle_grad;
 mod peak;
+#[path = "../../quiet.rs"]
+mod quiet;
 mod table;
 mod timing;
 mod ways;
@@ -35,19 +40,20 @@ struct Cli {
 enum Command {
     /// List adapters and backends, their limits, whether they work, and which one would be chosen
     Devices,
-    /// Check the operator and the model on each device against known answers
+    /// Check the operator, its gradients and the model on each device against known answers
     Check(check::Args),
-    /// Run one case file and write o and ht
+    /// Run one case file and write o and ht, and the gradients of a case that has do
     Run(doors::Run),
     /// Write a checkpoint's logits for a list of token ids
     Logits(doors::Logits),
     /// Print the ids that greedy decoding appends to a list of token ids
     Generate(doors::Generate),
-    /// Time the operator and whole models
+    /// Time the operator, its backward pass and whole models
     Bench(bench::Args),
 }
 
 fn main() -> ExitCode {
+    quiet::hush();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn,wgpu=error,naga=error")).init();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

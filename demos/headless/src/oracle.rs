@@ -1,8 +1,11 @@
 //! What the operator is defined to give: the recurrence, token by token, in float64; and generated cases judged by it.
 
+use std::ops::Range;
+
 use gatedelta::shape::{HeadMap, Heads, Shape};
 
 use crate::case::{Answers, Case};
+use crate::oracle_grad;
 
 /// The recurrence for every sequence and head.
 pub fn answers(case: &Case) -> Answers {
@@ -22,42 +25,113 @@ pub fn answers(case: &Case) -> Answers {
 /// S <- exp(g) S     d = beta (v - S^T k)     S <- S + k d^T     o = s S^T q
 /// ```
 pub fn head(case: &Case, n: usize, h: u32, o: &mut [f32], ht: &mut [f32]) {
-    let heads = case.shape.heads;
-    let (hk, hv, dk, dv) = (heads.hk as usize, heads.hv as usize, heads.k as usize, heads.v as usize);
-    let (h, kh) = (h as usize, heads.key_head(h) as usize);
-    let scale = case.scale.map_or_else(|| (dk as f64).powf(-0.5), f64::from);
-    let own = (n * hv + h) * dk * dv..(n * hv + h + 1) * dk * dv;
-    let mut state: Vec<f64> =
-        case.h0.as_ref().map_or_else(|| vec![0.0; dk * dv], |h0| h0[own.clone()].iter().map(|&x| x as f64).collect());
+    let dv = case.shape.heads.v as usize;
+    let mut state = initial(case, n, h);
     let (mut d, mut y) = (vec![0.0; dv], vec![0.0; dv]);
-    for t in case.shape.cu_seqlens()[n] as usize..case.shape.cu_seqlens()[n + 1] as usize {
-        let qk = (t * hk + kh) * dk..(t * hk + kh + 1) * dk;
-        let (q, k) = (unit(&case.q[qk.clone()], case.qk_l2norm), unit(&case.k[qk], case.qk_l2norm));
-        let v = (t * hv + h) * dv..(t * hv + h + 1) * dv;
-        let (decay, beta) = ((case.g[t * hv + h] as f64).exp(), case.beta[t * hv + h] as f64);
-        d.iter_mut().zip(&case.v[v.clone()]).for_each(|(d, &v)| *d = v as f64);
-        for (row, &k) in state.chunks_exact_mut(dv).zip(&k) {
-            for (s, d) in row.iter_mut().zip(&mut d) {
-                *s *= decay;
+    for t in tokens(case, n) {
+        let token = Token::new(case, t, h);
+        token.advance(&mut state, &mut d);
+        y.fill(0.0);
+        for (row, &q) in state.chunks_exact(dv).zip(&token.q) {
+            y.iter_mut().zip(row).for_each(|(y, &s)| *y += q * s);
+        }
+        let scale = scale(case);
+        o[token.at_v(dv)].iter_mut().zip(&y).for_each(|(o, &y)| *o = (scale * y) as f32);
+    }
+    ht[state_of(case, n, h)].iter_mut().zip(&state).for_each(|(ht, &s)| *ht = s as f32);
+}
+
+/// What one value head sees of one token.
+pub struct Token<'a> {
+    /// `[K]`, normed if the case says so.
+    pub q: Vec<f64>,
+    /// What q was multiplied with.
+    pub q_factor: f64,
+    /// `[K]`, normed if the case says so.
+    pub k: Vec<f64>,
+    /// What k was multiplied with.
+    pub k_factor: f64,
+    /// `[V]`.
+    pub v: &'a [f32],
+    /// exp(g).
+    pub decay: f64,
+    /// beta.
+    pub beta: f64,
+    /// Where g and beta of this token and head are: `t Hv + h`.
+    pub at: usize,
+    /// Where the head's row of q and k is: `t Hk + h`, the key head's.
+    pub at_key: usize,
+}
+
+impl Token<'_> {
+    /// Token `t` of the whole batch, as value head `h` sees it.
+    pub fn new(case: &Case, t: usize, h: u32) -> Token<'_> {
+        let heads = case.shape.heads;
+        let (dk, dv) = (heads.k as usize, heads.v as usize);
+        let at = t * heads.hv as usize + h as usize;
+        let at_key = t * heads.hk as usize + heads.key_head(h) as usize;
+        let row = |x: &[f32]| {
+            let x = &x[at_key * dk..(at_key + 1) * dk];
+            let sum: f64 = x.iter().map(|&x| (x as f64).powi(2)).sum();
+            let factor = if case.qk_l2norm { (sum + 1e-6).powf(-0.5) } else { 1.0 };
+            (x.iter().map(|&x| x as f64 * factor).collect(), factor)
+        };
+        let ((q, q_factor), (k, k_factor)) = (row(&case.q), row(&case.k));
+        let (decay, beta) = ((case.g[at] as f64).exp(), case.beta[at] as f64);
+        Token { q, q_factor, k, k_factor, v: &case.v[at * dv..(at + 1) * dv], decay, beta, at, at_key }
+    }
+
+    /// Where its row is in v, o and their gradients.
+    pub fn at_v(&self, dv: usize) -> Range<usize> {
+        self.at * dv..(self.at + 1) * dv
+    }
+
+    /// Where its row is in q, k and their gradients.
+    pub fn at_qk(&self, dk: usize) -> Range<usize> {
+        self.at_key * dk..(self.at_key + 1) * dk
+    }
+
+    /// Takes a state `[K, V]` past the token; `d` `[V]` is left as `beta (v - S^T k)`.
+    pub fn advance(&self, state: &mut [f64], d: &mut [f64]) {
+        let dv = d.len();
+        d.iter_mut().zip(self.v).for_each(|(d, &v)| *d = v as f64);
+        for (row, &k) in state.chunks_exact_mut(dv).zip(&self.k) {
+            for (s, d) in row.iter_mut().zip(d.iter_mut()) {
+                *s *= self.decay;
                 *d -= *s * k;
             }
         }
-        y.fill(0.0);
-        for (row, (&k, &q)) in state.chunks_exact_mut(dv).zip(k.iter().zip(&q)) {
-            for ((s, &d), y) in row.iter_mut().zip(&d).zip(&mut y) {
-                *s += k * beta * d;
-                *y += q * *s;
-            }
+        d.iter_mut().for_each(|d| *d *= self.beta);
+        for (row, &k) in state.chunks_exact_mut(dv).zip(&self.k) {
+            row.iter_mut().zip(d.iter()).for_each(|(s, &d)| *s += k * d);
         }
-        o[v].iter_mut().zip(&y).for_each(|(o, &y)| *o = (scale * y) as f32);
     }
-    ht[own].iter_mut().zip(&state).for_each(|(ht, &s)| *ht = s as f32);
 }
 
-fn unit(x: &[f32], norm: bool) -> Vec<f64> {
-    let sum: f64 = x.iter().map(|&x| (x as f64).powi(2)).sum();
-    let factor = if norm { (sum + 1e-6).powf(-0.5) } else { 1.0 };
-    x.iter().map(|&x| x as f64 * factor).collect()
+/// The tokens of sequence `n`, counted over the whole batch.
+pub fn tokens(case: &Case, n: usize) -> Range<usize> {
+    case.shape.cu_seqlens()[n] as usize..case.shape.cu_seqlens()[n + 1] as usize
+}
+
+/// Where the state of value head `h` of sequence `n` is in `[N, Hv, K, V]`.
+pub fn state_of(case: &Case, n: usize, h: u32) -> Range<usize> {
+    let heads = case.shape.heads;
+    let (slot, size) = (n * heads.hv as usize + h as usize, (heads.k * heads.v) as usize);
+    slot * size..(slot + 1) * size
+}
+
+/// The state before the first token of value head `h` of sequence `n`.
+pub fn initial(case: &Case, n: usize, h: u32) -> Vec<f64> {
+    let own = state_of(case, n, h);
+    match &case.h0 {
+        Some(h0) => h0[own].iter().map(|&x| x as f64).collect(),
+        None => vec![0.0; own.len()],
+    }
+}
+
+/// s, the factor of q.
+pub fn scale(case: &Case) -> f64 {
+    case.scale.map_or_else(|| (case.shape.heads.k as f64).powf(-0.5), f64::from)
 }
 
 /// Random numbers that are the same on every machine (SplitMix64).
@@ -114,7 +188,9 @@ pub fn inputs(name: &str, shape: Shape, qk_l2norm: bool, h0: bool, seed: u64) ->
         .collect();
     let beta = (0..gates).map(|_| random.uniform()).collect();
     let h0 = h0.then(|| (0..shape.sequences() as u64 * heads.state_len()).map(|_| 0.3 * random.normal()).collect());
-    Case { name: name.into(), shape, q, k, v, g, beta, h0, scale: None, qk_l2norm, answers: None }
+    let name = name.into();
+    let (answers, cotangents, gradients) = (None, None, None);
+    Case { name, shape, q, k, v, g, beta, h0, scale: None, qk_l2norm, answers, cotangents, gradients }
 }
 
 /// Cases that the files do not cover: the other head map, head sizes at the ends of the range, lengths around chunk ends.
@@ -137,6 +213,9 @@ pub fn generated() -> gatedelta::Result<Vec<Case>> {
             let shape = Shape::new(Heads::new(hk, hv, k, v, map)?, cu.to_vec())?;
             let mut case = inputs(name, shape, norm, h0, i as u64 + 1);
             case.answers = Some(answers(&case));
+            let cotangents = oracle_grad::cotangents(&case, i as u64 + 101);
+            case.gradients = Some(oracle_grad::gradients(&case, &cotangents));
+            case.cotangents = Some(cotangents);
             Ok(case)
         })
         .collect()

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use gatedelta::backend::Backend;
-use gatedelta::gdn::{self, Inputs, MAX_STEP_TOKENS, Options, Outputs};
+use gatedelta::gdn::{self, Inputs, MAX_STEP_TOKENS, Outputs};
 use gatedelta::shape::{Dtype, Shape};
 use gatedelta::{Error, Result};
 
@@ -134,7 +134,7 @@ impl<'a> Walk<'a> {
             g: &g,
             beta: &beta,
             h0: self.state.as_deref(),
-            options: Options { scale: case.scale, qk_l2norm: case.qk_l2norm, store: self.store },
+            options: case.options(self.store),
         })?;
         let state_len = case.shape.sequences() * heads.state_len() as usize;
         for (what, found, expected) in [("o", out.o.len(), v.len()), ("ht", out.ht.len(), state_len)] {

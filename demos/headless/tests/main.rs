@@ -231,16 +231,62 @@ fn a_case_gives_its_answers_in_every_way() {
             let output = program(&["run", "--device", "cpu", "--case", path(&case), "--out", path(&out), "--way", way]);
             assert!(output.status.success(), "{}", text(&output.stderr));
             let found = Parts::read(&out);
-            let mut names: Vec<_> = found.tensors.iter().map(|t| (t.0.clone(), t.1, t.2.clone())).collect();
-            names.sort_by(|a, b| b.0.cmp(&a.0));
+            let mut names: Vec<_> = found.tensors.iter().map(|t| (t.0.as_str(), t.1, t.2.clone())).collect();
+            names.sort_by_key(|t| t.0);
             let shape = |name: &str| wanted.tensors.iter().find(|t| t.0 == name).unwrap().2.clone();
-            assert_eq!(names, [("o".into(), Dtype::F32, shape("o")), ("ht".into(), Dtype::F32, shape("ht"))]);
-            for tensor in ["o", "ht"] {
+            // dh0 is written without h0 too; what the file says of it, if anything, is compared below.
+            let expected = ["dbeta", "dg", "dh0", "dk", "dq", "dv", "ht", "o"]
+                .map(|name| (name, Dtype::F32, shape(if name == "dh0" { "ht" } else { name })));
+            assert_eq!(names, expected);
+            let dh0 = name != "no_initial_state";
+            assert_eq!(wanted.tensors.iter().any(|t| t.0 == "dh0"), dh0);
+            let (printed, mut said) = (text(&output.stdout), Vec::new());
+            for tensor in ["o", "ht", "dq", "dk", "dv", "dg", "dbeta"].iter().chain(dh0.then_some(&"dh0")) {
                 let error = error(&found.floats(tensor), &wanted.floats(tensor));
                 assert!(error <= 1e-5, "{name} {way} {tensor}: {error:e}");
+                said.push(format!("of {tensor} {error:.1e}"));
             }
+            assert!(printed.contains(&format!("relative error {}\n", said.join(", "))), "{printed}: {said:?}");
         }
     }
+}
+
+#[test]
+fn half_a_set_of_gradients_is_refused() {
+    for name in ["dq", "dk", "dv", "dg", "dbeta", "dh0"] {
+        refused(|parts| parts.tensors.retain(|t| t.0 != name), &[&format!("tensor {name} is missing, and d")]);
+    }
+    refused(|parts| parts.tensors.retain(|t| t.0 != "do"), &["tensor do is missing, and dht is there"]);
+    refused(
+        |parts| parts.tensors.retain(|t| !["do", "dht"].contains(&t.0.as_str())),
+        &["tensor do is missing, and dq is there"],
+    );
+}
+
+#[test]
+fn without_dht_the_gradients_are_those_of_zeros() {
+    let dir = TempDir::new().unwrap();
+    let (case, out) = (dir.path().join("case.safetensors"), dir.path().join("out.safetensors"));
+    let mut parts = Parts::read(&golden("cases/varlen_with_empty.safetensors"));
+    parts.tensors.retain(|t| !["dq", "dk", "dv", "dg", "dbeta", "dh0"].contains(&t.0.as_str()));
+    let run = |parts: &Parts| {
+        parts.write(&case);
+        let output = program(&["run", "--device", "cpu", "--case", path(&case), "--out", path(&out)]);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let found = Parts::read(&out);
+        ["dq", "dk", "dv", "dg", "dbeta", "dh0"].map(|name| found.floats(name))
+    };
+    let given = run(&parts);
+    parts.tensor("dht").3.fill(0);
+    let zeros = run(&parts);
+    parts.tensors.retain(|t| t.0 != "dht");
+    assert_eq!(run(&parts), zeros);
+    assert_ne!(given, zeros);
+    parts.tensors.retain(|t| t.0 != "do");
+    parts.write(&case);
+    let output = program(&["run", "--device", "cpu", "--case", path(&case), "--out", path(&out)]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(Parts::read(&out).tensors.len(), 2, "gradients out of nothing");
 }
 
 #[test]
@@ -260,7 +306,7 @@ fn lavapipe_gives_the_same_answers() {
         }
         assert!(output.status.success(), "{}", text(&output.stderr));
         let found = Parts::read(&out);
-        for tensor in ["o", "ht"] {
+        for tensor in ["o", "ht", "dq", "dk", "dv", "dg", "dbeta", "dh0"] {
             let error = error(&found.floats(tensor), &wanted.floats(tensor));
             assert!(error <= bound, "{way} {store} {tensor}: {error:e}");
         }
@@ -386,10 +432,61 @@ fn check_fails_on_wrong_answers_and_says_where() {
 }
 
 #[test]
+fn check_fails_on_a_wrong_gradient_and_on_nan() {
+    let dir = TempDir::new().unwrap();
+    let original = golden("cases/one_token.safetensors");
+    let change = |name: &str, tensor: &str, x: f32| {
+        let mut parts = Parts::read(&original);
+        parts.tensor(tensor).3[..4].copy_from_slice(&x.to_le_bytes());
+        parts.write(&dir.path().join(format!("{name}.safetensors")));
+    };
+    change("wrong", "dk", 1e6);
+    change("nan", "dbeta", f32::NAN);
+    // Without cotangents there is nothing to go back from, and nothing to fail.
+    let mut parts = Parts::read(&original);
+    parts.tensors.retain(|t| !t.0.starts_with('d'));
+    parts.write(&dir.path().join("forward.safetensors"));
+    let (models, junit) = (golden("models"), dir.path().join("report.xml"));
+    let output = program(&[
+        "check",
+        "--device",
+        "cpu",
+        "--cases",
+        path(dir.path()),
+        "--models",
+        path(&models),
+        "--junit",
+        path(&junit),
+    ]);
+    let printed = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(1), "{printed}{}", text(&output.stderr));
+    for (name, tensor, error) in [("wrong", "dk", "1.0e0"), ("nan", "dbeta", "NaN")] {
+        let rows: Vec<_> = printed.lines().filter(|l| l.starts_with(&format!("{name} ")) && l.ends_with("L")).collect();
+        assert_eq!(rows.len(), 1, "{printed}");
+        for store in ["f32", "f16", "bf16"] {
+            let why = format!("{name} backward {store}: {tensor}: relative error {error}");
+            assert!(printed.contains(&why), "{why:?} is not in {printed}");
+        }
+    }
+    let forward = printed.lines().filter(|l| l.starts_with("forward ") && l.ends_with("PASS")).count();
+    assert_eq!(forward, 4, "{printed}");
+    assert!(printed.contains(" 6 failed: FAIL"), "{printed}");
+    let report = std::fs::read_to_string(&junit).unwrap();
+    assert!(report.contains("failures=\"6\"") && report.contains("name=\"backward bf16\""), "{report}");
+}
+
+#[test]
 fn check_passes_on_the_cpu() {
     let output = program(&["check", "--device", "cpu"]);
     assert_eq!(output.status.code(), Some(0), "{}{}", text(&output.stdout), text(&output.stderr));
-    assert!(text(&output.stdout).ends_with("0 failed: PASS\n"));
+    let printed = text(&output.stdout);
+    assert!(printed.ends_with("0 failed: PASS\n"));
+    // The generated cases are gone back over as well: the other head map, large heads.
+    for name in ["varlen_with_empty", "generated_mod_heads", "generated_large_heads"] {
+        let rows: Vec<_> = printed.lines().filter(|l| l.starts_with(name)).collect();
+        let columns = rows[4].split_whitespace().count();
+        assert_eq!((rows.len(), columns, rows[4].ends_with("PASS")), (5, 10, true), "{rows:?}");
+    }
 }
 
 #[test]
@@ -419,7 +516,32 @@ fn bench_checks_before_it_times() {
         assert!(row["median_s"].as_f64().unwrap() > 0.0, "{row}");
         assert!(row["relative_error"].as_f64().unwrap() <= 1e-5, "{row}");
     }
+    assert!(rows.iter().all(|r| r["bench"] != "backward"), "only 512, 2048 and 8192 are gone back over");
     for wrong in ["-1", "nan", "1e300"] {
         fails(&program(&["bench", "--device", "cpu", "--op", &format!("--seconds={wrong}")]), 1, &["--seconds"]);
     }
+}
+
+#[test]
+fn bench_goes_back_over_a_prefill() {
+    // Longer than what is compared with float64, so that the rest must be zero; shared key heads.
+    for store in ["f32", "bf16"] {
+        let args = ["bench", "--device", "cpu", "--op", "--heads", "2/4", "--tokens", "2048", "--seconds", "0.01"];
+        let output = program(&[&args[..], &["--store", store, "--json"]].concat());
+        assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
+        let rows: Vec<serde_json::Value> =
+            text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let of = |name: &str| rows.iter().find(|r| r["bench"] == name).unwrap();
+        let (prefill, backward) = (of("prefill"), of("backward"));
+        assert_eq!(backward["size"], "T=2048");
+        let bound = if store == "f32" { 1e-5 } else { 5e-3 };
+        assert!(backward["relative_error"].as_f64().unwrap() <= bound, "{backward}");
+        let ratio = backward["median_s"].as_f64().unwrap() / prefill["median_s"].as_f64().unwrap();
+        assert!((backward["times_prefill"].as_f64().unwrap() / ratio - 1.0).abs() < 1e-9, "{backward}");
+        assert!(prefill["times_prefill"].is_null());
+    }
+    let args = ["bench", "--device", "cpu", "--op", "--heads", "1/1", "--tokens", "512", "--seconds", "0.01"];
+    let printed = text(&program(&args).stdout);
+    assert!(printed.lines().any(|l| l.starts_with("backward  T=512 ")), "{printed}");
+    assert!(printed.contains("times the prefill at T=512"), "{printed}");
 }
