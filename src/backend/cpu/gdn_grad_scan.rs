@@ -7,7 +7,7 @@ use pulp::Simd;
 use super::bind::{Bind, Read, Stored, Write};
 use super::engine::{Local, Row};
 use super::gdn_prepare::{check_heads, ws_size};
-use super::gdn_scan::{check_chunks, check_columns, key_head, saved_size};
+use super::gdn_scan::{Columns, check_chunks, check_columns, key_head, saved_size};
 use super::memory::cut;
 use super::product::{Left, WIDTH, product, product_upper};
 use super::simd::{fma, load, store, widen};
@@ -107,14 +107,9 @@ impl Row for GradScan<'_> {
         let d_o = cut(rest, c * tile); // dO: [len, tile]
         let (d_n, yz) = (cut(rest, c * WIDTH), cut(rest, 2 * c * WIDTH));
 
-        let state_at = |i: usize| ((slot * hv + h) * dk + i) * dv + column;
-        for i in 0..dk {
-            // SAFETY: these columns of this head of this slot belong to this cell alone.
-            let row = unsafe { self.dstate.part(state_at(i), tile) };
-            for (j, x) in row.chunks_exact(WIDTH).enumerate() {
-                panels[(j * dk + i) * WIDTH..][..WIDTH].copy_from_slice(x);
-            }
-        }
+        let columns = Columns { first: (slot * hv + h) * dk * dv + column, dk, dv, tile };
+        // SAFETY: these columns of this head of this slot belong to this cell alone.
+        unsafe { columns.read(&self.dstate, panels) };
 
         let size = ws_size(self.consts.chunk, true);
         for chunk in (first_chunk..first_chunk + chunks).rev() {
@@ -146,13 +141,8 @@ impl Row for GradScan<'_> {
             }
         }
 
-        for i in 0..dk {
-            // SAFETY: as above.
-            let row = unsafe { self.dstate.part(state_at(i), tile) };
-            for (j, x) in row.chunks_exact_mut(WIDTH).enumerate() {
-                x.copy_from_slice(&panels[(j * dk + i) * WIDTH..][..WIDTH]);
-            }
-        }
+        // SAFETY: as above.
+        unsafe { columns.write(panels, &self.dstate) };
         Ok(())
     }
 }

@@ -38,6 +38,47 @@ pub(super) struct Scan<'p> {
     tokens: usize,
 }
 
+/// `tile` columns of a state `[K, V]`, the first number of which is `first`.
+#[derive(Clone, Copy)]
+pub(super) struct Columns {
+    pub first: usize,
+    pub dk: usize,
+    pub dv: usize,
+    pub tile: usize,
+}
+
+impl Columns {
+    /// As panels `[tile / 16][K, 16]`.
+    ///
+    /// # Safety
+    /// Nothing writes these columns meanwhile.
+    #[inline(always)]
+    pub unsafe fn read(self, state: &Write<f32>, panels: &mut [f32]) {
+        for i in 0..self.dk {
+            // SAFETY: as the caller promises.
+            let row = unsafe { state.peek(self.first + i * self.dv, self.tile) };
+            for (j, x) in row.chunks_exact(WIDTH).enumerate() {
+                panels[(j * self.dk + i) * WIDTH..][..WIDTH].copy_from_slice(x);
+            }
+        }
+    }
+
+    /// Back from panels.
+    ///
+    /// # Safety
+    /// No other reference into these columns is alive.
+    #[inline(always)]
+    pub unsafe fn write(self, panels: &[f32], state: &Write<f32>) {
+        for i in 0..self.dk {
+            // SAFETY: as the caller promises.
+            let row = unsafe { state.part(self.first + i * self.dv, self.tile) };
+            for (j, x) in row.chunks_exact_mut(WIDTH).enumerate() {
+                x.copy_from_slice(&panels[(j * self.dk + i) * WIDTH..][..WIDTH]);
+            }
+        }
+    }
+}
+
 /// What a scan leaves behind besides the state.
 enum Out<'p> {
     /// o `[window, *]`
@@ -109,9 +150,10 @@ pub(super) fn check_chunks(
     distinct_slots(kernel, "segments", segments, slots)?;
     let mut used: Vec<Entry> = Vec::new();
     for &[first, count, ..] in segments {
-        for i in first as usize..(first + count) as usize {
-            chunk_length(i, &chunks[i], most)?;
-            used.push(chunks[i]);
+        let own = first as usize..(first + count) as usize;
+        for (i, chunk) in own.clone().zip(&chunks[own]) {
+            chunk_length(i, chunk, most)?;
+            used.push(*chunk);
         }
     }
     runs(kernel, "chunks", &used, tokens)
@@ -155,14 +197,9 @@ impl Row for Scan<'_> {
         let values = cut(rest, c * tile); // V: [len, tile], then O
         let (w, n, n_decayed) = (cut(rest, c * WIDTH), cut(rest, c * WIDTH), cut(rest, c * WIDTH));
 
-        let state_at = |i: usize| ((slot * hv + h) * dk + i) * dv + column;
-        for i in 0..dk {
-            // SAFETY: these columns of this head of this slot belong to this cell alone.
-            let row = unsafe { self.state.part(state_at(i), tile) };
-            for (j, x) in row.chunks_exact(WIDTH).enumerate() {
-                panels[(j * dk + i) * WIDTH..][..WIDTH].copy_from_slice(x);
-            }
-        }
+        let columns = Columns { first: (slot * hv + h) * dk * dv + column, dk, dv, tile };
+        // SAFETY: these columns of this head of this slot belong to this cell alone.
+        unsafe { columns.read(&self.state, panels) };
 
         let output = matches!(self.out, Out::Output(_));
         let size = ws_size(self.consts.chunk, self.consts.save == 1);
@@ -208,13 +245,8 @@ impl Row for Scan<'_> {
             }
         }
 
-        for i in 0..dk {
-            // SAFETY: as above.
-            let row = unsafe { self.state.part(state_at(i), tile) };
-            for (j, x) in row.chunks_exact_mut(WIDTH).enumerate() {
-                x.copy_from_slice(&panels[(j * dk + i) * WIDTH..][..WIDTH]);
-            }
-        }
+        // SAFETY: as above.
+        unsafe { columns.write(panels, &self.state) };
         Ok(())
     }
 }
