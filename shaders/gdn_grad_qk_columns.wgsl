@@ -118,10 +118,15 @@ fn row_dots(x: Four, y: Four) -> vec4<f32> {
     return vec4(dot(x[0], y[0]), dot(x[1], y[1]), dot(x[2], y[2]), dot(x[3], y[3]));
 }
 
+/// The number of threads, as one that compilers do not know: they would unroll loops over it.
+fn lanes() -> u32 {
+    return min(LANES, arrayLength(&saved));
+}
+
 /// Sums over all threads' parts of rows 4 i .. 4 i + 4.
 fn sum_of(i: u32) -> vec4<f32> {
     var sum = vec4<f32>();
-    for (var lane = 0u; lane < LANES; lane++) {
+    for (var lane = 0u; lane < lanes(); lane++) {
         sum += part[i * LANES + lane];
     }
     return sum;
@@ -232,7 +237,7 @@ fn gdn_grad_qk(thread: Thread) {
                     all += sums[i];
                 }
                 var share = 0.0;
-                for (var other = 0u; other < LANES; other++) {
+                for (var other = 0u; other < lanes(); other++) {
                     share += inner_part[other];
                 }
                 let last = vec4((len - 1u) % 4u) == vec4(0u, 1u, 2u, 3u);
@@ -240,20 +245,18 @@ fn gdn_grad_qk(thread: Thread) {
             }
             ws[beta0 + C / 4u + lane] += dc;
         }
-        // b += Z S^T + P K     a += n o (N dS'^T) - u o ((beta o X) S^T) + P^T Q + R K; P is lower triangular
+        // b += Z S^T + P K     a += n o (N dS'^T) - u o ((beta o X) S^T) + P^T Q + R K
         for (var i = 0u; i < BLOCKS; i++) {
             b[i] += zs[i];
             a[i] += nd[i] - scaled(xs[i], ws[u0 + i] * ws[beta0 + i]);
-            for (var j = 0u; j < BLOCKS; j++) {
-                if j <= i {
-                    let p = block_of(p0, i, j, thread);
-                    b[i] += ks[j] * p;
-                }
-                if j >= i {
-                    let p = block_of(p0, j, i, thread);
-                    a[i] += qs[j] * transpose(p);
-                }
-                a[i] += ks[j] * block_of(r0, i, j, thread);
+        }
+        for (var j = 0u; 4u * j < len; j++) {
+            let kj = k_of(rows_of(k0, params.k_stride, len, j));
+            let qj = q_of(rows_of(q0, params.q_stride, len, j));
+            for (var i = 0u; i < BLOCKS; i++) {
+                b[i] += kj * block_of(p0, i, j, thread);
+                a[i] += qj * transpose(block_of(p0, j, i, thread));
+                a[i] += kj * block_of(r0, i, j, thread);
             }
         }
     }
