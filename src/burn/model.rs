@@ -343,4 +343,16 @@ impl Qwen35 {
     pub fn config(&self) -> &Qwen35Config {
         &self.config
     }
+
+    /// The same weights under another rule.
+    #[must_use]
+    pub fn with_rule(mut self, rule: Rule) -> Self {
+        self.config.rule = rule;
+        let with_rule = |block: Block| match block.mixer {
+            Mixer::Linear(mixer) => Block { mixer: Mixer::Linear(mixer.with_rule(rule)), ..block },
+            Mixer::Full(_) => block,
+        };
+        self.layers = self.layers.into_iter().map(with_rule).collect();
+        self
+    }
 }
