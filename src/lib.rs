@@ -56,8 +56,8 @@
 //! | `burn` | layers that train: the operator with its gradients, the model around it, its checkpoints |
 //! | `qwen` | the runtime: configuration, weights, tokenizer, template, sessions, sampling |
 //! | [`device`] | which device is used and why; the self-test that it must pass |
-//! | [`gdn`] | the operator: prefill, decode, verify, as launches over device memory and from host slices |
-//! | [`ops`] | the other operations of the model, as launches |
+//! | [`gdn`] | the operator: prefill, decode, verify, backward, as launches over device memory and from host slices |
+//! | [`ops`] | the other operations of the model and their gradients, as launches |
 //! | [`plan`] | chunks, segments, pieces and scratch of a prefill, from shape, tile and limits |
 //! | [`tune`] | capabilities of a device, and every size chosen from them |
 //! | [`pass`] | launches as plain data: kernel, numbers, memory, grid |

@@ -62,6 +62,8 @@ pub struct Limits {
     pub token_bytes: u64,
     /// Bytes of the state of one sequence.
     pub state_bytes: u64,
+    /// Bytes of scratch per chunk and value head: its largest region, for which the tile's budget is.
+    pub chunk_bytes: u64,
 }
 
 /// Chunks, segments, pieces and scratch of one prefill.
@@ -71,7 +73,9 @@ pub struct Plan {
     pub chunks: Vec<Chunk>,
     /// All pieces in order; they run one after the other.
     pub pieces: Vec<Piece>,
-    /// Bytes of scratch: one piece's worth, used again by each.
+    /// Chunks of the longest piece.
+    pub most_chunks: u64,
+    /// Bytes of the largest region of scratch: one piece's worth, used again by each.
     pub scratch: u64,
     /// The chunk and segment tables of all pieces as the kernels read them, rows of four u32.
     pub tables: Vec<u32>,
@@ -82,14 +86,24 @@ pub const fn scratch_per_chunk_head(chunk: u32) -> u64 {
     4 * (2 * chunk as u64 * chunk as u64 + 4 * chunk as u64)
 }
 
+/// The same with what the backward pass needs: B, G, R `[C, C]` and five vectors `[C]` more.
+pub const fn grad_scratch_per_chunk_head(chunk: u32) -> u64 {
+    scratch_per_chunk_head(chunk) + 4 * (3 * chunk as u64 * chunk as u64 + 5 * chunk as u64)
+}
+
+/// Bytes that either scan of the backward pass saves per chunk and value head: a state `[K, V]` and two `[C, V]`.
+pub const fn saved_per_chunk_head(chunk: u32, dk: u32, dv: u32) -> u64 {
+    4 * dv as u64 * (dk as u64 + 2 * chunk as u64)
+}
+
 impl Plan {
-    /// Plans a prefill.
+    /// Plans a prefill or a backward pass.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if a single chunk does not fit the limits.
     pub fn new(shape: &Shape, tile: &Tile, limits: &Limits) -> Result<Plan> {
         let c = tile.chunk as u64;
-        let chunk_scratch = scratch_per_chunk_head(tile.chunk) * shape.heads.hv as u64;
+        let chunk_scratch = limits.chunk_bytes.max(1) * shape.heads.hv as u64;
         // A window may begin up to `align` bytes early, at the last aligned address before its first token.
         let window_tokens = limits.max_binding.saturating_sub(limits.align) / limits.token_bytes.max(1);
         let window_slots = limits.max_binding / limits.state_bytes.max(1);
@@ -133,7 +147,7 @@ impl Plan {
             first = end;
         }
         let most = pieces.iter().map(|p| p.chunks.len()).max().unwrap_or(0) as u64;
-        Ok(Plan { chunks, pieces, scratch: most * chunk_scratch, tables })
+        Ok(Plan { chunks, pieces, most_chunks: most, scratch: most * chunk_scratch, tables })
     }
 }
 

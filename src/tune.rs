@@ -79,6 +79,14 @@ pub struct Tile {
     pub step_lanes: u32,
     /// Bytes of scratch that one piece of a prefill may take.
     pub scratch: u64,
+    /// Columns of the state's gradient that one `gdn_grad_scan` cell carries; divides V.
+    pub dv_grad: u32,
+    /// Threads of a `gdn_grad_scan` workgroup.
+    pub grad_lanes: u32,
+    /// Bytes that the backward scan of one piece may save.
+    pub grad_scratch: u64,
+    /// Bytes that the forward scans of a backward pass may save before the pieces that they were for are walked back.
+    pub grad_states: u64,
 }
 
 /// The tile for these heads on this device.
@@ -97,6 +105,13 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             // Written by prepare and read by scan soon after: with the q and k of the same tokens, which take eight times as
             // much with 16 heads, it should stay in the last-level cache.
             scratch: 2 << 20,
+            dv_grad: divisor(heads.v, if heads.hv >= 2 * caps.threads { 128 } else { 32 }),
+            grad_lanes: 1,
+            // What one row leaves for the next stays in the last-level cache.
+            grad_scratch: 12 << 20,
+            // The forward pass is walked twice but for what fits here: 2700 tokens of 16 heads of 128. With all else it stays
+            // below 200 MB.
+            grad_states: 128 << 20,
         },
         // Threads are lanes of vector registers: two columns a thread, all in registers and the stack, no exchange.
         Kind::WebGpu | Kind::Cuda if caps.class == Class::Software => Tile {
@@ -109,6 +124,10 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             step_lanes: divisor(heads.v, 128) / 2,
             // A scan cell cannot be cut: with 16 heads this is some hundred tokens, tens of milliseconds.
             scratch: 1 << 20,
+            dv_grad: divisor(heads.v, 32),
+            grad_lanes: divisor(heads.v, 32) / 4 * row_groups(heads.k, 16),
+            grad_scratch: 16 << 20,
+            grad_states: 64 << 20,
         },
         Kind::WebGpu | Kind::Cuda => {
             // A thread takes 4 columns, and 4 rows or a multiple: up to 16 row groups keep the registers of S below 64 for
@@ -129,6 +148,14 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
                     Class::Discrete => 64 << 20,
                     _ => 16 << 20,
                 },
+                dv_grad: dv_tile,
+                grad_lanes: lanes,
+                // Cells of a piece should occupy the device; its longest, a scan's, bounds the time of a submission.
+                grad_scratch: match caps.class {
+                    Class::Discrete => 64 << 20,
+                    _ => 16 << 20,
+                },
+                grad_states: 96 << 20,
             }
         }
     }
@@ -339,12 +366,88 @@ pub fn head_lanes(caps: &Caps, dim: u32) -> u32 {
     }
 }
 
+/// Threads of a `gdn_grad_chunk` workgroup.
+pub fn grad_chunk_lanes(caps: &Caps) -> u32 {
+    match caps.kind {
+        Kind::Cpu => 1,
+        // 8 x 8 threads with a block of both `[C, C]` products each.
+        Kind::WebGpu | Kind::Cuda => 64,
+    }
+}
+
+/// Threads of a `gdn_grad_qk` workgroup.
+pub fn grad_qk_lanes(caps: &Caps) -> u32 {
+    match caps.kind {
+        Kind::Cpu => 1,
+        // Both `[C, K]` sums stay in registers: 32 numbers a thread for 32 tokens and K = 128.
+        Kind::WebGpu | Kind::Cuda => 256,
+    }
+}
+
 /// Threads of a `gdn_mix_step` workgroup.
 pub fn mix_lanes(caps: &Caps, heads: &Heads) -> u32 {
     match caps.kind {
         Kind::Cpu => 1,
         // One thread a column of the state.
         Kind::WebGpu | Kind::Cuda => heads.v.next_power_of_two().clamp(32, 256),
+    }
+}
+
+/// Cells that share out `blocks` blocks of tokens or heads, at least 1, where each leaves a row of `row` f32 to be added up.
+/// The same for any number of threads: it decides the order of the sums.
+pub fn grad_cells(caps: &Caps, blocks: u64, row: u64) -> u64 {
+    let (most, scratch) = match caps.kind {
+        // A few cells a thread on any processor, whose rows stay in the second-level cache.
+        Kind::Cpu => (256, 1 << 20),
+        // Some workgroups for each of a large GPU's hundred processors; the scratch of 128 blocks of the widest convolution.
+        Kind::WebGpu | Kind::Cuda => (4096, 16 << 20),
+    };
+    blocks.min(most).min(scratch / row.saturating_mul(4).max(1)).max(1)
+}
+
+/// Tokens that one cell of the gradient of the gates covers at least.
+pub fn gate_grad_block(caps: &Caps) -> u64 {
+    match caps.kind {
+        // 16 heads take about 40 us.
+        Kind::Cpu => 64,
+        // One thread a head walks them: few, so that there are many threads.
+        Kind::WebGpu | Kind::Cuda => 16,
+    }
+}
+
+/// Threads, one a value head, of a `gate_grad` workgroup.
+pub fn gate_grad_lanes(caps: &Caps, hv: u32) -> u32 {
+    match caps.kind {
+        Kind::Cpu => 1,
+        // The models have 16 to 64 heads.
+        Kind::WebGpu | Kind::Cuda => hv.clamp(1, CELL_THREADS).next_power_of_two().max(32),
+    }
+}
+
+/// Tokens x heads that one cell of the gradient of the gated norm covers at least.
+pub fn norm_grad_block(caps: &Caps) -> u64 {
+    let _ = caps;
+    // Adding up a row for each 64 heads costs little beside the five that are read and written for each of them.
+    64
+}
+
+/// Threads of a `gated_norm_grad` workgroup for heads of `dim` numbers.
+pub fn norm_grad_lanes(caps: &Caps, dim: u32) -> u32 {
+    match (caps.kind, caps.class) {
+        // One or two vector registers: a barrier costs a switch of context for each more. A quarter of the time of 64.
+        (Kind::WebGpu, Class::Software) => 16,
+        _ => head_lanes(caps, dim),
+    }
+}
+
+/// Columns of a cell and threads of a workgroup of [`crate::kernel::grad::SUM_ROWS`].
+pub fn sum_rows(caps: &Caps) -> (u32, u32) {
+    match (caps.kind, caps.class) {
+        (Kind::Cpu, _) => (256, 1),
+        // Sixteen columns are 64 bytes, what memory delivers at once. The gradient of a norm has some thousand rows of 128:
+        // many threads a column.
+        (_, Class::Software) => (16, 64),
+        _ => (16, 256),
     }
 }
 

@@ -114,6 +114,26 @@ fn gdn_variants(caps: &Caps, heads: &Heads, out: &mut Vec<Variant>) {
     out.push(variant(&GATED_NORM, caps, &[("dv", heads.v), ("lanes", tune::head_lanes(caps, heads.v))]));
     let mix = [("dk", heads.k), ("dv", heads.v), ("lanes", tune::mix_lanes(caps, heads))];
     out.push(variant(&MIX_STEP, caps, &mix));
+    let norm = [("dv", heads.v), ("lanes", tune::norm_grad_lanes(caps, heads.v))];
+    out.push(variant(&kernel::grad::GATED_NORM_GRAD, caps, &norm));
+}
+
+/// The variants of the gradients around the operator.
+fn grad_variants(caps: &Caps, out: &mut Vec<Variant>) {
+    use kernel::grad::*;
+    for taps in [2, 4, 8] {
+        for flag in 0..8 {
+            let (silu, add, store) = (flag & 1, flag >> 1 & 1, flag >> 2);
+            out.push(variant(&CONV_GRAD, caps, &[("taps", taps), ("silu", silu)]));
+            let consts = [("taps", taps), ("silu", silu), ("add", add), ("store", store)];
+            out.push(variant(&CONV_TAIL_GRAD, caps, &consts));
+        }
+    }
+    for hv in [1, 16, 48, 70] {
+        out.push(variant(&GATE_GRAD, caps, &[("lanes", tune::gate_grad_lanes(caps, hv))]));
+    }
+    let (columns, lanes) = tune::sum_rows(caps);
+    out.push(variant(&SUM_ROWS, caps, &[("columns", columns), ("lanes", lanes)]));
 }
 
 /// The variants of rows that do not depend on heads.
@@ -203,6 +223,7 @@ fn variants() -> Vec<Variant> {
             gdn_variants(&caps, &heads, &mut all);
         }
         other_variants(&caps, &mut all);
+        grad_variants(&caps, &mut all);
     }
     all.sort_by_key(|v| v.caps.workgroup_memory);
     let mut seen = BTreeSet::new();

@@ -39,7 +39,8 @@ fn check(shape: &Shape, tile: &Tile, limits: &Limits) -> Plan {
         let window = (piece.tokens.end - piece.tokens.start) * limits.token_bytes + limits.align;
         assert!(window <= limits.max_binding, "window of {window} bytes");
         assert!(piece.slots.len() as u64 * limits.state_bytes <= limits.max_binding);
-        let scratch = own.len() as u64 * shape.heads.hv as u64 * scratch_per_chunk_head(tile.chunk);
+        assert!(own.len() as u64 <= plan.most_chunks);
+        let scratch = own.len() as u64 * shape.heads.hv as u64 * limits.chunk_bytes;
         assert!(scratch <= plan.scratch && scratch <= limits.max_binding);
 
         // The tables say what the plan says.
@@ -87,7 +88,7 @@ proptest! {
         let least = (chunk as u64 * token_bytes + align)
             .max(state_bytes)
             .max(scratch_per_chunk_head(chunk) * hv as u64);
-        check(&shape, &tile(chunk, scratch), &Limits { max_binding: least + extra, align, token_bytes, state_bytes });
+        check(&shape, &tile(chunk, scratch), &Limits { max_binding: least + extra, align, token_bytes, state_bytes, chunk_bytes: scratch_per_chunk_head(chunk) });
     }
 }
 
@@ -96,8 +97,13 @@ fn beyond_two_to_the_32_elements() {
     let heads = Heads::new(16, 64, 128, 128, HeadMap::Div).unwrap();
     // 64 value heads x 128 x 2^20 tokens = 2^33 numbers of v.
     let shape = Shape::new(heads, vec![0, 1 << 19, 1 << 19, 1 << 20]).unwrap();
-    let limits =
-        Limits { max_binding: 128 << 20, align: 256, token_bytes: 64 * 128 * 4, state_bytes: heads.state_len() * 4 };
+    let limits = Limits {
+        max_binding: 128 << 20,
+        align: 256,
+        token_bytes: 64 * 128 * 4,
+        state_bytes: heads.state_len() * 4,
+        chunk_bytes: scratch_per_chunk_head(64),
+    };
     let plan = check(&shape, &tile(64, 64 << 20), &limits);
     assert!(plan.pieces.len() >= 256);
 }
@@ -105,8 +111,13 @@ fn beyond_two_to_the_32_elements() {
 #[test]
 fn scratch_does_not_grow_with_tokens() {
     let heads = Heads::new(16, 16, 128, 128, HeadMap::Div).unwrap();
-    let limits =
-        Limits { max_binding: 1 << 30, align: 256, token_bytes: 16 * 128 * 4, state_bytes: heads.state_len() * 4 };
+    let limits = Limits {
+        max_binding: 1 << 30,
+        align: 256,
+        token_bytes: 16 * 128 * 4,
+        state_bytes: heads.state_len() * 4,
+        chunk_bytes: scratch_per_chunk_head(32),
+    };
     let scratch = |t| check(&Shape::one(heads, t), &tile(32, 8 << 20), &limits).scratch;
     assert_eq!(scratch(1 << 12), scratch(1 << 17));
 }
@@ -114,7 +125,13 @@ fn scratch_does_not_grow_with_tokens() {
 #[test]
 fn a_chunk_that_does_not_fit_is_refused_with_the_numbers() {
     let heads = Heads::new(1, 1, 16, 16, HeadMap::Div).unwrap();
-    let limits = Limits { max_binding: 4096, align: 256, token_bytes: 1 << 20, state_bytes: 1024 };
+    let limits = Limits {
+        max_binding: 4096,
+        align: 256,
+        token_bytes: 1 << 20,
+        state_bytes: 1024,
+        chunk_bytes: scratch_per_chunk_head(64),
+    };
     let error = Plan::new(&Shape::one(heads, 100), &tile(64, 1 << 20), &limits).unwrap_err().to_string();
     assert!(error.contains("67108864") && error.contains("4096"), "{error}");
 }

@@ -191,6 +191,10 @@ pub struct Case {
     pub batch: Batch,
     pub o: Vec<f64>,
     pub ht: Vec<f64>,
+    pub d_o: Vec<f32>,
+    pub dht: Vec<f32>,
+    /// Answers dq, dk, dv, dg, dbeta, and dh0 where there is an h0, by name.
+    pub grads: Vec<(&'static str, Vec<f64>)>,
 }
 
 /// Every file in `tests/golden/cases`.
@@ -239,5 +243,12 @@ fn case(path: &Path) -> Case {
         },
         o: wide("o"),
         ht: wide("ht"),
+        d_o: get("do").unwrap(),
+        dht: get("dht").unwrap(),
+        grads: ["dq", "dk", "dv", "dg", "dbeta", "dh0"]
+            .into_iter()
+            .filter(|name| *name != "dh0" || get("h0").is_some())
+            .map(|name| (name, wide(name)))
+            .collect(),
     }
 }

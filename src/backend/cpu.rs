@@ -13,9 +13,16 @@ mod attend;
 mod attention;
 mod bind;
 mod conv;
+mod conv_grad;
 mod engine;
 mod gate;
+mod gate_grad;
 mod gated_norm;
+mod gated_norm_grad;
+mod gdn_grad_chunk;
+mod gdn_grad_qk;
+mod gdn_grad_scan;
+
 mod gdn_mix_step;
 mod gdn_prepare;
 mod gdn_scan;
@@ -26,6 +33,7 @@ mod memory;
 mod product;
 mod simd;
 mod simple;
+mod sum_rows;
 mod table;
 mod weights;
 
@@ -39,7 +47,7 @@ use self::memory::{Memory, Scratch};
 use self::simd::Level;
 use super::{Backend, Buffer, HostBytes, Pending, Readback, Timing, View};
 use crate::error::{Error, Result};
-use crate::kernel::{gdn, model};
+use crate::kernel::{gdn, gdn_grad, grad, model};
 use crate::pass::{Launch, Pass};
 use crate::tune::{Caps, Class, Kind};
 
@@ -145,6 +153,15 @@ fn bind<'p>(b: &Bind<'p>, launch: &Launch) -> Result<Box<dyn Task + 'p>> {
         k if *k == gdn::STEP => Box::new(gdn_step::Step::bind(b)?),
         k if *k == gdn::GATED_NORM => Box::new(gated_norm::GatedNorm::bind(b)?),
         k if *k == gdn::MIX_STEP => Box::new(gdn_mix_step::MixStep::bind(b)?),
+        k if *k == gdn_grad::GRAD_SCAN => Box::new(gdn_grad_scan::GradScan::bind(b)?),
+        k if *k == gdn_grad::GRAD_CHUNK => Box::new(gdn_grad_chunk::GradChunk::bind(b)?),
+        k if *k == gdn_grad::GRAD_QK => Box::new(gdn_grad_qk::GradQk::bind(b)?),
+        k if *k == gdn_grad::GRAD_GATES => Box::new(gdn_grad_chunk::GradGates::bind(b)?),
+        k if *k == grad::CONV_GRAD => Box::new(conv_grad::ConvGrad::bind(b)?),
+        k if *k == grad::CONV_TAIL_GRAD => Box::new(conv_grad::ConvTailGrad::bind(b)?),
+        k if *k == grad::GATE_GRAD => Box::new(gate_grad::GateGrad::bind(b)?),
+        k if *k == grad::GATED_NORM_GRAD => Box::new(gated_norm_grad::GatedNormGrad::bind(b)?),
+        k if *k == grad::SUM_ROWS => Box::new(sum_rows::SumRows::bind(b)?),
         k if *k == model::EMBED => Box::new(simple::Embed::bind(b)?),
         k if *k == model::RMS_NORM => Box::new(gated_norm::RmsNorm::bind(b)?),
         k if *k == model::MATMUL => Box::new(matmul::Matmul::bind(b)?),

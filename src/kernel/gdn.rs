@@ -114,6 +114,8 @@ fields! {
         qk_type: u32,
         /// 1: q and k are divided by `sqrt(sum of squares + 1e-6)`.
         l2norm: u32,
+        /// 1: what the backward pass needs is stored as well.
+        grad: u32,
         /// Threads of a workgroup.
         lanes: u32,
     }
@@ -155,6 +157,9 @@ fields! {
 /// - q, k `[window, *]`; g, beta `[window, Hv]` f32; chunks `[chunks]` of (first token in the window, tokens, sequence, 0)
 /// - ws per (chunk, value head), `2 C C + 4 C` f32: A `[C, C]`, P `[C, C]`, u `[C]`, o `[C]`, n `[C]`, then `[C]` whose
 ///   first number is gamma_C. Rows and columns past a short chunk's end are 0, so the scan needs no masks.
+/// - with grad, ws per (chunk, value head) goes on to `5 C C + 9 C` f32: `B = (I + L)^-1` `[C, C]`, so that
+///   `A = B diag(beta)`; G `[C, C]`; `R = strictlower(G o (rk K)(rk K)^T)` `[C, C]`, so that `L = diag(beta) R`; rk, rq,
+///   beta `[C]`; and two `[C]` that [`super::gdn_grad`] fills
 /// - cumulated gates keep whole and fractional part apart (`c = whole + frac`), so that differences after a cliff stay
 ///   exact to f32 rounding; g below -1e4 counts as -1e4
 /// - grid: `[chunks, Hk, 1]`
@@ -178,6 +183,8 @@ fields! {
         qk_type: u32,
         /// Type code of v and o.
         v_type: u32,
+        /// 0: o is computed. 1: what the backward pass needs is stored in its place. 2: neither, only the state moves on.
+        save: u32,
         /// Threads of a workgroup.
         lanes: u32,
     }
@@ -221,6 +228,9 @@ fields! {
 /// ```
 /// - q, k, v, o `[window, *]`; ws, chunks as [`PREPARE`] wrote and read them
 /// - segments `[segments]` of (first chunk, chunks, state slot, 0); state `[slots, Hv, K, V]` f32, updated in place
+/// - save = 1: ws is the longer one; q is not read; o is f32, per (chunk of the launch, value head) `K V + 2 C V` numbers:
+///   S before the chunk `[K, V]`, `U = u o (K S)` and N `[C, V]`, rows past a short chunk's end as 0
+/// - save = 2: neither q nor o is touched
 /// - grid: `[segments, Hv, V / dv_tile]`
 pub static SCAN: Kernel = Kernel {
     name: "gdn_scan",

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::ops::{AttentionShape, attention_scratch};
-use crate::plan::{Limits, Plan};
+use crate::plan::{Limits, Plan, scratch_per_chunk_head};
 use crate::qwen::config::{Config, LayerKind};
 use crate::shape::{Dtype, Shape};
 use crate::tune::{self, Caps};
@@ -235,13 +235,15 @@ impl Sizes {
         let shape = attention_shape(config, kv);
         let pages = pages(config, caps, context, kv);
         let part = |tokens: u64| part_bytes(caps, &shape, tokens, &pages, context);
+        let tile = tune::tile(caps, heads);
         let limits = Limits {
             max_binding: caps.max_binding,
             align: caps.align,
             token_bytes: channels.max(row) * 4,
             state_bytes: heads.state_len() * 4,
+            chunk_bytes: scratch_per_chunk_head(tile.chunk),
         };
-        let plan = Plan::new(&Shape::one(*heads, t), &tune::tile(caps, heads), &limits)?;
+        let plan = Plan::new(&Shape::one(*heads, t), &tile, &limits)?;
         let logit_rows = ((16 << 20) / (vocab * 4)).clamp(1, t);
         Ok(Sizes {
             piece: t,

@@ -10,7 +10,7 @@ use super::simd::{dot, exp, map, store, widen};
 use super::table::{Entry, runs};
 use crate::error::Result;
 use crate::kernel::gdn::{PREPARE, PrepareConsts, PrepareParams};
-use crate::plan::scratch_per_chunk_head;
+use crate::plan::{grad_scratch_per_chunk_head, scratch_per_chunk_head};
 
 pub(super) struct Prepare<'p> {
     consts: PrepareConsts,
@@ -26,8 +26,14 @@ pub(super) struct Prepare<'p> {
     chunks: usize,
     /// Tokens that q, k, g and beta all hold.
     tokens: usize,
-    /// `[chunks, Hv, 2 C C + 4 C]`
+    /// `[chunks, Hv, 2 C C + 4 C]`, with grad `[chunks, Hv, 5 C C + 9 C]`
     ws: Write<'p, f32>,
+}
+
+/// Numbers of scratch per chunk and value head.
+pub(super) fn ws_size(chunk: u32, grad: bool) -> usize {
+    let bytes = if grad { grad_scratch_per_chunk_head(chunk) } else { scratch_per_chunk_head(chunk) };
+    bytes as usize / 4
 }
 
 impl<'p> Prepare<'p> {
@@ -48,7 +54,8 @@ impl<'p> Prepare<'p> {
             b.rows(2, g.all().len(), p.g_off, p.hv, p.hv as usize)?,
             b.rows(3, beta.all().len(), p.g_off, p.hv, p.hv as usize)?,
         ];
-        let ws = b.write(5, chunks as u64 * p.hv as u64 * scratch_per_chunk_head(c.chunk) / 4)?;
+        b.expect("grad", c.grad, c.grad <= 1, "0 or 1")?;
+        let ws = b.write(5, chunks as u64 * p.hv as u64 * ws_size(c.chunk, c.grad == 1) as u64)?;
         Ok(Prepare {
             q,
             k,
@@ -72,9 +79,9 @@ pub(super) fn check_heads(b: &Bind, hk: u32, hv: u32, dk: u32, group: Option<u32
     b.expect("group", group.unwrap_or(hv / hk), group.is_none_or(|g| g == hv / hk), "hv / hk")
 }
 
-/// Value head `j` of the group that reads key head `hk`.
-fn value_head(p: &PrepareParams, hk: usize, j: usize) -> usize {
-    if p.head_map == 0 { hk * (p.hv / p.hk) as usize + j } else { j * p.hk as usize + hk }
+/// Value head `j` of the group that reads key head `head`, of `hk` key heads and `hv` value heads.
+pub(super) fn value_head(head_map: u32, hk: u32, hv: usize, head: usize, j: usize) -> usize {
+    if head_map == 0 { head * (hv / hk as usize) + j } else { j * hk as usize + head }
 }
 
 impl Row for Prepare<'_> {
@@ -144,9 +151,9 @@ impl Row for Prepare<'_> {
             }
         }
 
-        let size = 2 * c * c + 4 * c;
+        let size = ws_size(self.consts.chunk, self.consts.grad == 1);
         for j in 0..(p.hv / p.hk) as usize {
-            let h = value_head(p, hk, j);
+            let h = value_head(p.head_map, p.hk, p.hv as usize, hk, j);
             // SAFETY: this part belongs to (chunk, h), and h to this key head alone.
             let ws = unsafe { self.ws.part((chunk * p.hv as usize + h) * size, size) };
             self.head(s, first, len, h, Products { kk, qk, rk, rq }, ws, rest);
@@ -178,6 +185,16 @@ impl Prepare<'_> {
     #[allow(clippy::too_many_arguments)]
     fn head<S: Simd>(&self, s: S, first: usize, len: usize, h: usize, x: Products, ws: &mut [f32], row: &mut [f32]) {
         let (p, c) = (&self.params, self.consts.chunk as usize);
+        let vectors_at = 5 * c * c + 4 * c;
+        if self.consts.grad == 1 {
+            let vectors = &mut ws[vectors_at..];
+            vectors.fill(0.0);
+            vectors[..len].copy_from_slice(&x.rk[..len]);
+            vectors[c..][..len].copy_from_slice(&x.rq[..len]);
+            for t in 0..len {
+                vectors[2 * c + t] = self.beta.all()[p.g_off as usize + (first + t) * p.hv as usize + h];
+            }
+        }
         let (mut sums, mut beta) = ([0f64; 256], [0f32; 256]);
         let mut sum = 0.0;
         for t in 0..len {
@@ -188,8 +205,13 @@ impl Prepare<'_> {
             (sums[t], beta[t]) = (sum, self.beta.all()[at]);
         }
 
+        let (ws, mut grad) = ws.split_at_mut(2 * c * c + 4 * c);
         let (a, rest) = ws.split_at_mut(c * c);
         let (pp, vectors) = rest.split_at_mut(c * c);
+        let mut grad = match self.consts.grad {
+            1 => Some([(); 3].map(|()| cut(&mut grad, c * c))),
+            _ => None,
+        };
         a[len * c..].fill(0.0);
         pp[len * c..].fill(0.0);
         vectors.fill(0.0);
@@ -214,10 +236,24 @@ impl Prepare<'_> {
                 a[j] = scale_a * g * kk[j];
                 pp[j] = scale_p * g * qk[j];
             }
+            if let Some([_, gates, r]) = &mut grad {
+                gates[i * c..][..wide].copy_from_slice(&decay[..wide]);
+                gates[i * c + wide..][..c - wide].fill(0.0);
+                let r = &mut r[i * c..][..c];
+                for j in 0..i {
+                    r[j] = x.rk[i] * decay[j] * x.rk[j] * kk[j];
+                }
+                r[i..].fill(0.0);
+            }
             a[i..].fill(0.0);
             pp[i + 1..].fill(0.0);
         }
         invert(s, a, len, c);
+        if let Some([b, gates, r]) = grad {
+            b.copy_from_slice(a);
+            gates[len * c..].fill(0.0);
+            r[len * c..].fill(0.0);
+        }
         for i in 0..len {
             for (a, b) in a[i * c..][..i + 1].iter_mut().zip(&beta) {
                 *a *= b;

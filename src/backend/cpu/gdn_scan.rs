@@ -8,14 +8,14 @@ use pulp::Simd;
 
 use super::bind::{Bind, Read, Stored, StoredMut, Write};
 use super::engine::{Local, Row};
-use super::gdn_prepare::{check_heads, chunk_length};
+use super::gdn_prepare::{check_heads, chunk_length, ws_size};
 use super::memory::cut;
 use super::product::{Left, WIDTH, product};
 use super::simd::{fma, load, narrow, prefetch, store, widen};
 use super::table::{Entry, distinct_slots, runs};
 use crate::error::Result;
 use crate::kernel::gdn::{SCAN, ScanConsts, ScanParams};
-use crate::plan::scratch_per_chunk_head;
+use crate::plan::saved_per_chunk_head;
 
 pub(super) struct Scan<'p> {
     consts: ScanConsts,
@@ -33,9 +33,18 @@ pub(super) struct Scan<'p> {
     /// `[slots, Hv, K, V]`
     state: Write<'p, f32>,
     slots: usize,
-    o: StoredMut<'p>,
+    out: Out<'p>,
     /// Tokens that q, k, v and o all hold.
     tokens: usize,
+}
+
+/// What a scan leaves behind besides the state.
+enum Out<'p> {
+    /// o `[window, *]`
+    Output(StoredMut<'p>),
+    /// `[chunks, Hv, K V + 2 C V]`: S, U, N
+    Saved(Write<'p, f32>),
+    Nothing,
 }
 
 impl<'p> Scan<'p> {
@@ -47,15 +56,21 @@ impl<'p> Scan<'p> {
         let count = b.grid()[0];
         b.expect_grid([count, p.hv as usize, (p.dv / c.dv_tile) as usize])?;
         let (qk, vo) = (b.dtype("qk_type", c.qk_type)?, b.dtype("v_type", c.v_type)?);
-        let (q, k) = (b.stored(0, qk, 0)?, b.stored(1, qk, 0)?);
-        let (v, o) = (b.stored(2, vo, 0)?, b.stored_mut(7, vo, 0)?);
+        b.expect("save", c.save, c.save <= 2, "0, 1 or 2")?;
+        let (q, k, v) = (b.stored(0, qk, 0)?, b.stored(1, qk, 0)?, b.stored(2, vo, 0)?);
         let (wide_k, wide_v) = ((p.hk * c.dk) as usize, (p.hv * p.dv) as usize);
-        let tokens = [
-            b.rows(0, q.len, p.q_off, p.q_stride, wide_k)?,
-            b.rows(1, k.len, p.k_off, p.k_stride, wide_k)?,
-            b.rows(2, v.len, p.v_off, p.v_stride, wide_v)?,
-            b.rows(7, o.len, p.o_off, p.o_stride, wide_v)?,
-        ];
+        let mut tokens =
+            b.rows(1, k.len, p.k_off, p.k_stride, wide_k)?.min(b.rows(2, v.len, p.v_off, p.v_stride, wide_v)?);
+        let out = match c.save {
+            0 => {
+                let o = b.stored_mut(7, vo, 0)?;
+                tokens = tokens.min(b.rows(0, q.len, p.q_off, p.q_stride, wide_k)?);
+                tokens = tokens.min(b.rows(7, o.len, p.o_off, p.o_stride, wide_v)?);
+                Out::Output(o)
+            }
+            1 => Out::Saved(b.write(7, 0)?),
+            _ => Out::Nothing,
+        };
         let state = b.write::<f32>(6, 0)?;
         Ok(Scan {
             slots: state.len() / (p.hv as usize * c.dk as usize * p.dv as usize),
@@ -67,8 +82,8 @@ impl<'p> Scan<'p> {
             segments: b.read(5, count as u64)?,
             count,
             state,
-            o,
-            tokens: tokens.into_iter().min().unwrap_or(0),
+            out,
+            tokens,
             consts: c,
             params: p,
         })
@@ -81,6 +96,27 @@ pub(super) fn check_columns(b: &Bind, dv: u32, tile: u32) -> Result<()> {
     b.expect("dv_tile", tile, tile > 0 && tile % 16 == 0 && dv % tile == 0, "a multiple of 16 that divides dv")
 }
 
+/// Checks segments of (first chunk, chunks, slot, ..) over chunks of (first token, tokens, ..).
+pub(super) fn check_chunks(
+    kernel: &str,
+    segments: &[Entry],
+    chunks: &[Entry],
+    slots: usize,
+    most: u32,
+    tokens: usize,
+) -> Result<()> {
+    runs(kernel, "segments", segments, chunks.len())?;
+    distinct_slots(kernel, "segments", segments, slots)?;
+    let mut used: Vec<Entry> = Vec::new();
+    for &[first, count, ..] in segments {
+        for i in first as usize..(first + count) as usize {
+            chunk_length(i, &chunks[i], most)?;
+            used.push(chunks[i]);
+        }
+    }
+    runs(kernel, "chunks", &used, tokens)
+}
+
 /// The key head that value head `h` reads.
 pub(super) fn key_head(head_map: u32, hk: u32, hv: u32, h: usize) -> usize {
     if head_map == 0 { h / (hv / hk) as usize } else { h % hk as usize }
@@ -88,19 +124,15 @@ pub(super) fn key_head(head_map: u32, hk: u32, hv: u32, h: usize) -> usize {
 
 impl Row for Scan<'_> {
     fn begin(&self) -> Result<()> {
-        let segments = &self.segments.all()[..self.count];
-        let size = (scratch_per_chunk_head(self.consts.chunk) / 4) as usize * self.params.hv as usize;
-        let limit = self.chunks.all().len().min(self.ws.all().len() / size);
-        runs(SCAN.name, "segments", segments, limit)?;
-        distinct_slots(SCAN.name, "segments", segments, self.slots)?;
-        let mut used: Vec<Entry> = Vec::new();
-        for &[first, count, ..] in segments {
-            for i in first as usize..(first + count) as usize {
-                chunk_length(i, &self.chunks.all()[i], self.consts.chunk)?;
-                used.push(self.chunks.all()[i]);
-            }
+        let hv = self.params.hv as usize;
+        let chunks = self.chunks.all();
+        let mut limit =
+            chunks.len().min(self.ws.all().len() / (ws_size(self.consts.chunk, self.consts.save == 1) * hv));
+        if let Out::Saved(saved) = &self.out {
+            limit = limit.min(saved.len() / (saved_size(self.consts.chunk, self.consts.dk, self.params.dv) * hv));
         }
-        runs(SCAN.name, "chunks", &used, self.tokens)
+        let segments = &self.segments.all()[..self.count];
+        check_chunks(SCAN.name, segments, &chunks[..limit], self.slots, self.consts.chunk, self.tokens)
     }
 
     fn phases(&self) -> Vec<usize> {
@@ -132,13 +164,16 @@ impl Row for Scan<'_> {
             }
         }
 
-        let size = 2 * c * c + 4 * c;
+        let output = matches!(self.out, Out::Output(_));
+        let size = ws_size(self.consts.chunk, self.consts.save == 1);
         for chunk in first_chunk..first_chunk + chunks {
             let [first, len, ..] = self.chunks.all()[chunk].map(|n| n as usize);
             for t in 0..len {
                 let at = |off: u32, stride: u32, i: usize| off as usize + (first + t) * stride as usize + i;
                 widen(&self.k, at(p.k_off, p.k_stride, hk * dk), &mut rows[t * dk..][..dk]);
-                widen(&self.q, at(p.q_off, p.q_stride, hk * dk), &mut rows[(len + t) * dk..][..dk]);
+                if output {
+                    widen(&self.q, at(p.q_off, p.q_stride, hk * dk), &mut rows[(len + t) * dk..][..dk]);
+                }
                 widen(&self.v, at(p.v_off, p.v_stride, h * dv + column), &mut values[t * tile..][..tile]);
             }
             let ws = &self.ws.all()[(chunk * hv + h) * size..][..size];
@@ -149,16 +184,27 @@ impl Row for Scan<'_> {
                     let at = |off: u32, stride: u32, i: usize| off as usize + (first + len + t) * stride as usize + i;
                     let (wide_k, wide_v) = (dk * self.k.dtype.size() as usize, tile * self.v.dtype.size() as usize);
                     prefetch(self.k.place(at(p.k_off, p.k_stride, hk * dk)), wide_k);
-                    prefetch(self.q.place(at(p.q_off, p.q_stride, hk * dk)), wide_k);
+                    if output {
+                        prefetch(self.q.place(at(p.q_off, p.q_stride, hk * dk)), wide_k);
+                    }
                     prefetch(self.v.place(at(p.v_off, p.v_stride, h * dv + column)), wide_v);
                 }
-                let chunk = Chunk { s, c, len, dk, tile, rows, ws };
-                chunk.panel(&mut panels[j * dk * WIDTH..][..dk * WIDTH], &mut values[j * WIDTH..], w, n, n_decayed);
+                let panel = &mut panels[j * dk * WIDTH..][..dk * WIDTH];
+                let save = match &self.out {
+                    Out::Saved(saved) => {
+                        let at = (chunk * hv + h) * saved_size(self.consts.chunk, self.consts.dk, p.dv) + column;
+                        Some(self.save_state(saved, at + j * WIDTH, panel, len))
+                    }
+                    _ => None,
+                };
+                let chunk = Chunk { s, c, len, dk, tile, rows, ws, output, save };
+                chunk.panel(panel, &mut values[j * WIDTH..], w, n, n_decayed);
             }
+            let Out::Output(o) = &self.out else { continue };
             for t in 0..len {
                 let at = p.o_off as usize + (first + t) * p.o_stride as usize + h * dv + column;
                 // SAFETY: these columns of this token belong to this cell alone.
-                unsafe { narrow(&self.o, at, &values[t * tile..][..tile]) }
+                unsafe { narrow(o, at, &values[t * tile..][..tile]) }
             }
         }
 
@@ -173,6 +219,38 @@ impl Row for Scan<'_> {
     }
 }
 
+/// Numbers saved per chunk and value head.
+pub(super) fn saved_size(chunk: u32, dk: u32, dv: u32) -> usize {
+    saved_per_chunk_head(chunk, dk, dv) as usize / 4
+}
+
+impl Scan<'_> {
+    /// Saves 16 columns of S from number `at` on; where the same columns of U and N go.
+    #[inline(always)]
+    fn save_state(&self, saved: &Write<f32>, at: usize, panel: &[f32], len: usize) -> Save {
+        let (c, dk, dv) = (self.consts.chunk as usize, self.consts.dk as usize, self.params.dv as usize);
+        for (i, row) in panel.chunks_exact(WIDTH).enumerate() {
+            // SAFETY: these columns of this chunk and head belong to this cell alone.
+            unsafe { saved.part(at + i * dv, WIDTH) }.copy_from_slice(row);
+        }
+        let u = at + dk * dv;
+        for row in (len..c).flat_map(|t| [u + t * dv, u + (c + t) * dv]) {
+            // SAFETY: as above.
+            unsafe { saved.part(row, WIDTH) }.fill(0.0);
+        }
+        let reach = (c - 1) * dv + WIDTH;
+        Save { u: saved.at(u, reach), n: saved.at(u + c * dv, reach), row: dv }
+    }
+}
+
+/// 16 columns of U and N `[C, V]`, rows `row` numbers apart.
+#[derive(Clone, Copy)]
+struct Save {
+    u: *mut f32,
+    n: *mut f32,
+    row: usize,
+}
+
 /// One chunk of one head.
 struct Chunk<'a, S> {
     s: S,
@@ -181,30 +259,34 @@ struct Chunk<'a, S> {
     dk: usize,
     /// Numbers between rows of `values`.
     tile: usize,
-    /// K, then Q: [2 len, K]
+    /// K, then Q where there is an output: [2 len, K]
     rows: &'a [f32],
     /// A [C, C], P [C, C], u, o, n [C], gamma_C
     ws: &'a [f32],
+    /// O is wanted.
+    output: bool,
+    /// U and N are.
+    save: Option<Save>,
 }
 
 impl<S: Simd> Chunk<'_, S> {
     /// 16 columns: `state` [K, 16]; `values` holds V on entry and O on return; the others are [len, 16].
     #[inline(always)]
     fn panel(&self, state: &mut [f32], values: &mut [f32], w: &mut [f32], n: &mut [f32], n_decayed: &mut [f32]) {
-        let Chunk { s, c, len, dk, tile, rows, ws } = *self;
+        let Chunk { s, c, len, dk, tile, rows, ws, output, save } = *self;
         let (a, rest) = ws.split_at(c * c);
         let (p, rest) = rest.split_at(c * c);
         let (u, o, decay, gamma) = (&rest[..c], &rest[c..][..c], &rest[2 * c..][..c], rest[3 * c]);
         let (state, values) = (state.as_mut_ptr(), values.as_mut_ptr());
         let (w, n, n_decayed) = (w.as_mut_ptr(), n.as_mut_ptr(), n_decayed.as_mut_ptr());
-        // SAFETY: every pointer below is to a row of 16 numbers inside the slices above: rows of `state` are below dk, rows
-        // of the others below len, and rows of `values` are `tile` apart.
+        // SAFETY: every pointer below is to a row of 16 numbers inside the slices above or of `save`: rows of `state` are below
+        // dk, rows of the others below len, and rows of `values` are `tile` apart.
         unsafe {
             // W = V - u o (K S)        O = o o (Q S)
             let left = Left { ptr: rows.as_ptr(), row: dk, col: 1 };
             product(
                 s,
-                2 * len,
+                if output { 2 * len } else { len },
                 |_| dk,
                 left,
                 state,
@@ -214,6 +296,9 @@ impl<S: Simd> Chunk<'_, S> {
                     if i < len {
                         let v = load(s, values.add(i * tile + j));
                         store(s, w.add(i * WIDTH + j), fma(s, s.splat_f32s(-u[i]), x, v));
+                        if let Some(save) = save {
+                            store(s, save.u.add(i * save.row + j), s.mul_f32s(s.splat_f32s(u[i]), x));
+                        }
                     } else {
                         let i = i - len;
                         store(s, values.add(i * tile + j), s.mul_f32s(s.splat_f32s(o[i]), x));
@@ -232,6 +317,9 @@ impl<S: Simd> Chunk<'_, S> {
                 #[inline(always)]
                 |i, j, x| {
                     store(s, n.add(i * WIDTH + j), x);
+                    if let Some(save) = save {
+                        store(s, save.n.add(i * save.row + j), x);
+                    }
                     store(s, n_decayed.add(i * WIDTH + j), s.mul_f32s(s.splat_f32s(decay[i]), x));
                 },
             );
@@ -239,7 +327,7 @@ impl<S: Simd> Chunk<'_, S> {
             let left = Left { ptr: p.as_ptr(), row: c, col: 1 };
             product(
                 s,
-                len,
+                if output { len } else { 0 },
                 |rows| rows,
                 left,
                 n,

@@ -63,6 +63,37 @@ pub(super) unsafe fn product<S: Simd>(
     }
 }
 
+/// [`product`] of an upper triangular A `[n, n]`: row i of C needs rows i .. n of B.
+///
+/// # Safety
+/// A holds `n` rows of `n` numbers and B `n` rows of 16, `b_row` numbers apart.
+#[inline(always)]
+pub(super) unsafe fn product_upper<S: Simd>(
+    s: S,
+    n: usize,
+    a: Left,
+    b: *const f32,
+    b_row: usize,
+    mut out: impl FnMut(usize, usize, S::f32s),
+) {
+    for first in (0..n).step_by(12) {
+        // SAFETY: rows first .. n of both, as the caller promises.
+        unsafe {
+            let left = Left { ptr: a.ptr.add(first * (a.row + a.col)), ..a };
+            product(
+                s,
+                (n - first).min(12),
+                |_| n - first,
+                left,
+                b.add(first * b_row),
+                b_row,
+                #[inline(always)]
+                |i, j, v| out(first + i, j, v),
+            );
+        }
+    }
+}
+
 /// One block of rows.
 ///
 /// # Safety
