@@ -50,8 +50,6 @@ pub mod model;
 pub mod parts;
 pub mod plain;
 pub mod rule;
-#[allow(missing_docs)]
-mod stand_in;
 
 use std::fmt;
 use std::sync::Arc;

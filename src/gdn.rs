@@ -47,7 +47,7 @@ pub struct Options {
 }
 
 impl Options {
-    pub(crate) fn scale_for(&self, heads: &Heads) -> Result<f32> {
+    fn scale_for(&self, heads: &Heads) -> Result<f32> {
         match self.scale {
             None => Ok((heads.k as f32).powf(-0.5)),
             Some(s) if s.is_finite() => Ok(s),

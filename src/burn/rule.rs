@@ -11,8 +11,7 @@ use burn::tensor::{DType, Device, FloatDType, GradientCheckpointingStrategy, Ten
 
 use super::{Engine, expect_shape, stop};
 use crate::error::{Error, Result};
-use super::stand_in::{Cotangents, backward};
-use crate::gdn::{self, Inputs, Options};
+use crate::gdn::{self, Cotangents, Inputs, Options};
 use crate::shape::{HeadMap, Heads, Shape};
 
 /// The operator over sequences of equal length, from `h0` (zero if none): the outputs and the state after the last token.
@@ -149,7 +148,7 @@ impl Call {
         let (d_o, dht) = numbers("gradient", &d)?.split_at(inputs.v.len());
         // A state that nothing looked at has a gradient of zeros.
         let dht = dht.iter().any(|x| *x != 0.0).then_some(dht);
-        let out = backward(self.engine.backend(), &inputs, &Cotangents { d_o, dht })?;
+        let out = gdn::backward(self.engine.backend(), &inputs, &Cotangents { d_o, dht })?;
         let mut all = [out.dq, out.dk, out.dv, out.dg, out.dbeta, out.dh0];
         let mut as_its_input = |i: usize| TensorData::new(std::mem::take(&mut all[i]), x[i].layout().shape().clone());
         Ok(std::array::from_fn(|i| FlexTensor::from_data(as_its_input(i))))
