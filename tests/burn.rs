@@ -19,14 +19,7 @@ type Sizes = [usize; 6];
 const NAMES: [&str; 6] = ["q", "k", "v", "g", "beta", "h0"];
 
 fn shapes([b, t, hk, hv, k, v]: Sizes) -> [Vec<usize>; 6] {
-    [
-        vec![b, t, hk, k],
-        vec![b, t, hk, k],
-        vec![b, t, hv, v],
-        vec![b, t, hv],
-        vec![b, t, hv],
-        vec![b, hv, k, v],
-    ]
+    [vec![b, t, hk, k], vec![b, t, hk, k], vec![b, t, hv, v], vec![b, t, hv], vec![b, t, hv], vec![b, hv, k, v]]
 }
 
 /// q, k, v, g, beta, h0: numbers that f32 holds exactly.
@@ -119,11 +112,7 @@ fn differentiate(
     let four = |i: usize| tensor::<4>(&x[i], &s[i], dtype, device).require_grad();
     let three = |i: usize| tensor::<3>(&x[i], &s[i], dtype, device).require_grad();
     let (q, k, v, g, beta, state) = (four(0), four(1), four(2), three(3), three(4), four(5));
-    let (o, ht) = operator(
-        [q.clone(), k.clone(), v.clone()],
-        [g.clone(), beta.clone()],
-        h0.then(|| state.clone()),
-    );
+    let (o, ht) = operator([q.clone(), k.clone(), v.clone()], [g.clone(), beta.clone()], h0.then(|| state.clone()));
     assert_eq!((o.dtype(), ht.dtype()), (dtype, dtype));
     let (wo, wh) = w.split_at(x[2].len());
     let mut loss = (o.clone() * tensor(wo, &s[2], dtype, device)).sum();
@@ -208,11 +197,9 @@ fn gradients_are_those_of_burn() {
         for device in devices() {
             let engine = Engine::new(device.backend.clone());
             let kernels: Operator<'_> = &|qkv, gates, h0| gated_delta_rule(&engine, qkv, gates, h0, &options);
-            for (dtype, place) in [
-                (DType::F32, flex()),
-                (DType::F64, flex()),
-                (DType::F32, flex().gradient_checkpointing()),
-            ] {
+            for (dtype, place) in
+                [(DType::F32, flex()), (DType::F64, flex()), (DType::F32, flex().gradient_checkpointing())]
+            {
                 let (found_out, found) = differentiate(kernels, &x, sizes, &w, h0, (dtype, &place));
                 let e = distance(&found_out, &out);
                 assert!(e <= 1e-5, "{} {sizes:?}: {e:e}", device.name);
@@ -359,9 +346,8 @@ fn a_whole_model_has_the_gradients_of_finite_differences() {
     let kernels = model(&engine, false, 1);
     let (_, ids) = ids([2, 7], 40);
     let w = weights(2 * 7 * 40, 4);
-    let loss = |model: &Qwen35, dtype| {
-        (model.forward(ids.clone()) * tensor::<3>(&w, &[2, 7, 40], dtype, &flex())).mean()
-    };
+    let loss =
+        |model: &Qwen35, dtype| (model.forward(ids.clone()) * tensor::<3>(&w, &[2, 7, 40], dtype, &flex())).mean();
     let collect = |model: &Qwen35, loss: Tensor<1>| {
         let grads = loss.backward();
         let mut collect = Collect { grads: &grads, path: Vec::new(), found: Vec::new() };
@@ -369,9 +355,7 @@ fn a_whole_model_has_the_gradients_of_finite_differences() {
         collect.found
     };
     // The same model in float64, the rule token by token.
-    let exact = |at: usize, step: f64| {
-        kernels.clone().with_rule(Rule::Plain).map(&mut Nudge { at, step, seen: 0 })
-    };
+    let exact = |at: usize, step: f64| kernels.clone().with_rule(Rule::Plain).map(&mut Nudge { at, step, seen: 0 });
     let still = exact(usize::MAX, 0.0);
     let expected = collect(&still, loss(&still, DType::F64));
     assert_eq!(expected.len(), 2 + 2 * 2 + 2 * 3 + 9 + 6 + 1);

@@ -59,9 +59,8 @@ pub fn l2_norm<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 /// Cosines and sines of the rotary angles, `[T, rotary / 2]` each: angle `t theta^(-2 j / rotary)`.
 pub fn rotary_table(tokens: usize, rotary: usize, theta: f64, device: &Device, dtype: DType) -> [Tensor<2>; 2] {
     let half = rotary / 2;
-    let angles: Vec<f64> = (0..tokens * half)
-        .map(|i| (i / half) as f64 * theta.powf(-2.0 * (i % half) as f64 / rotary as f64))
-        .collect();
+    let angles: Vec<f64> =
+        (0..tokens * half).map(|i| (i / half) as f64 * theta.powf(-2.0 * (i % half) as f64 / rotary as f64)).collect();
     let table = |f: fn(f64) -> f64| {
         let numbers: Vec<f64> = angles.iter().map(|&a| f(a)).collect();
         Tensor::from_data(TensorData::new(numbers, [tokens, half]), (device, dtype))
