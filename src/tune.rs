@@ -375,12 +375,13 @@ pub fn grad_chunk_lanes(caps: &Caps) -> u32 {
     }
 }
 
-/// Threads of a `gdn_grad_qk` workgroup.
-pub fn grad_qk_lanes(caps: &Caps) -> u32 {
+/// Threads of a `gdn_grad_qk` workgroup for K columns and chunks of `chunk` tokens.
+pub fn grad_qk_lanes(caps: &Caps, k: u32, chunk: u32) -> u32 {
     match caps.kind {
         Kind::Cpu => 1,
-        // Both `[C, K]` sums stay in registers: 32 numbers a thread for 32 tokens and K = 128.
-        Kind::WebGpu | Kind::Cuda => 256,
+        // A thread has 4 columns of both `[C, K]` sums, and a share of the rows that is a power of two: 4 rows for 32 tokens
+        // and K = 128.
+        Kind::WebGpu | Kind::Cuda => k / 4 * (1 << (256 / (k / 4)).ilog2()).min(chunk),
     }
 }
 

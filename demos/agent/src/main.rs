@@ -8,6 +8,8 @@ mod interrupt;
 mod json;
 mod options;
 mod parse;
+#[path = "../../quiet.rs"]
+mod quiet;
 mod repeat;
 mod repl;
 mod tools;
@@ -34,6 +36,7 @@ use crate::ui::Terminal;
 const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
+    quiet::hush();
     let args = Args::parse();
     let level = if args.verbose { "info" } else { "error" };
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level)).init();
