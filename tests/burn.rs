@@ -197,9 +197,11 @@ fn gradients_are_those_of_burn() {
         for device in devices() {
             let engine = Engine::new(device.backend.clone());
             let kernels: Operator<'_> = &|qkv, gates, h0| gated_delta_rule(&engine, qkv, gates, h0, &options);
-            for (dtype, place) in
-                [(DType::F32, flex()), (DType::F64, flex()), (DType::F32, flex().gradient_checkpointing())]
-            {
+            let mut places = vec![(DType::F32, flex())];
+            if device.name == "cpu" {
+                places.extend([(DType::F64, flex()), (DType::F32, flex().gradient_checkpointing())]);
+            }
+            for (dtype, place) in places {
                 let (found_out, found) = differentiate(kernels, &x, sizes, &w, h0, (dtype, &place));
                 let e = distance(&found_out, &out);
                 assert!(e <= 1e-5, "{} {sizes:?}: {e:e}", device.name);
@@ -400,12 +402,14 @@ fn thirty_steps_lower_a_loss_the_same_way_every_time() {
             })
             .collect()
     };
-    for rule in [Rule::Delta, Rule::Linear] {
+    let losses = [Rule::Delta, Rule::Linear].map(|rule| {
         let losses = run(rule);
-        println!("{rule:?}: {:.3} to {:.3}", losses[0], losses[29]);
+        println!("{rule:?}: {:.5} to {:.5}", losses[0], losses[29]);
         assert!(losses[29] < 0.5 * losses[0], "{losses:?}");
         assert_eq!(losses, run(rule));
-    }
+        losses
+    });
+    assert!((losses[0][29] - losses[1][29]).abs() > 1e-4, "the rule makes no difference");
 }
 
 #[test]
@@ -502,7 +506,8 @@ fn wrong_shapes_and_gates_are_named() {
     let engine = Engine::open(Some("cpu")).unwrap();
     let sizes = [2, 5, 1, 2, 16, 32];
     let (x, s) = (inputs(sizes, 9), shapes(sizes));
-    let call = |change: &dyn Fn(&mut [Vec<usize>; 6], &mut [Vec<f64>; 6])| {
+    type Change<'a> = &'a dyn Fn(&mut [Vec<usize>; 6], &mut [Vec<f64>; 6]);
+    let call = |change: Change<'_>| {
         let (mut x, mut s) = (x.clone(), s.clone());
         change(&mut s, &mut x);
         said(|| {

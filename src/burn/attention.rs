@@ -62,7 +62,7 @@ impl GatedAttentionConfig {
     /// A layer with random weights: matrices normal(0, 0.02), norms at their identity.
     ///
     /// # Errors
-    /// [`Error::Argument`](crate::Error::Argument) naming the size that is out of range.
+    /// [`Error::Argument`] naming the size that is out of range.
     pub fn init(&self, device: &Device) -> Result<GatedAttention> {
         let (hidden, heads, kv, d) =
             (self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim);

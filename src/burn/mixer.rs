@@ -108,7 +108,7 @@ impl GatedDeltaNetConfig {
     /// such that its softplus is log-uniform in 0.001 to 0.1, the convolution uniform within `taps^-1/2`.
     ///
     /// # Errors
-    /// [`Error::Argument`](crate::Error::Argument) naming the size that is out of range.
+    /// [`Error::Argument`] naming the size that is out of range.
     pub fn init(&self, engine: &Engine, device: &Device) -> Result<GatedDeltaNet> {
         let (hk, hv) = (self.linear_num_key_heads, self.linear_num_value_heads);
         let (k, v) = (self.linear_key_head_dim, self.linear_value_head_dim);
