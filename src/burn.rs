@@ -33,15 +33,16 @@
 //! | [`checkpoint`] | [`Qwen35::save_checkpoint`]: a directory in the released layout |
 //!
 //! # How numbers travel
-//! The kernels see host memory. Inputs of the operator go from burn's device to the host and its outputs back, and so do the
-//! gradients: per layer and step about `2 T (2 Hk K + 3 Hv V) * 4` bytes each way, a few milliseconds on PCIe where the
-//! matrix products around them take tens. On burn's own CPU device, Flex, inputs are read where they are and outputs are
-//! moved: nothing is copied. Arithmetic inside the operator is f32, whatever the tensors are.
+//! The kernels take host slices. Per call, f32 numbers that leave burn's device for the host in the forward pass:
+//! `T (2 Hk K + Hv V + 2 Hv)` over all sequences, and those of h0; that come back: `T Hv V` and those of ht. In the backward
+//! pass the same counts go the other way, as gradients. The host copies of the inputs are kept in between. On burn's own CPU
+//! device, Flex, the inputs are read where they are and kept as the tensors they are. (Its matrix products take several
+//! threads with burn's feature `rayon`.) Arithmetic inside the operator is f32, whatever the tensors are.
 //!
 //! # Panics
 //! As everywhere in burn, wrong shapes panic in a forward pass, with the argument, what was found and what was expected. So
 //! does what the device reports (memory that is not there, a lost device), and a gate that is NaN or positive: a run that has
-//! diverged stops there. Functions that build or save return [`Result`](crate::Result).
+//! diverged stops there. Functions that build or save return [`Result`].
 
 pub mod attention;
 pub mod checkpoint;

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::tensor::Tensor;
@@ -16,8 +16,9 @@ impl Qwen35 {
     /// Writes `config.json` and `model.safetensors` into `dir`, which is made if need be: a text-only checkpoint that
     /// [`qwen::Model::load`](crate::qwen::Model::load) and transformers read. Tokenizer and template are the caller's to add.
     ///
-    /// `A_log` and `linear_attn.norm.weight` are f32 always, as released; everything else is stored as `dtype`. A file is
-    /// written beside its place, flushed, and then moved there: a full disk or a killed process leaves what was there before.
+    /// `A_log` and `linear_attn.norm.weight` are f32 always, as released; everything else is stored as `dtype`. Both files are
+    /// written beside their places and flushed before either is moved there: on a full disk, or if the process is killed while
+    /// it writes, what was there before stays.
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a model without the delta rule, [`Error::Save`] naming the file, [`Error::Device`] if burn
@@ -36,27 +37,32 @@ impl Qwen35 {
         self.visit(&mut weights);
         let tensors = weights.tensors?;
         std::fs::create_dir_all(dir).map_err(|e| Error::save(dir, e))?;
-        replace(&dir.join("model.safetensors"), |path| write_tensors(path, &tensors))?;
-        replace(&dir.join("config.json"), |path| {
-            std::fs::write(path, format!("{config:#}\n")).map_err(|e| Error::save(path, e))
-        })
+        let names = ["model.safetensors", "config.json"];
+        let files = names.map(|name| dir.join(name));
+        let partial = names.map(|name| dir.join(format!("{name}.partial")));
+        let saved = write_tensors(&partial[0], &tensors)
+            .and_then(|()| {
+                std::fs::write(&partial[1], format!("{config:#}\n")).map_err(|e| Error::save(&partial[1], e))
+            })
+            .and_then(|()| partial.iter().try_for_each(|path| flush(path)))
+            .and_then(|()| partial.iter().zip(&files).try_for_each(|(from, to)| move_to(from, to)));
+        if saved.is_err() {
+            // What stands there is of no use; if even this fails there is nothing to add to the error.
+            partial.iter().for_each(|path| drop(std::fs::remove_file(path)));
+        }
+        saved
     }
 }
 
-/// Has a file written beside its place, then moves it there.
-fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let mut partial = path.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
-    let written = write(&partial).and_then(|()| {
-        File::open(&partial).and_then(|file| file.sync_all()).map_err(|e| Error::save(&partial, e))?;
-        std::fs::rename(&partial, path).map_err(|e| Error::save(path, e))
-    });
-    if written.is_err() {
-        // What stands there is of no use; if even this fails there is nothing to add to the error.
-        let _ = std::fs::remove_file(&partial);
-    }
-    written
+/// Waits until the disk has the whole file.
+fn flush(path: &Path) -> Result<()> {
+    // Windows flushes only what may be written.
+    let file = File::options().write(true).open(path);
+    file.and_then(|file| file.sync_all()).map_err(|e| Error::save(path, e))
+}
+
+fn move_to(from: &Path, to: &Path) -> Result<()> {
+    std::fs::rename(from, to).map_err(|e| Error::save(to, e))
 }
 
 fn write_tensors(path: &Path, tensors: &[Stored]) -> Result<()> {
