@@ -397,7 +397,7 @@ fn thirty_steps_lower_a_loss_the_same_way_every_time() {
             .map(|_| {
                 let loss = (layer.forward(x.clone()).narrow(1, 1, 19) - target.clone()).square().mean();
                 let grads = GradientsParams::from_grads(loss.backward(), &layer);
-                layer = optimiser.step(1e-2, layer.clone(), grads);
+                layer = optimiser.step(2e-2, layer.clone(), grads);
                 wide(loss)[0]
             })
             .collect()
@@ -450,6 +450,8 @@ fn a_checkpoint_runs_in_the_runtime_and_gives_the_same_logits() {
             assert!(e <= 1e-4, "{} {dtype}: {e:e}", device.name);
         }
         let bytes = std::fs::read(dir.join("model.safetensors")).unwrap();
+        let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+        assert_eq!(header.metadata().as_ref().unwrap()["format"], "pt");
         let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         let mut found: Vec<(String, Vec<usize>)> = file.iter().map(|(n, t)| (n.into(), t.shape().to_vec())).collect();
         found.sort();
