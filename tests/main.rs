@@ -1,6 +1,8 @@
 //! One test binary: `cargo test gdn::` runs one file's tests.
 
 mod attention;
+#[cfg(feature = "burn")]
+mod burn;
 mod contract;
 mod cpu;
 mod formula;
