@@ -14,7 +14,7 @@ pub struct Device {
     pub backend: Arc<dyn Backend>,
 }
 
-/// The CPU, and lavapipe as it is and held to WebGPU's default limits.
+/// The CPU; lavapipe as it is; and lavapipe taken for a GPU and held to WebGPU's default limits.
 pub fn devices() -> &'static [Device] {
     static DEVICES: OnceLock<Vec<Device>> = OnceLock::new();
     DEVICES.get_or_init(|| {
@@ -24,11 +24,12 @@ pub fn devices() -> &'static [Device] {
     })
 }
 
-/// The software driver as it is, and held to WebGPU's default limits. `GATEDELTA_TEST_ADAPTER` names another adapter to test
+/// The software driver as it is, with the kernels for drivers in software; and held to WebGPU's default limits, with the
+/// kernels for GPUs. `GATEDELTA_TEST_ADAPTER` names another adapter to test
 /// instead: any part of its name.
 #[cfg(feature = "webgpu")]
 fn lavapipe() -> Vec<Device> {
-    use gatedelta::backend::webgpu::{OpenOptions, WebGpu};
+    use gatedelta::backend::webgpu::{DeviceType, OpenOptions, WebGpu};
     let wanted = std::env::var("GATEDELTA_TEST_ADAPTER").unwrap_or("llvmpipe".into()).to_lowercase();
     let adapters = WebGpu::enumerate();
     let Some(found) = adapters.found.iter().find(|f| f.caps.name.to_lowercase().contains(&wanted)) else {
@@ -36,12 +37,11 @@ fn lavapipe() -> Vec<Device> {
         skipped("lavapipe", &format!("no adapter named {wanted:?} among {names:?} {}", adapters.why_none));
         return Vec::new();
     };
-    let open = |default_limits| -> Arc<dyn Backend> {
-        Arc::new(WebGpu::open(found, &OpenOptions { default_limits }).unwrap())
-    };
+    let open = |options| -> Arc<dyn Backend> { Arc::new(WebGpu::open(found, &options).unwrap()) };
+    let as_gpu = OpenOptions { default_limits: true, device_type: Some(DeviceType::Other) };
     vec![
-        Device { name: "lavapipe", backend: open(false) },
-        Device { name: "lavapipe with default limits", backend: open(true) },
+        Device { name: "lavapipe", backend: open(OpenOptions::default()) },
+        Device { name: "lavapipe as a GPU with default limits", backend: open(as_gpu) },
     ]
 }
 

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use open::{Adapters, Found, OpenOptions};
+pub use wgpu::DeviceType;
 
 use super::{Backend, Buffer, HostBytes, Readback, Timing, View};
 use crate::error::{Error, Result};

@@ -11,11 +11,11 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use gatedelta::backend::Backend;
-use gatedelta::backend::webgpu::{OpenOptions, WebGpu};
+use gatedelta::backend::webgpu::{DeviceType, OpenOptions, WebGpu};
 use gatedelta::device::{self, Verdict};
 use gatedelta::gdn::Outputs;
 use gatedelta::shape::Dtype;
-use gatedelta::tune::Kind;
+use gatedelta::tune::{Class, Kind};
 
 use crate::case::{self, Case};
 use crate::junit::{self, Suite, Test};
@@ -175,11 +175,14 @@ fn subjects(names: &[String], suites: &mut Vec<Suite>) -> Result<Vec<Subject>> {
             continue;
         }
         let held = (caps.kind == Kind::WebGpu).then(|| within_default_limits(&caps.name));
-        opened.push(Subject { label: label.clone(), backend });
-        let label = format!("{label} within default limits");
+        let held_label = match caps.class {
+            Class::Software => format!("{label} as a GPU within default limits"),
+            _ => format!("{label} within default limits"),
+        };
+        opened.push(Subject { label, backend });
         match held {
-            Some(Ok(backend)) => opened.push(Subject { label, backend }),
-            Some(Err(error)) => broken(&label, error.to_string()),
+            Some(Ok(backend)) => opened.push(Subject { label: held_label, backend }),
+            Some(Err(error)) => broken(&held_label, error.to_string()),
             None => {}
         }
     }
@@ -190,7 +193,9 @@ fn subjects(names: &[String], suites: &mut Vec<Suite>) -> Result<Vec<Subject>> {
 fn within_default_limits(name: &str) -> Result<Arc<dyn Backend>> {
     let adapters = WebGpu::enumerate();
     let found = adapters.found.iter().find(|found| found.caps.name == name).context("the adapter has gone")?;
-    Ok(Arc::new(WebGpu::open(found, &OpenOptions { default_limits: true })?))
+    // What runs as fast on a software driver as it can is not what GPUs run.
+    let device_type = (found.caps.class == Class::Software).then_some(DeviceType::Other);
+    Ok(Arc::new(WebGpu::open(found, &OpenOptions { default_limits: true, device_type })?))
 }
 
 /// Every case, way and storage type.

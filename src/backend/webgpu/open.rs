@@ -37,6 +37,9 @@ pub struct OpenOptions {
     /// Ask for WebGPU's default limits and for no feature, as a browser would: 16 KiB of workgroup memory, 8 storage
     /// buffers, 256 invocations, 128 MiB a binding. For tests: every kernel has a variant that keeps to them.
     pub default_limits: bool,
+    /// Kernels and sizes as for this kind of device, whatever the adapter is. For tests: a driver in software has kernels of
+    /// its own, and this way runs those of GPUs too.
+    pub device_type: Option<wgpu::DeviceType>,
 }
 
 impl WebGpu {
@@ -87,7 +90,9 @@ impl WebGpu {
         let (device, queue) = pollster::block_on(found.adapter.request_device(&descriptor)).map_err(|e| {
             Error::Unsupported { what: "opening the device".into(), by: found.info.name.clone(), why: e.to_string() }
         })?;
-        let gpu = Self::from_device(device, queue, found.info.clone())?;
+        let device_type = options.device_type.unwrap_or(found.info.device_type);
+        let info = wgpu::AdapterInfo { device_type, ..found.info.clone() };
+        let gpu = Self::from_device(device, queue, info)?;
         let fault = gpu.shared.fault.clone();
         gpu.shared.device.on_uncaptured_error(Arc::new(move |error| {
             let error = fault.translate("reported late", 0, error);
