@@ -24,7 +24,7 @@ forms! {
     APART {
         train: [
             "how much more is the {one} than the {two} in {file}", "subtract the {two} from the {one} in {file}", "what is the {one} minus the {two} in {file}",
-            "in {file}, how far apart are the {one} and the {two}", "read {file} and take the {two} away from the {one}", "{file}: the {one} less the {two}",
+            "in {file}, how much is the {one} without the {two}", "read {file} and take the {two} away from the {one}", "{file}: the {one} less the {two}",
         ],
         held: ["read {file} and tell me how much more the {one} is than the {two}", "in {file}, what is the {one} minus the {two}", "take the {two} from the {one} in {file}"],
     }

@@ -32,7 +32,7 @@ const ASKING: [&str; 21] = [
 /// `text` as somebody of `side` types it; the `kept` values in it stay as they are.
 pub fn typed(text: &str, kept: &[&str], side: Side, draw: &mut Draw) -> String {
     let first = text.split([' ', ',']).next().unwrap_or_default().to_lowercase();
-    let asks = ASKING.contains(&first.as_str()) && !text.contains(['.', ':']);
+    let asks = ASKING.contains(&first.as_str()) && !text.contains(". ") && !text.contains(": ");
     let mut text = if draw.chance(10) { slip(text, kept, draw) } else { text.to_string() };
     // A value at the end, or a sentence of its own, takes no "please" after it.
     let open = !text.ends_with(['.', '?', '!', ':']);
@@ -40,7 +40,8 @@ pub fn typed(text: &str, kept: &[&str], side: Side, draw: &mut Draw) -> String {
     if open && !ends_in_value && draw.chance(12) {
         text += draw.pick::<&str>(AFTER[side as usize]);
     }
-    if draw.chance(20) {
+    // "Next: thanks" is what nobody says.
+    if text.matches(' ').count() >= 2 && draw.chance(20) {
         text.insert_str(0, draw.pick::<&str>(BEFORE[side as usize]));
     }
     if open && draw.chance(60) {
