@@ -63,6 +63,14 @@ fn silu(x: f32) -> f32 {
     return x / (1.0 + exp(-x));
 }
 
+/// The derivative of silu.
+fn silu_slope(x: f32) -> f32 {
+    let e = exp(-x);
+    let s = 1.0 / (1.0 + e);
+    // 1 - s loses the digits of a small difference.
+    return s * (1.0 + x * select(1.0 - s, e * s, x > 0.0));
+}
+
 /// log(1 + e^x), the identity above 20.
 fn softplus(x: f32) -> f32 {
     if x > 20.0 {

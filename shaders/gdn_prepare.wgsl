@@ -8,12 +8,15 @@
 @group(0) @binding(3) var<storage, read> g: array<f32>; // [window, Hv]
 @group(0) @binding(4) var<storage, read> beta: array<f32>; // [window, Hv]
 @group(0) @binding(5) var<storage, read> chunks: array<vec4<u32>>; // [chunks]: first token, tokens, sequence, 0
-@group(0) @binding(6) var<storage, read_write> ws: array<f32>; // [chunks, Hv, 2 C C + 4 C]
+@group(0) @binding(6) var<storage, read_write> ws: array<f32>; // [chunks, Hv, WS]
 
 const C = CHUNK;
 const EDGE = C / 8u;
 // Depth of a staged slice of q and k, in vec4.
 const DEPTH = 4u;
+// With GRAD, A, P, u, o, n, gamma_C are followed by B, G, R [C, C], rk, rq, beta [C], and two [C] for later rows.
+const WS = select(2u * C * C + 4u * C, 5u * C * C + 9u * C, GRAD == 1u);
+const MORE = 2u * C * C + 4u * C;
 
 const_assert LANES == 64u;
 const_assert C == 16u || C == 32u;
@@ -116,7 +119,7 @@ fn gdn_prepare(thread: Thread) {
     for (var member = 0u; member < GROUP; member++) {
         let head = select(head_k + member * params.hk, head_k * GROUP + member, params.head_map == 0u);
         let g0 = params.g_off + chunk.x * params.hv + head;
-        let ws0 = (cell.x * params.hv + head) * (2u * C * C + 4u * C);
+        let ws0 = (cell.x * params.hv + head) * WS;
         workgroupBarrier();
         if lane < C {
             // Every thread adds in the same order, so that the sums of two tokens share their roundings.
@@ -142,15 +145,23 @@ fn gdn_prepare(thread: Thread) {
                 let j = tj * EDGE + b;
                 var l = 0.0;
                 var p = 0.0;
+                var gate = 0.0;
+                var r = 0.0;
                 if j <= i && i < len {
-                    let d = decay(i, j) * norm_k[j];
+                    gate = decay(i, j);
+                    let d = gate * norm_k[j];
                     p = params.scale * d * norm_q[i] * qk[a * EDGE + b];
                     if j < i {
                         l = beta_i * d * norm_k[i] * kk[a * EDGE + b];
+                        r = d * norm_k[i] * kk[a * EDGE + b];
                     }
                 }
                 lower[i * C + j] = l;
                 ws[ws0 + C * C + i * C + j] = p;
+                if GRAD == 1u {
+                    ws[ws0 + MORE + C * C + i * C + j] = gate;
+                    ws[ws0 + MORE + 2u * C * C + i * C + j] = r;
+                }
             }
         }
         workgroupBarrier();
@@ -166,6 +177,9 @@ fn gdn_prepare(thread: Thread) {
                 }
                 inverse[i * C + j] = x;
                 ws[ws0 + i * C + j] = select(0.0, x * beta_j, valid && i < len);
+                if GRAD == 1u {
+                    ws[ws0 + MORE + i * C + j] = select(0.0, x, valid && i < len);
+                }
             }
             let gamma = select(0.0, exp(whole[j] + frac[j]), valid);
             let last = len - 1u;
@@ -175,6 +189,12 @@ fn gdn_prepare(thread: Thread) {
             ws[v0 + C + j] = params.scale * gamma * norm_q[j];
             ws[v0 + 2u * C + j] = rest * norm_k[j];
             ws[v0 + 3u * C + j] = exp(whole[last] + frac[last]);
+            if GRAD == 1u {
+                let r0 = ws0 + MORE + 3u * C * C;
+                ws[r0 + j] = select(0.0, norm_k[j], valid);
+                ws[r0 + C + j] = select(0.0, norm_q[j], valid);
+                ws[r0 + 2u * C + j] = beta_j;
+            }
         }
     }
 }

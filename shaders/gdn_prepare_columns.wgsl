@@ -6,9 +6,12 @@
 @group(0) @binding(3) var<storage, read> g: array<f32>; // [window, Hv]
 @group(0) @binding(4) var<storage, read> beta: array<f32>; // [window, Hv]
 @group(0) @binding(5) var<storage, read> chunks: array<vec4<u32>>; // [chunks]: first token, tokens, sequence, 0
-@group(0) @binding(6) var<storage, read_write> ws: array<f32>; // [chunks, Hv, 2 C C + 4 C]
+@group(0) @binding(6) var<storage, read_write> ws: array<f32>; // [chunks, Hv, WS]
 
 const C = CHUNK;
+// With GRAD, A, P, u, o, n, gamma_C are followed by B, G, R [C, C], rk, rq, beta [C], and two [C] for later rows.
+const WS = select(2u * C * C + 4u * C, 5u * C * C + 9u * C, GRAD == 1u);
+const MORE = 2u * C * C + 4u * C;
 const_assert C == 16u;
 const_assert LANES == C;
 const_assert DK % 4u == 0u;
@@ -126,7 +129,7 @@ fn gdn_prepare(thread: Thread) {
     for (var member = 0u; member < GROUP; member++) {
         let head = select(head_k + member * params.hk, head_k * GROUP + member, params.head_map == 0u);
         let g0 = params.g_off + chunk.x * params.hv + head;
-        let ws0 = (cell.x * params.hv + head) * (2u * C * C + 4u * C);
+        let ws0 = (cell.x * params.hv + head) * WS;
         workgroupBarrier();
         // Every thread adds in the same order, so that the sums of two tokens share their roundings.
         var w = 0.0;
@@ -146,10 +149,15 @@ fn gdn_prepare(thread: Thread) {
         workgroupBarrier();
         // L = strictlower(diag(beta) G o K K^T)      P = s Q K^T o G
         for (var i = 0u; i < C; i++) {
-            let d = decay(i, j, len) * norm_k[j];
+            let gate = decay(i, j, len);
+            let d = gate * norm_k[j];
             let beta_i = beta[g0 + min(i, last) * params.hv];
             lower[i * (C / 4u) + j / 4u][j % 4u] = select(0.0, beta_i * d * norm_k[i] * kk[i / 4u][i % 4u], i > j);
             ws[ws0 + C * C + i * C + j] = params.scale * d * norm_q[i] * qk[i / 4u][i % 4u];
+            if GRAD == 1u {
+                ws[ws0 + MORE + C * C + i * C + j] = gate;
+                ws[ws0 + MORE + 2u * C * C + i * C + j] = select(0.0, d * norm_k[i] * kk[i / 4u][i % 4u], i > j);
+            }
         }
         workgroupBarrier();
         // X = (I + L)^-1 by rows of four: x_i = e_i - sum_{m < i} L_im x_m. A thread needs only its own column.
@@ -176,6 +184,9 @@ fn gdn_prepare(thread: Thread) {
             x[i] = sum;
             for (var r = 0u; r < 4u; r++) {
                 ws[ws0 + (row + r) * C + j] = select(0.0, sum[r] * beta_j, row + r < len);
+                if GRAD == 1u {
+                    ws[ws0 + MORE + (row + r) * C + j] = select(0.0, sum[r], valid && row + r < len);
+                }
             }
         }
         let gamma = select(0.0, exp(whole[j] + frac[j]), valid);
@@ -185,5 +196,11 @@ fn gdn_prepare(thread: Thread) {
         ws[v0 + C + j] = params.scale * gamma * norm_q[j];
         ws[v0 + 2u * C + j] = rest * norm_k[j];
         ws[v0 + 3u * C + j] = exp(whole[last] + frac[last]);
+        if GRAD == 1u {
+            let r0 = ws0 + MORE + 3u * C * C;
+            ws[r0 + j] = select(0.0, norm_k[j], valid);
+            ws[r0 + C + j] = select(0.0, norm_q[j], valid);
+            ws[r0 + 2u * C + j] = beta_j;
+        }
     }
 }

@@ -3,6 +3,8 @@
 //   W = V - u o (K S)        N = A W
 //   O = o o (Q S) + P N      S <- gamma_C S + K^T (n o N)
 //
+// SAVE = 1: S before the chunk, U = u o (K S) and N go into o instead of O. SAVE = 2: neither.
+//
 // Threads form a grid of ROW_GROUPS x QUADS; thread (ty, tx) holds rows ty * ROWS .. + ROWS of columns 4 tx .. + 4 of S in
 // registers, and computes rows ty + t * ROW_GROUPS of the [C, DV_TILE] products. K and Q pass through workgroup memory in
 // slices: of DEPTH columns for the products with S, of SLICE tokens for the update of S.
@@ -10,13 +12,14 @@
 @group(0) @binding(1) var<storage, read> q: array<u32>; // [window, q_stride]
 @group(0) @binding(2) var<storage, read> k: array<u32>; // [window, k_stride]
 @group(0) @binding(3) var<storage, read> v: array<u32>; // [window, v_stride]
-@group(0) @binding(4) var<storage, read> ws: array<vec4<f32>>; // [chunks, Hv, (2 C C + 4 C) / 4]
+@group(0) @binding(4) var<storage, read> ws: array<vec4<f32>>; // [chunks, Hv, WS]
 @group(0) @binding(5) var<storage, read> chunks: array<vec4<u32>>; // [chunks]: first token, tokens, sequence, 0
 @group(0) @binding(6) var<storage, read> segments: array<vec4<u32>>; // [segments]: first chunk, chunks, slot, 0
 @group(0) @binding(7) var<storage, read_write> state: array<vec4<f32>>; // [slots, Hv, K, V / 4]
-@group(0) @binding(8) var<storage, read_write> o: array<u32>; // [window, o_stride]
+@group(0) @binding(8) var<storage, read_write> o: array<u32>; // [window, o_stride] or [chunks, Hv, K V + 2 C V]
 
 const C = CHUNK;
+const WS = select(2u * C * C + 4u * C, 5u * C * C + 9u * C, SAVE == 1u) / 4u;
 const QUADS = DV_TILE / 4u;
 const ROW_GROUPS = LANES / QUADS;
 const ROWS = DK / ROW_GROUPS;
@@ -71,6 +74,15 @@ fn store_o4(i: u32, x: vec4<f32>) {
     }
 }
 
+/// Four numbers that the backward pass needs.
+fn save4(i: u32, x: vec4<f32>) {
+    let bits = bitcast<vec4<u32>>(x);
+    o[i] = bits.x;
+    o[i + 1u] = bits.y;
+    o[i + 2u] = bits.z;
+    o[i + 3u] = bits.w;
+}
+
 @compute @workgroup_size(LANES)
 fn gdn_scan(thread: Thread) {
     let cell = cell_of(thread.group);
@@ -97,9 +109,17 @@ fn gdn_scan(thread: Thread) {
         let k0 = params.k_off + chunk.x * params.k_stride + head_k * DK;
         let v0 = params.v_off + chunk.x * params.v_stride + head * params.dv + column;
         let o0 = params.o_off + chunk.x * params.o_stride + head * params.dv + column;
-        let a0 = (at * params.hv + head) * (C * C / 2u + C); // A [C, C / 4]
+        let a0 = (at * params.hv + head) * WS; // A [C, C / 4]
         let p0 = a0 + C * C / 4u; // P [C, C / 4]
         let u0 = p0 + C * C / 4u; // u, o, n, gamma_C [C / 4] each
+
+        let saved0 = (at * params.hv + head) * (DK + 2u * C) * params.dv + column; // S [K, V]
+        let u_saved0 = saved0 + DK * params.dv; // U [C, V], N [C, V]
+        if SAVE == 1u {
+            for (var r = 0u; r < ROWS; r++) {
+                save4(saved0 + (ty * ROWS + r) * params.dv, s[r]);
+            }
+        }
 
         // ks = K S, qs = Q S [TOKENS, 4]
         var ks: array<vec4<f32>, TOKENS>;
@@ -116,10 +136,14 @@ fn gdn_scan(thread: Thread) {
                 var vq = vec4<f32>();
                 var vk = vec4<f32>();
                 if row < len {
-                    vq = q4(q0 + row * params.q_stride + col);
+                    if SAVE == 0u {
+                        vq = q4(q0 + row * params.q_stride + col);
+                    }
                     vk = k4(k0 + row * params.k_stride + col);
                 }
-                tile_q[e] = vq;
+                if SAVE == 0u {
+                    tile_q[e] = vq;
+                }
                 tile_k[e] = vk;
             }
             for (var r = 0u; r < ROWS; r++) {
@@ -138,9 +162,11 @@ fn gdn_scan(thread: Thread) {
                 for (var t = 0u; t < TOKENS; t++) {
                     let i = min(ty + t * ROW_GROUPS, C - 1u);
                     let vk = tile_k[i * (DEPTH / 4u) + d];
-                    let vq = tile_q[i * (DEPTH / 4u) + d];
                     ks[t] += vk.x * s0 + vk.y * s1 + vk.z * s2 + vk.w * s3;
-                    qs[t] += vq.x * s0 + vq.y * s1 + vq.z * s2 + vq.w * s3;
+                    if SAVE == 0u {
+                        let vq = tile_q[i * (DEPTH / 4u) + d];
+                        qs[t] += vq.x * s0 + vq.y * s1 + vq.z * s2 + vq.w * s3;
+                    }
                 }
             }
         }
@@ -150,10 +176,15 @@ fn gdn_scan(thread: Thread) {
             let i = ty + t * ROW_GROUPS;
             if i < C {
                 var w = vec4<f32>();
+                var u = vec4<f32>();
                 if i < len {
-                    w = v4(v0 + i * params.v_stride) - ws[u0 + i / 4u][i % 4u] * ks[t];
+                    u = ws[u0 + i / 4u][i % 4u] * ks[t];
+                    w = v4(v0 + i * params.v_stride) - u;
                 }
                 tile_s[i * QUADS + tx] = w;
+                if SAVE == 1u {
+                    save4(u_saved0 + i * params.dv, u);
+                }
             }
         }
         workgroupBarrier();
@@ -168,13 +199,16 @@ fn gdn_scan(thread: Thread) {
                         + a.z * tile_s[(4u * j + 2u) * QUADS + tx] + a.w * tile_s[(4u * j + 3u) * QUADS + tx];
                 }
                 tile_q[i * QUADS + tx] = n;
+                if SAVE == 1u {
+                    save4(u_saved0 + (C + i) * params.dv, n);
+                }
             }
         }
         workgroupBarrier();
         // O = o o (Q S) + P N; P is lower triangular
         for (var t = 0u; t < TOKENS; t++) {
             let i = ty + t * ROW_GROUPS;
-            if i < len {
+            if SAVE == 0u && i < len {
                 var out = ws[u0 + C / 4u + i / 4u][i % 4u] * qs[t];
                 for (var j = 0u; j <= i / 4u; j++) {
                     let p = ws[p0 + i * (C / 4u) + j];

@@ -4,17 +4,20 @@
 //
 //   W = V - u o (K S)        N = A W
 //   O = o o (Q S) + P N      S <- gamma_C S + K^T (n o N)
+//
+// SAVE = 1: S before the chunk, U = u o (K S) and N go into o instead of O. SAVE = 2: neither.
 
 @group(0) @binding(1) var<storage, read> q: array<u32>; // [window, q_stride]
 @group(0) @binding(2) var<storage, read> k: array<u32>; // [window, k_stride]
 @group(0) @binding(3) var<storage, read> v: array<u32>; // [window, v_stride]
-@group(0) @binding(4) var<storage, read> ws: array<vec4<f32>>; // [chunks, Hv, (2 C C + 4 C) / 4]
+@group(0) @binding(4) var<storage, read> ws: array<vec4<f32>>; // [chunks, Hv, WS]
 @group(0) @binding(5) var<storage, read> chunks: array<vec4<u32>>; // [chunks]: first token, tokens, sequence, 0
 @group(0) @binding(6) var<storage, read> segments: array<vec4<u32>>; // [segments]: first chunk, chunks, slot, 0
 @group(0) @binding(7) var<storage, read_write> state: array<vec2<f32>>; // [slots, Hv, K, V / 2]
-@group(0) @binding(8) var<storage, read_write> o: array<u32>; // [window, o_stride]
+@group(0) @binding(8) var<storage, read_write> o: array<u32>; // [window, o_stride] or [chunks, Hv, K V + 2 C V]
 
 const C = CHUNK;
+const WS = select(2u * C * C + 4u * C, 5u * C * C + 9u * C, SAVE == 1u) / 4u;
 const_assert C == 16u;
 const_assert LANES == DV_TILE / 2u;
 const_assert DK % 4u == 0u;
@@ -133,6 +136,14 @@ fn store_o(row0: u32, len: u32, i: u32, x: Four) {
     }
 }
 
+/// Four rows of two numbers that the backward pass needs.
+fn save_four(row0: u32, x: Four) {
+    for (var j = 0u; j < 4u; j++) {
+        o[row0 + j * params.dv] = bitcast<u32>(x[j].x);
+        o[row0 + j * params.dv + 1u] = bitcast<u32>(x[j].y);
+    }
+}
+
 @compute @workgroup_size(LANES)
 fn gdn_scan(thread: Thread) {
     let cell = cell_of(thread.group);
@@ -159,9 +170,13 @@ fn gdn_scan(thread: Thread) {
         let k0 = params.k_off + chunk.x * params.k_stride + head_k * DK;
         let v0 = params.v_off + chunk.x * params.v_stride + head * params.dv + column;
         let o0 = params.o_off + chunk.x * params.o_stride + head * params.dv + column;
-        let a0 = (at * params.hv + head) * (C * C / 2u + C); // A [C, C / 4]
+        let a0 = (at * params.hv + head) * WS; // A [C, C / 4]
         let p0 = a0 + C * C / 4u; // P [C, C / 4]
         let u0 = p0 + C * C / 4u; // u, o, n, gamma_C [C / 4] each
+
+        let saved0 = (at * params.hv + head) * (DK + 2u * C) * params.dv + column; // S [K, V]
+        let u_saved0 = saved0 + DK * params.dv; // U [C, V], N [C, V]
+        let n_saved0 = u_saved0 + C * params.dv;
 
         let ka = rows_of(k0, params.k_stride, len, 0u);
         let kb = rows_of(k0, params.k_stride, len, 1u);
@@ -185,18 +200,33 @@ fn gdn_scan(thread: Thread) {
             wb = k_times(wb, kb, 4u * d, rows, thread);
             wc = k_times(wc, kc, 4u * d, rows, thread);
             wd = k_times(wd, kd, 4u * d, rows, thread);
-            oa = q_times(oa, qa, 4u * d, rows, thread);
-            ob = q_times(ob, qb, 4u * d, rows, thread);
-            oc = q_times(oc, qc, 4u * d, rows, thread);
-            od = q_times(od, qd, 4u * d, rows, thread);
+            if SAVE == 0u {
+                oa = q_times(oa, qa, 4u * d, rows, thread);
+                ob = q_times(ob, qb, 4u * d, rows, thread);
+                oc = q_times(oc, qc, 4u * d, rows, thread);
+                od = q_times(od, qd, 4u * d, rows, thread);
+            }
+            if SAVE == 1u {
+                save_four(saved0 + 4u * d * params.dv, rows);
+            }
         }
         // W = V - u o (K S)
         let u = ws_pair(u0, u0 + 1u, thread);
         let u_end = ws_pair(u0 + 2u, u0 + 3u, thread);
-        wa = v_of(rows_of(v0, params.v_stride, len, 0u)) - scaled(wa, u[0]);
-        wb = v_of(rows_of(v0, params.v_stride, len, 1u)) - scaled(wb, u[1]);
-        wc = v_of(rows_of(v0, params.v_stride, len, 2u)) - scaled(wc, u_end[0]);
-        wd = v_of(rows_of(v0, params.v_stride, len, 3u)) - scaled(wd, u_end[1]);
+        wa = scaled(wa, u[0]);
+        wb = scaled(wb, u[1]);
+        wc = scaled(wc, u_end[0]);
+        wd = scaled(wd, u_end[1]);
+        if SAVE == 1u {
+            save_four(u_saved0, wa);
+            save_four(u_saved0 + 4u * params.dv, wb);
+            save_four(u_saved0 + 8u * params.dv, wc);
+            save_four(u_saved0 + 12u * params.dv, wd);
+        }
+        wa = v_of(rows_of(v0, params.v_stride, len, 0u)) - wa;
+        wb = v_of(rows_of(v0, params.v_stride, len, 1u)) - wb;
+        wc = v_of(rows_of(v0, params.v_stride, len, 2u)) - wc;
+        wd = v_of(rows_of(v0, params.v_stride, len, 3u)) - wd;
         // N = A W; A is lower triangular
         var na = ws_times(Four(), a0, 0u, 0u, wa, thread);
         var nb = ws_times(Four(), a0, 1u, 0u, wa, thread);
@@ -208,24 +238,32 @@ fn gdn_scan(thread: Thread) {
         nd = ws_times(nd, a0, 3u, 1u, wb, thread);
         nd = ws_times(nd, a0, 3u, 2u, wc, thread);
         nd = ws_times(nd, a0, 3u, 3u, wd, thread);
+        if SAVE == 1u {
+            save_four(n_saved0, na);
+            save_four(n_saved0 + 4u * params.dv, nb);
+            save_four(n_saved0 + 8u * params.dv, nc);
+            save_four(n_saved0 + 12u * params.dv, nd);
+        }
         // O = o o (Q S) + P N; P is lower triangular
-        let f0 = u0 + C / 4u;
-        let f = ws_pair(f0, f0 + 1u, thread);
-        let f_end = ws_pair(f0 + 2u, f0 + 3u, thread);
-        oa = ws_times(scaled(oa, f[0]), p0, 0u, 0u, na, thread);
-        ob = ws_times(scaled(ob, f[1]), p0, 1u, 0u, na, thread);
-        ob = ws_times(ob, p0, 1u, 1u, nb, thread);
-        oc = ws_times(scaled(oc, f_end[0]), p0, 2u, 0u, na, thread);
-        oc = ws_times(oc, p0, 2u, 1u, nb, thread);
-        oc = ws_times(oc, p0, 2u, 2u, nc, thread);
-        od = ws_times(scaled(od, f_end[1]), p0, 3u, 0u, na, thread);
-        od = ws_times(od, p0, 3u, 1u, nb, thread);
-        od = ws_times(od, p0, 3u, 2u, nc, thread);
-        od = ws_times(od, p0, 3u, 3u, nd, thread);
-        store_o(o0, len, 0u, oa);
-        store_o(o0, len, 1u, ob);
-        store_o(o0, len, 2u, oc);
-        store_o(o0, len, 3u, od);
+        if SAVE == 0u {
+            let f0 = u0 + C / 4u;
+            let f = ws_pair(f0, f0 + 1u, thread);
+            let f_end = ws_pair(f0 + 2u, f0 + 3u, thread);
+            oa = ws_times(scaled(oa, f[0]), p0, 0u, 0u, na, thread);
+            ob = ws_times(scaled(ob, f[1]), p0, 1u, 0u, na, thread);
+            ob = ws_times(ob, p0, 1u, 1u, nb, thread);
+            oc = ws_times(scaled(oc, f_end[0]), p0, 2u, 0u, na, thread);
+            oc = ws_times(oc, p0, 2u, 1u, nb, thread);
+            oc = ws_times(oc, p0, 2u, 2u, nc, thread);
+            od = ws_times(scaled(od, f_end[1]), p0, 3u, 0u, na, thread);
+            od = ws_times(od, p0, 3u, 1u, nb, thread);
+            od = ws_times(od, p0, 3u, 2u, nc, thread);
+            od = ws_times(od, p0, 3u, 3u, nd, thread);
+            store_o(o0, len, 0u, oa);
+            store_o(o0, len, 1u, ob);
+            store_o(o0, len, 2u, oc);
+            store_o(o0, len, 3u, od);
+        }
         // S <- gamma_C S + K^T (n o N)
         let e0 = u0 + C / 2u;
         let e = ws_pair(e0, e0 + 1u, thread);

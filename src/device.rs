@@ -171,7 +171,13 @@ impl Entry {
 /// Everything that could be opened, in order of preference. Asking for adapters loads every graphics driver of the machine,
 /// which is left out where only the CPU is wanted: it must work beside the worst of drivers.
 fn entries(wanted: Option<&str>) -> Vec<Entry> {
-    let not_tried = || Verdict::NotTried(wanted.map_or("something better works", |_| "another was asked for").into());
+    let not_tried = |class: Class| {
+        Verdict::NotTried(match (wanted, class) {
+            (Some(_), _) => "another was asked for".into(),
+            (None, Class::Software) => "a driver in software is never chosen by itself".into(),
+            (None, _) => "something better works".into(),
+        })
+    };
     let mut entries = vec![Entry::absent("cuda", Kind::Cuda, "this build has no CUDA backend")];
     #[cfg(feature = "webgpu")]
     if wanted.is_some_and(|w| w.eq_ignore_ascii_case("cpu")) {
@@ -182,8 +188,8 @@ fn entries(wanted: Option<&str>) -> Vec<Entry> {
             entries.push(Entry::absent("wgpu", Kind::WebGpu, &adapters.why_none));
         }
         entries.extend(adapters.found.into_iter().map(|found| {
-            let verdict = not_tried();
             let Caps { name, driver, class, .. } = found.caps.clone();
+            let verdict = not_tried(class);
             let candidate = Candidate { name, driver, kind: Kind::WebGpu, class, caps: None, verdict };
             Entry { candidate, source: Source::WebGpu(Box::new(found)) }
         }));
@@ -197,7 +203,7 @@ fn entries(wanted: Option<&str>) -> Vec<Entry> {
         kind: Kind::Cpu,
         class: Class::Cpu,
         caps: None,
-        verdict: not_tried(),
+        verdict: not_tried(Class::Cpu),
     };
     entries.push(Entry { candidate, source: Source::Cpu });
     entries.sort_by_key(|e| match (e.candidate.kind, e.candidate.class) {
@@ -296,7 +302,6 @@ fn open_named(entries: &mut [Entry], wanted: &str, why: &str) -> Result<Opened> 
 fn open_best(entries: &mut [Entry]) -> Result<Opened> {
     for i in 0..entries.len() {
         if entries[i].candidate.class == Class::Software {
-            entries[i].candidate.verdict = Verdict::NotTried("a driver in software is never chosen by itself".into());
             continue;
         }
         match entries[i].open() {

@@ -83,12 +83,25 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
+    /// A file that cannot be written.
+    #[error("{}: {why}", path.display())]
+    Save {
+        /// The file or directory.
+        path: PathBuf,
+        /// What stands against it.
+        why: String,
+    },
 }
 
 impl Error {
     /// An [`Error::Argument`] from anything printable.
     pub fn argument(what: impl Into<String>, found: impl std::fmt::Display, expected: impl std::fmt::Display) -> Self {
         Error::Argument { what: what.into(), found: found.to_string(), expected: expected.to_string() }
+    }
+
+    /// An [`Error::Save`].
+    pub fn save(path: impl Into<PathBuf>, why: impl std::fmt::Display) -> Self {
+        Error::Save { path: path.into(), why: why.to_string() }
     }
 
     /// An [`Error::Load`].

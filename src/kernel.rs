@@ -6,6 +6,7 @@
 
 pub mod gdn;
 pub mod gdn_grad;
+pub mod grad;
 pub mod model;
 
 /// The kernels of the operator and of the model, in pipeline order.
@@ -25,6 +26,12 @@ pub static ALL: &[&Kernel] = &[
     &gdn_grad::GRAD_CHUNK,
     &gdn_grad::GRAD_QK,
     &gdn_grad::GRAD_GATES,
+    // gradients around the operator
+    &grad::CONV_GRAD,
+    &grad::CONV_TAIL_GRAD,
+    &grad::GATE_GRAD,
+    &grad::GATED_NORM_GRAD,
+    &grad::SUM_ROWS,
     // the rest of the model
     &model::EMBED,
     &model::RMS_NORM,

@@ -42,16 +42,22 @@
 //!
 //! With the feature `qwen`, the module `qwen` loads a Qwen3.5-family checkpoint as released, plans its memory, and generates.
 //!
+//! # Training
+//!
+//! With the feature `burn`, the module `burn` holds the layer, the block and the model as modules of the training framework
+//! burn, with the gradients of these kernels, and writes checkpoints that `qwen` loads.
+//!
 //! # The map
 //!
 //! What a request goes through, top to bottom; modules only look down.
 //!
 //! | module | what it is |
 //! |---|---|
+//! | `burn` | layers that train: the operator with its gradients, the model around it, its checkpoints |
 //! | `qwen` | the runtime: configuration, weights, tokenizer, template, sessions, sampling |
 //! | [`device`] | which device is used and why; the self-test that it must pass |
-//! | [`gdn`] | the operator: prefill, decode, verify, as launches over device memory and from host slices |
-//! | [`ops`] | the other operations of the model, as launches |
+//! | [`gdn`] | the operator: prefill, decode, verify, backward, as launches over device memory and from host slices |
+//! | [`ops`] | the other operations of the model and their gradients, as launches |
 //! | [`plan`] | chunks, segments, pieces and scratch of a prefill, from shape, tile and limits |
 //! | [`tune`] | capabilities of a device, and every size chosen from them |
 //! | [`pass`] | launches as plain data: kernel, numbers, memory, grid |
@@ -75,6 +81,8 @@
 #![warn(missing_docs)]
 
 pub mod backend;
+#[cfg(feature = "burn")]
+pub mod burn;
 pub mod device;
 pub mod error;
 pub mod gdn;

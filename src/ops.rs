@@ -5,12 +5,17 @@
 //! not cut: an operation on more tokens than fit is refused with the numbers, and the caller sends fewer at a time.
 
 mod attention;
+mod grad;
 mod linear;
 mod mixer;
 mod small;
 mod weight;
 
 pub use attention::{Attention, AttentionShape, KvPage, attention, attention_scratch};
+pub use grad::{
+    ConvGrad, GateGrad, GatedNormGrad, conv_grad, conv_grad_scratch, gate_grad, gate_grad_scratch, gated_norm_grad,
+    gated_norm_grad_scratch,
+};
 pub use linear::{Norm, linear, norm_linear, swiglu_up};
 pub use mixer::{Seqs, conv, gate, gated_norm, mix_step};
 pub use small::{argmax, copy, embed, fill, rms_norm, swiglu};

@@ -66,6 +66,17 @@ static FILES: &[(&str, &str)] = &[
     ("gdn_step", include_str!("../shaders/gdn_step.wgsl")),
     ("gated_norm", include_str!("../shaders/gated_norm.wgsl")),
     ("gdn_mix_step", include_str!("../shaders/gdn_mix_step.wgsl")),
+    // its backward pass
+    ("gdn_grad_scan", include_str!("../shaders/gdn_grad_scan.wgsl")),
+    ("gdn_grad_chunk", include_str!("../shaders/gdn_grad_chunk.wgsl")),
+    ("gdn_grad_qk", include_str!("../shaders/gdn_grad_qk.wgsl")),
+    ("gdn_grad_gates", include_str!("../shaders/gdn_grad_gates.wgsl")),
+    // gradients around the operator
+    ("conv_grad", include_str!("../shaders/conv_grad.wgsl")),
+    ("conv_tail_grad", include_str!("../shaders/conv_tail_grad.wgsl")),
+    ("gate_grad", include_str!("../shaders/gate_grad.wgsl")),
+    ("gated_norm_grad", include_str!("../shaders/gated_norm_grad.wgsl")),
+    ("sum_rows", include_str!("../shaders/sum_rows.wgsl")),
     // the rest of the model
     ("embed", include_str!("../shaders/embed.wgsl")),
     ("rms_norm", include_str!("../shaders/rms_norm.wgsl")),

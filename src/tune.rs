@@ -375,12 +375,13 @@ pub fn grad_chunk_lanes(caps: &Caps) -> u32 {
     }
 }
 
-/// Threads of a `gdn_grad_qk` workgroup.
-pub fn grad_qk_lanes(caps: &Caps) -> u32 {
+/// Threads of a `gdn_grad_qk` workgroup for K columns and chunks of `chunk` tokens.
+pub fn grad_qk_lanes(caps: &Caps, k: u32, chunk: u32) -> u32 {
     match caps.kind {
         Kind::Cpu => 1,
-        // Both `[C, K]` sums stay in registers: 32 numbers a thread for 32 tokens and K = 128.
-        Kind::WebGpu | Kind::Cuda => 256,
+        // A thread has 4 columns of both `[C, K]` sums, and a share of the rows that is a power of two: 4 rows for 32 tokens
+        // and K = 128.
+        Kind::WebGpu | Kind::Cuda => k / 4 * (1 << (256 / (k / 4)).ilog2()).min(chunk),
     }
 }
 
@@ -390,6 +391,64 @@ pub fn mix_lanes(caps: &Caps, heads: &Heads) -> u32 {
         Kind::Cpu => 1,
         // One thread a column of the state.
         Kind::WebGpu | Kind::Cuda => heads.v.next_power_of_two().clamp(32, 256),
+    }
+}
+
+/// Cells that share out `blocks` blocks of tokens or heads, at least 1, where each leaves a row of `row` f32 to be added up.
+/// The same for any number of threads: it decides the order of the sums.
+pub fn grad_cells(caps: &Caps, blocks: u64, row: u64) -> u64 {
+    let (most, scratch) = match caps.kind {
+        // A few cells a thread on any processor, whose rows stay in the second-level cache.
+        Kind::Cpu => (256, 1 << 20),
+        // Some workgroups for each of a large GPU's hundred processors; the scratch of 128 blocks of the widest convolution.
+        Kind::WebGpu | Kind::Cuda => (4096, 16 << 20),
+    };
+    blocks.min(most).min(scratch / row.saturating_mul(4).max(1)).max(1)
+}
+
+/// Tokens that one cell of the gradient of the gates covers at least.
+pub fn gate_grad_block(caps: &Caps) -> u64 {
+    match caps.kind {
+        // 16 heads take about 40 us.
+        Kind::Cpu => 64,
+        // One thread a head walks them: few, so that there are many threads.
+        Kind::WebGpu | Kind::Cuda => 16,
+    }
+}
+
+/// Threads, one a value head, of a `gate_grad` workgroup.
+pub fn gate_grad_lanes(caps: &Caps, hv: u32) -> u32 {
+    match caps.kind {
+        Kind::Cpu => 1,
+        // The models have 16 to 64 heads.
+        Kind::WebGpu | Kind::Cuda => hv.clamp(1, CELL_THREADS).next_power_of_two().max(32),
+    }
+}
+
+/// Tokens x heads that one cell of the gradient of the gated norm covers at least.
+pub fn norm_grad_block(caps: &Caps) -> u64 {
+    let _ = caps;
+    // Adding up a row for each 64 heads costs little beside the five that are read and written for each of them.
+    64
+}
+
+/// Threads of a `gated_norm_grad` workgroup for heads of `dim` numbers.
+pub fn norm_grad_lanes(caps: &Caps, dim: u32) -> u32 {
+    match (caps.kind, caps.class) {
+        // One or two vector registers: a barrier costs a switch of context for each more. A quarter of the time of 64.
+        (Kind::WebGpu, Class::Software) => 16,
+        _ => head_lanes(caps, dim),
+    }
+}
+
+/// Columns of a cell and threads of a workgroup of [`crate::kernel::grad::SUM_ROWS`].
+pub fn sum_rows(caps: &Caps) -> (u32, u32) {
+    match (caps.kind, caps.class) {
+        (Kind::Cpu, _) => (256, 1),
+        // Sixteen columns are 64 bytes, what memory delivers at once. The gradient of a norm has some thousand rows of 128:
+        // many threads a column.
+        (_, Class::Software) => (16, 64),
+        _ => (16, 256),
     }
 }
 

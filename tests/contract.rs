@@ -79,15 +79,18 @@ fn gdn_variants(caps: &Caps, heads: &Heads, out: &mut Vec<Variant>) {
     let tile = tune::tile(caps, heads);
     for ty in 0..3 {
         for l2norm in 0..2 {
-            let prepare = [
-                ("chunk", tile.chunk),
-                ("dk", heads.k),
-                ("group", heads.group()),
-                ("qk_type", ty),
-                ("l2norm", l2norm),
-                ("lanes", tile.prepare_lanes),
-            ];
-            out.push(variant(&PREPARE, caps, &prepare));
+            for grad in 0..2 {
+                let prepare = [
+                    ("chunk", tile.chunk),
+                    ("dk", heads.k),
+                    ("group", heads.group()),
+                    ("qk_type", ty),
+                    ("l2norm", l2norm),
+                    ("grad", grad),
+                    ("lanes", tile.prepare_lanes),
+                ];
+                out.push(variant(&PREPARE, caps, &prepare));
+            }
             for store in 0..2 {
                 let step = [
                     ("dk", heads.k),
@@ -101,19 +104,80 @@ fn gdn_variants(caps: &Caps, heads: &Heads, out: &mut Vec<Variant>) {
                 out.push(variant(&STEP, caps, &step));
             }
         }
-        let scan = [
-            ("chunk", tile.chunk),
-            ("dk", heads.k),
-            ("dv_tile", tile.dv_tile),
-            ("qk_type", ty),
-            ("v_type", ty),
-            ("lanes", tile.scan_lanes),
-        ];
-        out.push(variant(&SCAN, caps, &scan));
+        for save in 0..3 {
+            let scan = [
+                ("chunk", tile.chunk),
+                ("dk", heads.k),
+                ("dv_tile", tile.dv_tile),
+                ("qk_type", ty),
+                ("v_type", ty),
+                ("save", save),
+                ("lanes", tile.scan_lanes),
+            ];
+            out.push(variant(&SCAN, caps, &scan));
+        }
     }
     out.push(variant(&GATED_NORM, caps, &[("dv", heads.v), ("lanes", tune::head_lanes(caps, heads.v))]));
     let mix = [("dk", heads.k), ("dv", heads.v), ("lanes", tune::mix_lanes(caps, heads))];
     out.push(variant(&MIX_STEP, caps, &mix));
+    let norm = [("dv", heads.v), ("lanes", tune::norm_grad_lanes(caps, heads.v))];
+    out.push(variant(&kernel::grad::GATED_NORM_GRAD, caps, &norm));
+}
+
+/// The variants of the gradients around the operator.
+fn around_grad_variants(caps: &Caps, out: &mut Vec<Variant>) {
+    use kernel::grad::*;
+    for taps in [2, 4, 8] {
+        for flag in 0..8 {
+            let (silu, add, store) = (flag & 1, flag >> 1 & 1, flag >> 2);
+            out.push(variant(&CONV_GRAD, caps, &[("taps", taps), ("silu", silu)]));
+            let consts = [("taps", taps), ("silu", silu), ("add", add), ("store", store)];
+            out.push(variant(&CONV_TAIL_GRAD, caps, &consts));
+        }
+    }
+    for hv in [1, 16, 48, 70] {
+        out.push(variant(&GATE_GRAD, caps, &[("lanes", tune::gate_grad_lanes(caps, hv))]));
+    }
+    let (columns, lanes) = tune::sum_rows(caps);
+    out.push(variant(&SUM_ROWS, caps, &[("columns", columns), ("lanes", lanes)]));
+}
+
+/// The variants of the backward pass's rows for one device and head shape.
+fn grad_variants(caps: &Caps, heads: &Heads, out: &mut Vec<Variant>) {
+    use kernel::gdn_grad::*;
+    let tile = tune::tile(caps, heads);
+    for ty in 0..3 {
+        let scan = [
+            ("chunk", tile.chunk),
+            ("dk", heads.k),
+            ("dv_tile", tile.dv_grad),
+            ("qk_type", ty),
+            ("v_type", ty),
+            ("lanes", tile.grad_lanes),
+        ];
+        out.push(variant(&GRAD_SCAN, caps, &scan));
+        let chunk = [
+            ("chunk", tile.chunk),
+            ("dk", heads.k),
+            ("dv", heads.v),
+            ("v_type", ty),
+            ("lanes", tune::grad_chunk_lanes(caps)),
+        ];
+        out.push(variant(&GRAD_CHUNK, caps, &chunk));
+        for l2norm in 0..2 {
+            let qk = [
+                ("chunk", tile.chunk),
+                ("dk", heads.k),
+                ("dv", heads.v),
+                ("group", heads.group()),
+                ("qk_type", ty),
+                ("l2norm", l2norm),
+                ("lanes", tune::grad_qk_lanes(caps, heads.k, tile.chunk)),
+            ];
+            out.push(variant(&GRAD_QK, caps, &qk));
+        }
+    }
+    out.push(variant(&GRAD_GATES, caps, &[("chunk", tile.chunk)]));
 }
 
 /// The variants of rows that do not depend on heads.
@@ -201,8 +265,10 @@ fn variants() -> Vec<Variant> {
     for caps in devices() {
         for heads in heads() {
             gdn_variants(&caps, &heads, &mut all);
+            grad_variants(&caps, &heads, &mut all);
         }
         other_variants(&caps, &mut all);
+        around_grad_variants(&caps, &mut all);
     }
     all.sort_by_key(|v| v.caps.workgroup_memory);
     let mut seen = BTreeSet::new();

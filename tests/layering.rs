@@ -13,6 +13,7 @@ const RANKS: &[&[&str]] = &[
     &["ops", "gdn"],
     &["device"],
     &["qwen"],
+    &["burn"],
 ];
 
 fn rank(module: &str) -> Option<usize> {

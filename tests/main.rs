@@ -1,11 +1,16 @@
 //! One test binary: `cargo test gdn::` runs one file's tests.
 
 mod attention;
+#[cfg(feature = "burn")]
+mod burn;
 mod contract;
 mod cpu;
 mod formula;
+mod formula_grad;
 mod gdn;
 mod grad;
+mod grad_around;
+mod grad_around_bad;
 mod layering;
 mod naive;
 mod ops;

@@ -154,6 +154,11 @@ fn headers_that_lie_are_refused_with_the_tensor() {
     }
     let dir = text();
     edit_header(dir.path(), FILE, |h| {
+        h.as_object_mut().unwrap().shift_remove(NORM).unwrap();
+    });
+    refused(dir.path(), &[FILE, "the one before it ends at 317704"]);
+    let dir = text();
+    edit_header(dir.path(), FILE, |h| {
         let tensor = h.as_object_mut().unwrap().shift_remove(NORM).unwrap();
         h["renamed"] = tensor;
     });
@@ -213,6 +218,9 @@ fn the_texts_beside_the_weights_are_checked_too() {
     let dir = text();
     edit(dir.path(), "tokenizer.json", |t| t["added_tokens"][8]["id"] = json!(500));
     refused(dir.path(), &["tokenizer.json", "</tool_response>", "500"]);
+    let dir = text();
+    edit(dir.path(), "tokenizer.json", |t| t["added_tokens"] = json!([]));
+    refused(dir.path(), &["tokenizer.json", "no token 468", "another"]);
     let dir = text();
     std::fs::write(dir.path().join("chat_template.jinja"), "{% for %}").unwrap();
     refused(dir.path(), &["chat_template.jinja", "broken template"]);

@@ -13,12 +13,16 @@ mod attend;
 mod attention;
 mod bind;
 mod conv;
+mod conv_grad;
 mod engine;
 mod gate;
+mod gate_grad;
 mod gated_norm;
+mod gated_norm_grad;
 mod gdn_grad_chunk;
 mod gdn_grad_qk;
 mod gdn_grad_scan;
+
 mod gdn_mix_step;
 mod gdn_prepare;
 mod gdn_scan;
@@ -29,6 +33,7 @@ mod memory;
 mod product;
 mod simd;
 mod simple;
+mod sum_rows;
 mod table;
 mod weights;
 
@@ -42,7 +47,7 @@ use self::memory::{Memory, Scratch};
 use self::simd::Level;
 use super::{Backend, Buffer, HostBytes, Pending, Readback, Timing, View};
 use crate::error::{Error, Result};
-use crate::kernel::{gdn, gdn_grad, model};
+use crate::kernel::{gdn, gdn_grad, grad, model};
 use crate::pass::{Launch, Pass};
 use crate::tune::{Caps, Class, Kind};
 
@@ -152,6 +157,11 @@ fn bind<'p>(b: &Bind<'p>, launch: &Launch) -> Result<Box<dyn Task + 'p>> {
         k if *k == gdn_grad::GRAD_CHUNK => Box::new(gdn_grad_chunk::GradChunk::bind(b)?),
         k if *k == gdn_grad::GRAD_QK => Box::new(gdn_grad_qk::GradQk::bind(b)?),
         k if *k == gdn_grad::GRAD_GATES => Box::new(gdn_grad_chunk::GradGates::bind(b)?),
+        k if *k == grad::CONV_GRAD => Box::new(conv_grad::ConvGrad::bind(b)?),
+        k if *k == grad::CONV_TAIL_GRAD => Box::new(conv_grad::ConvTailGrad::bind(b)?),
+        k if *k == grad::GATE_GRAD => Box::new(gate_grad::GateGrad::bind(b)?),
+        k if *k == grad::GATED_NORM_GRAD => Box::new(gated_norm_grad::GatedNormGrad::bind(b)?),
+        k if *k == grad::SUM_ROWS => Box::new(sum_rows::SumRows::bind(b)?),
         k if *k == model::EMBED => Box::new(simple::Embed::bind(b)?),
         k if *k == model::RMS_NORM => Box::new(gated_norm::RmsNorm::bind(b)?),
         k if *k == model::MATMUL => Box::new(matmul::Matmul::bind(b)?),
@@ -297,7 +307,7 @@ fn processor_name() -> Option<String> {
 }
 
 /// Bytes of memory of the machine, where the system tells it in a file.
-fn physical_memory() -> Option<u64> {
+pub(crate) fn physical_memory() -> Option<u64> {
     let info = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = info.lines().find_map(|l| l.strip_prefix("MemTotal:"))?;
     line.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kb| kb * 1024)

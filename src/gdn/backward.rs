@@ -405,7 +405,7 @@ impl GradPiece<'_> {
                 group: h.group(),
                 qk_type: store,
                 l2norm: options.qk_l2norm as u32,
-                lanes: tune::grad_qk_lanes(&self.all.caps),
+                lanes: tune::grad_qk_lanes(&self.all.caps, h.k, tile.chunk),
             },
             GradQkParams {
                 hk: h.hk,

@@ -219,7 +219,16 @@ fields! {
 /// - grid: `[chunks, Hk, 1]`
 pub static GRAD_QK: Kernel = Kernel {
     name: "gdn_grad_qk",
-    args: &[read("q"), read("k"), read("d_o"), update("ws"), read("saved"), read("chunks"), write("dq"), write("dk")],
+    args: &[
+        read("q"),
+        read("k"),
+        update("ws"),
+        read("saved"),
+        read("dsaved"),
+        read("chunks"),
+        write("dq"),
+        write("dk"),
+    ],
     consts: GradQkConsts::FIELDS,
     params: GradQkParams::FIELDS,
 };

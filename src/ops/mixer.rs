@@ -27,7 +27,7 @@ pub struct Seqs<'a> {
 }
 
 impl Seqs<'_> {
-    fn view(&self, caps: &Caps) -> Result<View> {
+    pub(super) fn view(&self, caps: &Caps) -> Result<View> {
         words(caps, "seqs", self.table, &[self.count, 4])
     }
 }
@@ -213,7 +213,7 @@ pub fn mix_step(
 }
 
 /// The view that holds both tensors, which must share it and its rows.
-fn together(caps: &Caps, what: &str, a: &Rows, b: &Rows, rows: u64, wa: u64, wb: u64) -> Result<View> {
+pub(super) fn together(caps: &Caps, what: &str, a: &Rows, b: &Rows, rows: u64, wa: u64, wb: u64) -> Result<View> {
     let place = |r: &Rows| (r.view.buffer.id(), r.view.offset, r.stride);
     if place(a) != place(b) {
         return Err(Error::argument(what, "other rows", "rows of the same view and stride as its neighbours"));

@@ -330,6 +330,8 @@ fn layer_kinds(c: &Object<'_>, layers: u32) -> Result<Vec<LayerKind>> {
     types.iter().enumerate().map(kind).collect()
 }
 
+const POSITIVE: &str = "a positive integer below 2^32";
+
 /// A JSON object and how its keys are named in errors.
 #[derive(Clone, Copy)]
 struct Object<'a> {
@@ -348,7 +350,7 @@ impl<'a> Object<'a> {
     }
 
     fn u32(&self, key: &str) -> Result<u32> {
-        self.opt_u32(key)?.ok_or_else(|| self.wrong(key, "a positive integer"))
+        self.opt_u32(key)?.ok_or_else(|| self.wrong(key, POSITIVE))
     }
 
     fn opt_u32(&self, key: &str) -> Result<Option<u32>> {
@@ -356,7 +358,7 @@ impl<'a> Object<'a> {
             None | Some(Value::Null) => Ok(None),
             Some(v) => match v.as_u64().and_then(|n| u32::try_from(n).ok()) {
                 Some(n) if n > 0 => Ok(Some(n)),
-                _ => Err(self.wrong(key, "a positive integer")),
+                _ => Err(self.wrong(key, POSITIVE)),
             },
         }
     }

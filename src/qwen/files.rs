@@ -165,7 +165,7 @@ fn explain(file: &[u8]) -> Option<String> {
     };
     let data = rest.len() - header.len();
     let value: Value = serde_json::from_slice(header).ok()?;
-    let mut reach = 0;
+    let mut spans = Vec::new();
     for (name, entry) in value.as_object()?.iter().filter(|(name, _)| *name != "__metadata__") {
         let text = entry.get("dtype").and_then(Value::as_str).unwrap_or("nothing");
         let dtype: Option<safetensors::Dtype> = serde_json::from_value(Value::from(text)).ok();
@@ -186,7 +186,17 @@ fn explain(file: &[u8]) -> Option<String> {
         if bits != Some((end - begin) * 8) {
             return Some(format!("tensor {name}, {text} {shape:?}, does not take the {} bytes it claims", end - begin));
         }
-        reach = reach.max(end);
+        spans.push((begin, end, name));
+    }
+    spans.sort_unstable();
+    let mut reach = 0;
+    for (begin, end, name) in spans {
+        if begin != reach {
+            return Some(format!(
+                "tensor {name} begins at byte {begin} of the data and the one before it ends at {reach}"
+            ));
+        }
+        reach = end;
     }
     (reach != data as u64).then(|| format!("its tensors end at byte {reach} of {data} of data"))
 }

@@ -96,6 +96,12 @@ impl Model {
         let mut inner = Inner::new(config, &source, backend, options, progress)?;
         inner.stop_ids =
             stop_ids(&inner.config, &generation, end.and_then(|(_, token)| tokenizer.as_ref()?.id(&token)));
+        if let Some(tokenizer) = &tokenizer
+            && let Some(id) = inner.stop_ids.iter().find(|id| !tokenizer.has(**id))
+        {
+            let why = format!("it has no token {id}, which ends an answer of this model: it belongs to another one");
+            return Err(Error::load(tokenizer_path, why));
+        }
         inner.generation = generation;
         inner.tokenizer = tokenizer;
         inner.template = template;

@@ -90,6 +90,11 @@ impl Tokenizer {
         self.inner.tokenizer.token_to_id(token)
     }
 
+    /// True if the id has a token.
+    pub fn has(&self, id: u32) -> bool {
+        self.inner.bytes.get(id as usize).is_some_and(Option::is_some)
+    }
+
     /// True for markers that [`Tokenizer::decode`] leaves out unless asked.
     pub fn is_special(&self, id: u32) -> bool {
         self.inner.special.get(id as usize).copied().unwrap_or(false)

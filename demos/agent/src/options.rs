@@ -78,7 +78,7 @@ pub struct Args {
     pub seed: Option<u64>,
 
     /// [default for this and the next four: what the checkpoint says]
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub temperature: Option<f32>,
 
     /// Keeps the N likeliest tokens; 0 keeps all
@@ -86,11 +86,11 @@ pub struct Args {
     pub top_k: Option<u32>,
 
     /// Keeps the likeliest tokens up to this total probability
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub top_p: Option<f32>,
 
     /// Keeps tokens of at least this share of the likeliest
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub min_p: Option<f32>,
 
     /// Lowers what the answer already holds

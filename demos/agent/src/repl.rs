@@ -13,19 +13,20 @@ use crate::interrupt::Interrupt;
 use crate::ui::{interactive, visible};
 
 const HELP: &str = "Commands:
-  /help            this list
-  /tools           what the model can call
-  /device          the devices that were found, and why this one runs
-  /clear           forgets the conversation
-  /think on|off    lets the model reason before it answers, or not; /think auto leaves it to the model
-  /raw             all that the model wrote for the last question, as it wrote it
-  /exit            ends the program; so does Ctrl-D, or Ctrl-C twice
+  /help             this list
+  /tools            what the model can call
+  /device           the devices that were found, and why this one runs
+  /clear            forgets the conversation
+  /think on|off     lets the model reason before it answers, or not
+  /think auto       leaves that to the model
+  /raw              the last answer as the model wrote it, calls and all
+  /exit             ends the program; so does Ctrl-D, or Ctrl-C twice
 Ctrl-C during an answer stops the answer. Anything else is a question.";
 
 /// Converses until the user has enough.
 ///
 /// # Errors
-/// If the terminal fails. A failed answer is reported and the conversation goes on.
+/// If the terminal fails. A failed answer is reported and the conversation goes on; over lines it shows in the exit code.
 pub fn run<E: Engine>(
     agent: &mut Agent<E>,
     sink: &mut dyn Sink,
@@ -34,13 +35,14 @@ pub fn run<E: Engine>(
     account: &str,
 ) -> Result<ExitCode> {
     if json || !interactive() {
+        let mut answered = true;
         for line in io::stdin().lock().lines() {
             let line = line?;
             if !line.trim().is_empty() {
-                ask(agent, &line, sink, interrupt)?;
+                answered &= ask(agent, &line, sink, interrupt)?;
             }
         }
-        return Ok(ExitCode::SUCCESS);
+        return Ok(if answered { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     eprintln!("Type a question, or /help.");
     let mut editor = DefaultEditor::new()?;
@@ -69,20 +71,25 @@ pub fn run<E: Engine>(
                     break;
                 }
             }
-            None => ask(agent, line, sink, interrupt)?,
+            None => {
+                ask(agent, line, sink, interrupt)?;
+            }
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn ask<E: Engine>(agent: &mut Agent<E>, line: &str, sink: &mut dyn Sink, interrupt: &Interrupt) -> Result<()> {
-    match interrupt.during(|stop| agent.answer(line, stop, sink)) {
+/// Asks and shows the answer; false if it failed.
+fn ask<E: Engine>(agent: &mut Agent<E>, line: &str, sink: &mut dyn Sink, interrupt: &Interrupt) -> Result<bool> {
+    let answer = interrupt.during(|stop| agent.answer(line, stop, sink));
+    let answered = answer.is_ok();
+    match answer {
         Ok(summary) => sink.event(Event::Done(&summary))?,
         // Nobody reads any more.
         Err(why) if why.is::<io::Error>() => return Err(why),
         Err(why) => sink.event(Event::Error(&format!("{why:#}")))?,
     }
-    Ok(())
+    Ok(answered)
 }
 
 /// Does what a command says; false if that is to end.

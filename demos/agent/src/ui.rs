@@ -218,7 +218,11 @@ fn tokens(n: usize) -> String {
 
 /// Counts and speeds in one line.
 fn figures(summary: &Summary) -> String {
-    let mut parts = vec![format!("{} written at {:.1} tokens/s", tokens(summary.generated_tokens), summary.rate())];
+    let mut parts = vec![format!("{} written", tokens(summary.generated_tokens))];
+    // One token takes no time of its own: reading ends with it.
+    if summary.decoded_tokens > 0 {
+        parts[0] += &format!(" at {:.1} tokens/s", summary.rate());
+    }
     let aside = match (summary.reused_tokens, summary.reread_tokens) {
         (0, 0) => String::new(),
         (0, again) => format!(" ({again} of them again)"),

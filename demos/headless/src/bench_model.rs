@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use gatedelta::backend::Backend;
 use gatedelta::qwen::{Config, Event, Finish, GenerateOptions, LayerKind, LoadOptions, Model, Sampling, Session};
 use gatedelta::shape::Dtype;
@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::bench::print_json;
 use crate::oracle::{self, Random};
-use crate::peak::Peak;
+use crate::peak::{Peak, READ_BYTES};
 use crate::say;
 use crate::table::{Table, bytes, error, significant};
 use crate::timing::Sample;
@@ -94,7 +94,9 @@ pub fn run(backend: &Arc<dyn Backend>, which: &Which, seconds: Duration, json: b
         table.row(vec![what, significant(rate), ms(sample.median()), spread, sample.runs().to_string(), share]);
     }
     let memory = peak_memory.map_or("not known here".into(), |n| {
-        format!("{}, {:.0} % of the weights", bytes(n), n as f64 / weights as f64 * 100.0)
+        // Measuring the machine took memory too: beside small weights it is the larger part.
+        let share = format!(", {:.0} % of the weights", n as f64 / weights as f64 * 100.0);
+        format!("{}{}", bytes(n), if weights > READ_BYTES { share.as_str() } else { "" })
     });
     say(&format!(
         "model {name}, vocabulary {vocab}, weights {}\n{table}loaded in {} s; largest process memory {memory}\n\
@@ -111,7 +113,7 @@ fn load(backend: &Arc<dyn Backend>, which: &Which) -> Result<(Model, String)> {
     Ok(match which {
         Which::Files(dir) => (Model::load(dir, backend.clone(), &options)?, dir.display().to_string()),
         Which::Random { size, vocab, dtype } => {
-            let mut config = Config::preset(size)?;
+            let mut config = Config::preset(size).context("--shape")?;
             if let Some(vocab) = *vocab {
                 config.vocab = vocab;
                 config.eos.retain(|&id| id < vocab);

@@ -210,7 +210,7 @@ impl<'a> Tensors<'a> {
         words(view.data())
             .map(i32::from_le_bytes)
             .enumerate()
-            .map(|(i, n)| u64::try_from(n).with_context(|| format!("{name}[{i}]: found {n}, expected 0 or more")))
+            .map(|(i, n)| u64::try_from(n).ok().with_context(|| format!("{name}[{i}]: found {n}, expected 0 or more")))
             .collect()
     }
 }

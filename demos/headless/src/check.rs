@@ -272,7 +272,7 @@ mod tests {
         assert!(judged(off, right.ht.clone()).unwrap().starts_with("o: relative error"));
         let mut nan = right.ht.clone();
         nan[0] = f32::NAN;
-        assert!(judged(right.o.clone(), nan).unwrap().starts_with("ht: relative error none"));
+        assert!(judged(right.o.clone(), nan).unwrap().starts_with("ht: relative error NaN"));
         assert!(judged(right.o[1..].to_vec(), right.ht.clone()).is_some());
         assert!(judged(Vec::new(), Vec::new()).is_some());
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use gatedelta::backend::Backend;
 use gatedelta::qwen::{Event, Finish, GenerateOptions, LoadOptions, Model, Sampling};
 use safetensors::SafeTensors;
@@ -199,6 +199,10 @@ pub fn logits(model: &Model, ids: &[u32]) -> Result<Vec<f32>> {
 /// # Errors
 /// As [`logits`].
 pub fn greedy(model: &Model, ids: &[u32], n: usize) -> Result<Vec<u32>> {
+    // The last id is drawn and not read.
+    let context = model.memory().context as usize;
+    let room = (context + 1).saturating_sub(ids.len());
+    ensure!(n <= room, "n: found {n}, expected at most {room}: the context holds {context} tokens");
     let options =
         GenerateOptions { sampling: Sampling::GREEDY, max_tokens: Some(n as u64), ..GenerateOptions::default() };
     let mut found = Vec::new();
@@ -206,7 +210,6 @@ pub fn greedy(model: &Model, ids: &[u32], n: usize) -> Result<Vec<u32>> {
         match event {
             Event::Token { id, .. } => found.push(id),
             Event::Done { finish: Finish::Failed(error), .. } => return Err(error.into()),
-            Event::Done { finish: Finish::Context, .. } => bail!("the context is full after {} ids", found.len()),
             Event::Done { .. } | Event::Prompt { .. } => {}
         }
     }

@@ -29,7 +29,7 @@ pub fn run() -> Result<()> {
     say(&text);
     let lavapipe = |c: &Candidate| c.kind == Kind::WebGpu && c.name.to_lowercase().contains("llvmpipe");
     if !account.candidates.iter().any(lavapipe) {
-        say("lavapipe, the software Vulkan driver, is not installed (Debian and Ubuntu: mesa-vulkan-drivers)\n");
+        say("lavapipe, the software Vulkan driver, was not found (Debian and Ubuntu: mesa-vulkan-drivers)\n");
     }
     let (_, account) = opened?;
     say(&format!("* chosen: {}\n", account.summary()));

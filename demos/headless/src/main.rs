@@ -14,6 +14,8 @@ mod doors;
 mod junit;
 mod oracle;
 mod peak;
+#[path = "../../quiet.rs"]
+mod quiet;
 mod table;
 mod timing;
 mod ways;
@@ -48,6 +50,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    quiet::hush();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn,wgpu=error,naga=error")).init();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

@@ -5,6 +5,9 @@ use std::time::Instant;
 use gatedelta::backend::Backend;
 use gatedelta::tune::{Class, Kind};
 
+/// What the reading is measured on: larger than any last-level cache, so that it comes from memory.
+pub const READ_BYTES: u64 = 512 << 20;
+
 /// Measured peaks.
 #[derive(Debug, Clone, Copy)]
 pub struct Peak {
@@ -32,8 +35,7 @@ pub fn of(backend: &dyn Backend) -> Option<Peak> {
 /// The processor's peaks over all its threads, the best of a few tries.
 pub fn host() -> Peak {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    // Larger than any last-level cache, so that it comes from memory.
-    let data = vec![1.0f32; 128 << 20];
+    let data = vec![1.0f32; READ_BYTES as usize / 4];
     let part = data.len().div_ceil(threads);
     let rounds = 1 << 21;
     let mut peak = Peak { flops: 0.0, read: 0.0 };

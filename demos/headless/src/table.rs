@@ -90,9 +90,9 @@ pub fn significant(x: f64) -> String {
     format!("{x:.digits$}")
 }
 
-/// A relative error: `3.1e-7`, or `none` where there is no number.
+/// A relative error: `3.1e-7`, or `NaN` where the numbers do not allow one.
 pub fn error(e: f64) -> String {
-    if e.is_finite() { format!("{e:.1e}") } else { "none".into() }
+    if e.is_finite() { format!("{e:.1e}") } else { "NaN".into() }
 }
 
 /// A size in bytes with a binary prefix: `1.50 GiB`.

@@ -15,13 +15,16 @@ use crate::data::Side;
 use crate::draw::Draw;
 
 /// The size of the task.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, clap::Args)]
 pub struct Shape {
-    /// Different keys: tokens `0..keys`.
+    /// Different keys: tokens from 0 on
+    #[arg(long, default_value_t = 128)]
     pub keys: usize,
-    /// Different values: tokens `keys..keys + values`.
+    /// Different values: tokens from --keys on
+    #[arg(long, default_value_t = 128)]
     pub values: usize,
-    /// Pairs in a sequence.
+    /// Pairs in a sequence
+    #[arg(long, default_value_t = 16)]
     pub pairs: usize,
 }
 

@@ -3,10 +3,18 @@
 //! Exit codes: 0 fine; 1 an error, with its message on the standard error; 2 a wrong command line.
 
 mod associative;
+#[cfg(feature = "burn")]
+mod curve;
 mod data;
 mod dataset;
 mod draw;
 mod eval;
+#[cfg(feature = "burn")]
+mod learn;
+#[path = "../../quiet.rs"]
+mod quiet;
+#[cfg(feature = "burn")]
+mod recall;
 mod tokenizer;
 mod turn;
 
@@ -110,16 +118,12 @@ enum Command {
         /// How many sequences
         #[arg(long, default_value_t = 1)]
         count: u64,
-        /// Pairs in a sequence
-        #[arg(long, default_value_t = 16)]
-        pairs: usize,
-        /// Different keys
-        #[arg(long, default_value_t = 128)]
-        keys: usize,
-        /// Different values
-        #[arg(long, default_value_t = 128)]
-        values: usize,
+        #[command(flatten)]
+        shape: associative::Shape,
     },
+    /// Train two layers on multi-query associative recall, and score them on held-out sequences
+    #[cfg(feature = "burn")]
+    Recall(recall::Args),
 }
 
 #[derive(Debug, clap::Args)]
@@ -143,6 +147,7 @@ impl Seed {
 }
 
 fn main() -> ExitCode {
+    quiet::hush();
     let cli = Cli::parse();
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("error")).init();
     match run(cli.command) {
@@ -220,8 +225,7 @@ fn run(command: Command) -> Result<()> {
             }
             write!(out, "{report}")?;
         }
-        Command::Pairs { number, count, pairs, keys, values } => {
-            let shape = associative::Shape { keys, values, pairs };
+        Command::Pairs { number, count, shape } => {
             for index in 0..count {
                 let sequence = shape.sequence(number.seed, number.side(), index)?;
                 let both = sequence.tokens.iter().zip(&sequence.targets);
@@ -232,6 +236,8 @@ fn run(command: Command) -> Result<()> {
                 writeln!(out, "{}", words.collect::<Vec<_>>().join(" "))?;
             }
         }
+        #[cfg(feature = "burn")]
+        Command::Recall(args) => recall::run(&args, &mut out)?,
     }
     Ok(out.flush()?)
 }

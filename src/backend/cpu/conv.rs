@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::kernel::gdn::{CONV, CONV_TAIL, ConvConsts, ConvParams, ConvTailConsts};
 
 /// Channels of a cell.
-const WIDE: usize = 64;
+pub(super) const WIDE: usize = 64;
 
 pub(super) struct Conv<'p> {
     consts: ConvConsts,

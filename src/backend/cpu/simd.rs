@@ -121,6 +121,18 @@ pub(super) fn sigmoid<S: Simd>(s: S, x: S::f32s) -> S::f32s {
     s.div_f32s(one, s.add_f32s(one, exp(s, s.neg_f32s(x))))
 }
 
+/// The derivative of `x sigmoid(x)`.
+#[inline(always)]
+pub(super) fn silu_slope<S: Simd>(s: S, x: S::f32s) -> S::f32s {
+    let one = s.splat_f32s(1.0);
+    let e = exp(s, s.neg_f32s(x));
+    let sigmoid = s.div_f32s(one, s.add_f32s(one, e));
+    // 1 - sigmoid loses the digits of a small difference.
+    let positive = s.less_than_f32s(s.splat_f32s(0.0), x);
+    let rest = s.select_f32s(positive, s.mul_f32s(e, sigmoid), s.sub_f32s(one, sigmoid));
+    s.mul_f32s(sigmoid, fma(s, x, rest, one))
+}
+
 /// Replaces every number by `f` of it.
 #[inline(always)]
 pub(super) fn map<S: Simd>(s: S, x: &mut [f32], f: impl Fn(S::f32s) -> S::f32s) {

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex};
 
 use super::{Shared, WebGpu, bind, fault, fresh_id, pipeline, submit};
+use crate::backend::cpu::physical_memory;
 use crate::error::{Error, Result};
 use crate::source;
 use crate::tune::{Caps, Class, Kind};
@@ -60,7 +61,7 @@ impl WebGpu {
         let why_none = if found.is_empty() {
             match pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())) {
                 Ok(adapter) => format!("{} has no compute shaders", adapter.get_info().name),
-                Err(e) => e.to_string(),
+                Err(e) => why_none(&e),
             }
         } else {
             String::new()
@@ -187,10 +188,25 @@ fn wanted_limits(has: &wgpu::Limits, default_limits: bool) -> wgpu::Limits {
     }
 }
 
+/// Why no adapter was found. wgpu accounts for every API, also for those that nobody asked for.
+fn why_none(error: &wgpu::RequestAdapterError) -> String {
+    let text = error.to_string();
+    let (what, apis) = text.split_once("; ").unwrap_or((&text, ""));
+    let relevant = |api: &&str| !api.ends_with("not requested") && !api.ends_with("support not compiled in");
+    let apis: Vec<&str> = apis.split(", ").filter(relevant).collect();
+    [what, &apis.join(", ")].into_iter().filter(|s| !s.is_empty()).collect::<Vec<_>>().join(": ")
+}
+
 fn caps(info: &wgpu::AdapterInfo, limits: &wgpu::Limits, features: wgpu::Features) -> Caps {
     let align = (limits.min_storage_buffer_offset_alignment as u64).max(16);
     // Kernels count bytes of a binding in u32.
     let max_binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(u32::MAX as u64);
+    let class = match info.device_type {
+        wgpu::DeviceType::DiscreteGpu => Class::Discrete,
+        wgpu::DeviceType::IntegratedGpu => Class::Integrated,
+        wgpu::DeviceType::VirtualGpu | wgpu::DeviceType::Other => Class::Other,
+        wgpu::DeviceType::Cpu => Class::Software,
+    };
     Caps {
         name: info.name.clone(),
         driver: [info.driver.as_str(), info.driver_info.as_str(), &format!("{:?}", info.backend)]
@@ -199,12 +215,7 @@ fn caps(info: &wgpu::AdapterInfo, limits: &wgpu::Limits, features: wgpu::Feature
             .collect::<Vec<_>>()
             .join(", "),
         kind: Kind::WebGpu,
-        class: match info.device_type {
-            wgpu::DeviceType::DiscreteGpu => Class::Discrete,
-            wgpu::DeviceType::IntegratedGpu => Class::Integrated,
-            wgpu::DeviceType::VirtualGpu | wgpu::DeviceType::Other => Class::Other,
-            wgpu::DeviceType::Cpu => Class::Software,
-        },
+        class,
         max_binding: max_binding / align * align,
         max_buffer: limits.max_buffer_size / align * align,
         align,
@@ -215,6 +226,7 @@ fn caps(info: &wgpu::AdapterInfo, limits: &wgpu::Limits, features: wgpu::Feature
             .then_some((info.subgroup_min_size, info.subgroup_max_size)),
         f16: features.contains(wgpu::Features::SHADER_F16),
         threads: 0,
-        memory: None,
+        // WebGPU does not tell; a driver in software has the host's.
+        memory: if class == Class::Software { physical_memory() } else { None },
     }
 }

@@ -70,9 +70,18 @@ struct Submission {
     ended: Option<Instant>,
     /// Nothing was under way when it was submitted.
     alone: bool,
-    /// Predicted nanoseconds: of its dispatches as such, and of each variant's work.
+    /// Predicted nanoseconds of its dispatches as such.
     overhead: f64,
-    predicted: Vec<(Arc<Pipeline>, f64)>,
+    predicted: Vec<Predicted>,
+}
+
+/// What was predicted for the work of one variant.
+struct Predicted {
+    pipeline: Arc<Pipeline>,
+    ns: f64,
+    /// The rate that this rests on. Several submissions are predicted before the first is measured: each corrects the rate
+    /// that it was predicted with, or the corrections would multiply.
+    rate: f64,
 }
 
 /// One dispatch of a submission that is being put together.
@@ -121,20 +130,22 @@ impl State {
         }
         let end = submission.ended.unwrap_or_else(Instant::now);
         let start = match self.last_end {
-            Some(last) => Some(last.max(submission.submitted)),
-            None if submission.alone => Some(submission.submitted),
+            // The end before may have been seen late: where both are bounds, only the time since the submission is one too.
+            Some(last) if !was_done => Some(last.max(submission.submitted)),
+            Some(_) => Some(submission.submitted),
+            None if submission.alone || was_done => Some(submission.submitted),
             None => None,
         };
         self.last_end = (!was_done).then_some(end);
         let Some(took) = start.map(|start| end - start) else { return Ok(None) };
-        let predicted: f64 = submission.predicted.iter().map(|(_, ns)| ns).sum();
+        let predicted: f64 = submission.predicted.iter().map(|p| p.ns).sum();
         let measured = (took.as_nanos() as f64 - submission.overhead).max(0.05 * predicted);
         // The end of a submission that was done before is only known to be no later than now.
         if predicted > 0.0 && measured.max(predicted) > LEAST_TO_LEARN && (!was_done || measured < predicted) {
             let ratio = (measured / predicted).clamp(0.05, 20.0);
-            for (pipeline, ns) in &submission.predicted {
+            for Predicted { pipeline, ns, rate } in &submission.predicted {
                 // A variant answers for the share that was predicted for it.
-                lock(&pipeline.rate).0 *= ratio.powf(ns / predicted);
+                lock(&pipeline.rate).0 = rate * ratio.powf(ns / predicted);
             }
         }
         Ok((!was_done).then_some(took))
@@ -162,7 +173,7 @@ pub(super) fn run(shared: &Shared, pass: &Pass, timer: Option<&mut Timer>) -> Re
             if batch.is_full(ns) {
                 batch.submit(&mut state, &ready)?;
             }
-            batch.push(&ready, i, block, &launch.params, ns);
+            batch.push(&ready, i, block, &launch.params, ns, rate);
         }
     }
     batch.submit(&mut state, &ready)
@@ -189,7 +200,7 @@ struct Batch<'a> {
     dispatches: Vec<Dispatch>,
     params: Vec<u8>,
     overhead: f64,
-    predicted: Vec<(Arc<Pipeline>, f64)>,
+    predicted: Vec<Predicted>,
     total: f64,
 }
 
@@ -212,7 +223,7 @@ impl<'a> Batch<'a> {
         !self.dispatches.is_empty() && (self.dispatches.len() == SLOTS || self.total + ns > BUDGET.as_nanos() as f64)
     }
 
-    fn push(&mut self, ready: &[Ready], i: usize, block: cut::Block, params: &[u32], ns: f64) {
+    fn push(&mut self, ready: &[Ready], i: usize, block: cut::Block, params: &[u32], ns: f64, rate: f64) {
         let start = self.params.len();
         self.params.extend_from_slice(bytemuck::cast_slice(&block.base));
         debug_assert_eq!(self.params.len() - start, BASE_BYTES);
@@ -222,9 +233,10 @@ impl<'a> Batch<'a> {
         let overhead = dispatch_ns(self.shared.caps.class);
         self.overhead += overhead;
         self.total += overhead + ns;
-        match self.predicted.last_mut() {
-            Some((pipeline, sum)) if Arc::ptr_eq(pipeline, &ready[i].pipeline) => *sum += ns,
-            _ => self.predicted.push((ready[i].pipeline.clone(), ns)),
+        let same = |p: &&mut Predicted| Arc::ptr_eq(&p.pipeline, &ready[i].pipeline) && p.rate == rate;
+        match self.predicted.iter_mut().find(same) {
+            Some(p) => p.ns += ns,
+            None => self.predicted.push(Predicted { pipeline: ready[i].pipeline.clone(), ns, rate }),
         }
     }
 

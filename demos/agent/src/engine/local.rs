@@ -109,11 +109,11 @@ impl Local {
                 json!({"greedy": true})
             } else {
                 json!({
-                    "temperature": sampling.temperature,
+                    "temperature": decimal(sampling.temperature),
                     "top_k": sampling.top_k,
-                    "top_p": sampling.top_p,
-                    "min_p": sampling.min_p,
-                    "presence_penalty": sampling.presence_penalty,
+                    "top_p": decimal(sampling.top_p),
+                    "min_p": decimal(sampling.min_p),
+                    "presence_penalty": decimal(sampling.presence_penalty),
                     "seed": self.options.seed,
                 })
             },
@@ -229,6 +229,11 @@ fn sampling(args: &Args, own: Sampling) -> Sampling {
 fn untrained_mark(dir: &Path) -> Option<String> {
     let config: Value = serde_json::from_slice(&std::fs::read(dir.join("config.json")).ok()?).ok()?;
     Some(config.get(untrained::MARK)?.as_str()?.to_string())
+}
+
+/// 0.7 as the user wrote it, not as the nearest f32 reads in f64.
+fn decimal(x: f32) -> f64 {
+    x.to_string().parse().unwrap_or(f64::from(x))
 }
 
 fn clock_seed() -> u64 {

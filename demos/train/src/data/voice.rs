@@ -37,12 +37,19 @@ pub fn typed(text: &str, kept: &[&str], side: Side, draw: &mut Draw) -> String {
     // A value at the end, or a sentence of its own, takes no "please" after it.
     let open = !text.ends_with(['.', '?', '!', ':']);
     let ends_in_value = kept.iter().any(|value| text.ends_with(value));
+    let mut polite = |text: &str, phrases: &[&'static str]| {
+        let phrase = *draw.pick(phrases);
+        // Nobody says please twice.
+        if text.contains("please") && phrase.contains("please") { "" } else { phrase }
+    };
+    let (before, after) = (polite(&text, BEFORE[side as usize]), polite(&text, AFTER[side as usize]));
     if open && !ends_in_value && draw.chance(12) {
-        text += draw.pick::<&str>(AFTER[side as usize]);
+        text += after;
     }
     // "Next: thanks" is what nobody says.
-    if text.matches(' ').count() >= 2 && draw.chance(20) {
-        text.insert_str(0, draw.pick::<&str>(BEFORE[side as usize]));
+    let both = before.contains("please") && text.contains("please");
+    if text.matches(' ').count() >= 2 && !both && draw.chance(20) {
+        text.insert_str(0, before);
     }
     if open && draw.chance(60) {
         text.push(if asks { '?' } else { '.' });

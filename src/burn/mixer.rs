@@ -1,0 +1,200 @@
+//! The Gated DeltaNet mixer of a block.
+
+use burn::config::Config;
+use burn::module::{Initializer, Module, Param};
+use burn::nn::{Linear, LinearConfig};
+use burn::tensor::{Device, Distribution, Tensor};
+
+use super::rule::{gated_delta_rule, heads};
+use super::{Engine, expect_shape, parts, plain, stop};
+use crate::error::{Error, Result};
+use crate::gdn::Options;
+
+/// What happens to the state at a token.
+#[derive(Config, Debug, Copy, PartialEq, Eq)]
+pub enum Rule {
+    /// The gated delta rule, by the kernels: [`gated_delta_rule`].
+    Delta,
+    /// The same token by token in burn's operations, in the tensors' own type: [`plain::recurrence`].
+    Plain,
+    /// No delta rule: gated linear attention, [`plain::gated_linear`]. For comparison; no checkpoint can say it.
+    Linear,
+}
+
+/// Sizes of a [`GatedDeltaNet`], by their names in `config.json`.
+#[derive(Config, Debug)]
+pub struct GatedDeltaNetConfig {
+    /// Numbers in a token's row.
+    pub hidden_size: usize,
+    /// Heads of q and k.
+    #[config(default = 16)]
+    pub linear_num_key_heads: usize,
+    /// Heads of v; a multiple of the key heads.
+    #[config(default = 16)]
+    pub linear_num_value_heads: usize,
+    /// Size of a head of q and k; a multiple of 16 from 16 to 256.
+    #[config(default = 128)]
+    pub linear_key_head_dim: usize,
+    /// Size of a head of v; a multiple of 16 from 16 to 256.
+    #[config(default = 128)]
+    pub linear_value_head_dim: usize,
+    /// Taps of the causal convolution, at least 2.
+    #[config(default = 4)]
+    pub linear_conv_kernel_dim: usize,
+    /// eps of the gated norm.
+    #[config(default = 1e-6)]
+    pub rms_norm_eps: f64,
+    /// What happens to the state at a token.
+    #[config(default = "Rule::Delta")]
+    pub rule: Rule,
+}
+
+/// The mixer: projections, causal convolution, gates, the gated delta rule, gated norm.
+///
+/// Weights bear the names of the released checkpoints; burn keeps matrices as `[in, out]`.
+#[derive(Module, Debug)]
+pub struct GatedDeltaNet {
+    /// `[hidden, 2 Hk K + Hv V]`: columns q, k, v.
+    pub in_proj_qkv: Linear,
+    /// `[hidden, Hv V]`: the gate of the norm.
+    pub in_proj_z: Linear,
+    /// `[hidden, Hv]`: what beta is the sigmoid of.
+    pub in_proj_b: Linear,
+    /// `[hidden, Hv]`: what the decay is made of.
+    pub in_proj_a: Linear,
+    /// Over the columns of `in_proj_qkv`.
+    pub conv1d: CausalConv,
+    /// `[Hv]`
+    pub a_log: Param<Tensor<1>>,
+    /// `[Hv]`
+    pub dt_bias: Param<Tensor<1>>,
+    /// Per head, with z as its gate.
+    pub norm: GatedRmsNorm,
+    /// `[Hv V, hidden]`
+    pub out_proj: Linear,
+    #[module(skip)]
+    rule: Rule,
+    #[module(skip)]
+    engine: Engine,
+    /// Hk, Hv, K, V
+    #[module(skip)]
+    heads: [usize; 4],
+}
+
+/// Causal depthwise convolution with SiLU.
+#[derive(Module, Debug)]
+pub struct CausalConv {
+    /// `[channels, 1, taps]`, the newest token last.
+    pub weight: Param<Tensor<3>>,
+}
+
+/// The norm of a head's output, with a gate; not zero-centred.
+#[derive(Module, Debug)]
+pub struct GatedRmsNorm {
+    /// `[V]`, shared by all heads.
+    pub weight: Param<Tensor<1>>,
+    #[module(skip)]
+    eps: f64,
+}
+
+/// A matrix without bias, drawn from a normal distribution of width 0.02.
+pub(super) fn linear(from: usize, to: usize, device: &Device) -> Linear {
+    let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
+    LinearConfig::new(from, to).with_bias(false).with_initializer(initializer).init(device)
+}
+
+impl GatedDeltaNetConfig {
+    /// A layer with random weights: matrices normal(0, 0.02), `A_log` the logarithm of a uniform number up to 16, `dt_bias`
+    /// such that its softplus is log-uniform in 0.001 to 0.1, the convolution uniform within `taps^-1/2`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] naming the size that is out of range.
+    pub fn init(&self, engine: &Engine, device: &Device) -> Result<GatedDeltaNet> {
+        let (hk, hv) = (self.linear_num_key_heads, self.linear_num_value_heads);
+        let (k, v) = (self.linear_key_head_dim, self.linear_value_head_dim);
+        heads(hk, hv, k, v)?;
+        if self.hidden_size == 0 {
+            return Err(Error::argument("hidden_size", 0, "at least 1"));
+        }
+        if !(2..=8).contains(&self.linear_conv_kernel_dim) {
+            return Err(Error::argument("linear_conv_kernel_dim", self.linear_conv_kernel_dim, "2 to 8"));
+        }
+        let (channels, taps) = (2 * hk * k + hv * v, self.linear_conv_kernel_dim);
+        let within = (taps as f64).powf(-0.5);
+        let uniform = |low: f64, high: f64| Tensor::<1>::random([hv], Distribution::Uniform(low, high), device);
+        // softplus(dt_bias) = dt: the inverse is dt + log(1 - exp(-dt)).
+        let dt = uniform(1e-3f64.ln(), 1e-1f64.ln()).exp();
+        let dt_bias = dt.clone() + (-(-dt).exp() + 1.0).log();
+        Ok(GatedDeltaNet {
+            in_proj_qkv: linear(self.hidden_size, channels, device),
+            in_proj_z: linear(self.hidden_size, hv * v, device),
+            in_proj_b: linear(self.hidden_size, hv, device),
+            in_proj_a: linear(self.hidden_size, hv, device),
+            conv1d: CausalConv {
+                weight: Initializer::Uniform { min: -within, max: within }.init([channels, 1, taps], device),
+            },
+            // Not from 0, whose logarithm no optimiser comes back from.
+            a_log: Param::from_tensor(uniform(1e-3, 16.0).log()),
+            dt_bias: Param::from_tensor(dt_bias),
+            norm: GatedRmsNorm { weight: Initializer::Ones.init([v], device), eps: self.rms_norm_eps },
+            out_proj: linear(hv * v, self.hidden_size, device),
+            rule: self.rule,
+            engine: engine.clone(),
+            heads: [hk, hv, k, v],
+        })
+    }
+}
+
+impl GatedDeltaNet {
+    /// Mixes the tokens of every sequence: x `[B, T, hidden]` to the same shape. Sequences start from a state of zeros.
+    ///
+    /// # Panics
+    /// If x has another shape, and as [`gated_delta_rule`].
+    #[track_caller]
+    pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        let [b, t, _] = x.dims();
+        let hidden = self.in_proj_qkv.weight.dims()[0];
+        if let Err(error) = expect_shape("x", &x.dims(), &[b, t, hidden]) {
+            stop("GatedDeltaNet", &error);
+        }
+        let [hk, hv, dk, dv] = self.heads;
+        let qkv = self.conv1d.forward(self.in_proj_qkv.forward(x.clone()));
+        let part = |from: usize, h: usize, d: usize| qkv.clone().narrow(2, from, h * d).reshape([b, t, h, d]);
+        let qkv = [part(0, hk, dk), part(hk * dk, hk, dk), part(2 * hk * dk, hv, dv)];
+        let (to_beta, to_decay) = (self.in_proj_b.forward(x.clone()), self.in_proj_a.forward(x.clone()));
+        let gates = parts::gates(to_decay, to_beta, self.a_log.val(), self.dt_bias.val());
+        let options = Options { qk_l2norm: true, ..Options::default() };
+        let (o, _) = match self.rule {
+            Rule::Delta => gated_delta_rule(&self.engine, qkv, gates, None, &options),
+            Rule::Plain => plain::recurrence(qkv, gates, None, &options),
+            Rule::Linear => plain::gated_linear(qkv, gates, None, &options),
+        };
+        let z = self.in_proj_z.forward(x).reshape([b, t, hv, dv]);
+        self.out_proj.forward(self.norm.forward(o, z).reshape([b, t, hv * dv]))
+    }
+
+    /// What happens to the state at a token.
+    pub fn rule(&self) -> Rule {
+        self.rule
+    }
+
+    /// The same weights under another rule.
+    #[must_use]
+    pub fn with_rule(self, rule: Rule) -> Self {
+        GatedDeltaNet { rule, ..self }
+    }
+}
+
+impl CausalConv {
+    /// x `[B, T, channels]` to the same shape: [`parts::causal_conv_silu`].
+    pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        parts::causal_conv_silu(x, self.weight.val())
+    }
+}
+
+impl GatedRmsNorm {
+    /// o and its gate z, `[B, T, Hv, V]`, to the same shape: [`parts::gated_rms_norm`].
+    pub fn forward(&self, o: Tensor<4>, z: Tensor<4>) -> Tensor<4> {
+        parts::gated_rms_norm(o, z, self.weight.val(), self.eps)
+    }
+}
