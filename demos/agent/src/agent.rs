@@ -73,6 +73,16 @@ impl<E: Engine> Agent<E> {
         }
     }
 
+    /// The conversation so far, as chat templates take it.
+    pub fn messages(&self) -> &[Value] {
+        &self.messages
+    }
+
+    /// Goes on from another conversation, system text included.
+    pub fn restore(&mut self, messages: Vec<Value>) {
+        self.messages = messages;
+    }
+
     /// What the model is told about its tools.
     pub fn specs(&self) -> &[Spec] {
         &self.specs

@@ -28,6 +28,21 @@ pub trait Engine {
     ) -> Result<Answer>;
 }
 
+impl<E: Engine + ?Sized> Engine for &mut E {
+    fn render(&self, messages: &[Value], tools: &[Value], thinking: Option<bool>) -> Result<String> {
+        (**self).render(messages, tools, thinking)
+    }
+
+    fn generate(
+        &mut self,
+        prompt: &str,
+        budget: usize,
+        each: &mut dyn FnMut(Step<'_>) -> Result<bool>,
+    ) -> Result<Answer> {
+        (**self).generate(prompt, budget, each)
+    }
+}
+
 /// A step of the model.
 #[derive(Debug, Clone, Copy)]
 pub enum Step<'a> {

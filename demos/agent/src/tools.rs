@@ -14,6 +14,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
+use self::calculator::Calculator;
+use self::clock::{Clock, Time};
+use self::files::{Folder, ListFiles, ReadFile};
+use self::notes::Notes;
 use crate::parse::{Call, types};
 
 /// What the model is told about a tool.
@@ -106,6 +110,20 @@ pub trait Tool: Send + Sync {
     /// # Errors
     /// What went wrong, in words for the model.
     fn call(&self, arguments: &Map<String, Value>) -> Result<String, String>;
+}
+
+/// All tools, in the order in which the model hears of them.
+pub fn all(folder: Arc<Folder>, notes: Option<Notes>, time: Time) -> Vec<Arc<dyn Tool>> {
+    let mut tools: Vec<Arc<dyn Tool>> = vec![
+        Arc::new(Calculator),
+        Arc::new(ListFiles(folder.clone())),
+        Arc::new(ReadFile(folder)),
+        Arc::new(Clock(time)),
+    ];
+    if let Some(notes) = notes {
+        tools.push(Arc::new(notes));
+    }
+    tools
 }
 
 /// How a call went.

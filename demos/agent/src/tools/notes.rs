@@ -5,9 +5,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use jiff::ZonedDateTime;
 use serde_json::{Map, Value, json};
 
+use super::clock::Time;
 use super::{Spec, Tool};
 
 const NOTE_LIMIT: usize = 4 << 10;
@@ -16,6 +16,7 @@ const COUNT_LIMIT: usize = 1000;
 /// Adds, lists, searches and deletes notes.
 pub struct Notes {
     path: PathBuf,
+    time: Time,
     /// Two calls must not read, change and write at once.
     turn: Mutex<()>,
 }
@@ -33,9 +34,9 @@ impl std::fmt::Display for Note {
 }
 
 impl Notes {
-    /// Notes in the file at `path`, which is made with the first note.
-    pub fn new(path: PathBuf) -> Self {
-        Notes { path, turn: Mutex::new(()) }
+    /// Notes in the file at `path`, which is made with the first note; `time` dates them.
+    pub fn new(path: PathBuf, time: Time) -> Self {
+        Notes { path, time, turn: Mutex::new(()) }
     }
 
     /// Where notes go unless the user names a file.
@@ -84,7 +85,7 @@ impl Notes {
         }
         notes.push(Note {
             id: next,
-            time: ZonedDateTime::now().strftime("%Y-%m-%d %H:%M").to_string(),
+            time: self.time.now().strftime("%Y-%m-%d %H:%M").to_string(),
             text: text.to_string(),
         });
         self.store(&notes, next.saturating_add(1))?;
@@ -125,7 +126,7 @@ impl Notes {
 }
 
 /// Writes a file beside `path`, then puts it in its place: a reader sees the old or the new content, never a part.
-fn replace(path: &Path, content: &[u8]) -> std::io::Result<()> {
+pub fn replace(path: &Path, content: &[u8]) -> std::io::Result<()> {
     // A link stays a link: the file it names is replaced.
     let path = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -174,11 +175,11 @@ mod tests {
     fn kept_between_programs() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("new/folder/notes.json");
-        let notes = Notes::new(path.clone());
+        let notes = Notes::new(path.clone(), Time::System);
         assert_eq!(call(&notes, json!({"action": "list"})).unwrap(), "There are no notes.");
         assert_eq!(call(&notes, json!({"action": "add", "text": "Buy <milk> & Käse"})).unwrap(), "Saved as note 1.");
         assert_eq!(call(&notes, json!({"action": "add", "text": "Call Ann"})).unwrap(), "Saved as note 2.");
-        let notes = Notes::new(path.clone());
+        let notes = Notes::new(path.clone(), Time::System);
         let all = call(&notes, json!({"action": "list"})).unwrap();
         assert!(
             all.starts_with("1 (") && all.contains("): Buy <milk> & Käse\n2 (") && all.ends_with("): Call Ann"),
@@ -203,7 +204,7 @@ mod tests {
             ["", "{", "[]", "{\"notes\": [1]}", "{\"notes\": [{\"id\": -1, \"time\": \"\", \"text\": \"\"}]}", "\u{0}"]
         {
             fs::write(&path, content).unwrap();
-            let notes = Notes::new(path.clone());
+            let notes = Notes::new(path.clone(), Time::System);
             for action in
                 [json!({"action": "add", "text": "x"}), json!({"action": "list"}), json!({"action": "delete", "id": 1})]
             {
@@ -216,7 +217,7 @@ mod tests {
     #[test]
     fn bad_calls_and_places() {
         let folder = tempfile::tempdir().unwrap();
-        let notes = Notes::new(folder.path().join("notes.json"));
+        let notes = Notes::new(folder.path().join("notes.json"), Time::System);
         for (arguments, expected) in [
             (json!({"action": "add"}), "add needs the parameter \"text\""),
             (json!({"action": "add", "text": "  "}), "needs"),
@@ -226,7 +227,7 @@ mod tests {
         ] {
             assert!(call(&notes, arguments).unwrap_err().contains(expected));
         }
-        let notes = Notes::new(folder.path().to_path_buf());
+        let notes = Notes::new(folder.path().to_path_buf(), Time::System);
         assert!(call(&notes, json!({"action": "list"})).unwrap_err().contains("cannot be read"));
     }
 }
