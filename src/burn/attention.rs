@@ -32,6 +32,9 @@ pub struct GatedAttentionConfig {
     /// eps of the norms of queries and keys.
     #[config(default = 1e-6)]
     pub rms_norm_eps: f64,
+    /// Width of the normal distribution that matrices are drawn from; none: `from^-1/2` each.
+    #[config(default = "Some(0.02)")]
+    pub initializer_range: Option<f64>,
 }
 
 /// Causal softmax attention over all positions.
@@ -59,7 +62,7 @@ pub struct GatedAttention {
 }
 
 impl GatedAttentionConfig {
-    /// A layer with random weights: matrices normal(0, 0.02), norms at their identity.
+    /// A layer with random weights: matrices normal with the width `initializer_range`, norms at their identity.
     ///
     /// # Errors
     /// [`Error::Argument`] naming the size that is out of range.
@@ -83,10 +86,10 @@ impl GatedAttentionConfig {
         }
         let norm = RmsNormConfig::new(d).with_rms_norm_eps(self.rms_norm_eps);
         Ok(GatedAttention {
-            q_proj: linear(hidden, heads * 2 * d, device),
-            k_proj: linear(hidden, kv * d, device),
-            v_proj: linear(hidden, kv * d, device),
-            o_proj: linear(heads * d, hidden, device),
+            q_proj: linear(hidden, heads * 2 * d, self.initializer_range, device),
+            k_proj: linear(hidden, kv * d, self.initializer_range, device),
+            v_proj: linear(hidden, kv * d, self.initializer_range, device),
+            o_proj: linear(heads * d, hidden, self.initializer_range, device),
             q_norm: norm.init(device),
             k_norm: norm.init(device),
             sizes: [heads, kv, d, rotary],

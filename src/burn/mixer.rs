@@ -44,6 +44,9 @@ pub struct GatedDeltaNetConfig {
     /// eps of the gated norm.
     #[config(default = 1e-6)]
     pub rms_norm_eps: f64,
+    /// Width of the normal distribution that matrices are drawn from; none: `from^-1/2` each.
+    #[config(default = "Some(0.02)")]
+    pub initializer_range: Option<f64>,
     /// What happens to the state at a token.
     #[config(default = "Rule::Delta")]
     pub rule: Rule,
@@ -97,14 +100,15 @@ pub struct GatedRmsNorm {
     eps: f64,
 }
 
-/// A matrix without bias, drawn from a normal distribution of width 0.02.
-pub(super) fn linear(from: usize, to: usize, device: &Device) -> Linear {
-    let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
+/// A matrix without bias, drawn from a normal distribution of this width, or of `from^-1/2` without one: the same at 2500
+/// numbers, and what keeps the numbers of a row at their size in small models too.
+pub(super) fn linear(from: usize, to: usize, width: Option<f64>, device: &Device) -> Linear {
+    let initializer = Initializer::Normal { mean: 0.0, std: width.unwrap_or((from as f64).powf(-0.5)) };
     LinearConfig::new(from, to).with_bias(false).with_initializer(initializer).init(device)
 }
 
 impl GatedDeltaNetConfig {
-    /// A layer with random weights: matrices normal(0, 0.02), `A_log` the logarithm of a uniform number up to 16, `dt_bias`
+    /// A layer with random weights: matrices normal with the width `initializer_range`, `A_log` the logarithm of a uniform number up to 16, `dt_bias`
     /// such that its softplus is log-uniform in 0.001 to 0.1, the convolution uniform within `taps^-1/2`.
     ///
     /// # Errors
@@ -126,10 +130,10 @@ impl GatedDeltaNetConfig {
         let dt = uniform(1e-3f64.ln(), 1e-1f64.ln()).exp();
         let dt_bias = dt.clone() + (-(-dt).exp() + 1.0).log();
         Ok(GatedDeltaNet {
-            in_proj_qkv: linear(self.hidden_size, channels, device),
-            in_proj_z: linear(self.hidden_size, hv * v, device),
-            in_proj_b: linear(self.hidden_size, hv, device),
-            in_proj_a: linear(self.hidden_size, hv, device),
+            in_proj_qkv: linear(self.hidden_size, channels, self.initializer_range, device),
+            in_proj_z: linear(self.hidden_size, hv * v, self.initializer_range, device),
+            in_proj_b: linear(self.hidden_size, hv, self.initializer_range, device),
+            in_proj_a: linear(self.hidden_size, hv, self.initializer_range, device),
             conv1d: CausalConv {
                 weight: Initializer::Uniform { min: -within, max: within }.init([channels, 1, taps], device),
             },
@@ -137,7 +141,7 @@ impl GatedDeltaNetConfig {
             a_log: Param::from_tensor(uniform(1e-3, 16.0).log()),
             dt_bias: Param::from_tensor(dt_bias),
             norm: GatedRmsNorm { weight: Initializer::Ones.init([v], device), eps: self.rms_norm_eps },
-            out_proj: linear(hv * v, self.hidden_size, device),
+            out_proj: linear(hv * v, self.hidden_size, self.initializer_range, device),
             rule: self.rule,
             engine: engine.clone(),
             heads: [hk, hv, k, v],

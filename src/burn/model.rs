@@ -53,6 +53,9 @@ pub struct MlpConfig {
     pub hidden_size: usize,
     /// Inner size.
     pub intermediate_size: usize,
+    /// Width of the normal distribution that matrices are drawn from; none: `from^-1/2` each.
+    #[config(default = "Some(0.02)")]
+    pub initializer_range: Option<f64>,
 }
 
 /// SwiGLU: `down(silu(gate(x)) * up(x))`.
@@ -67,12 +70,12 @@ pub struct Mlp {
 }
 
 impl MlpConfig {
-    /// Matrices normal(0, 0.02).
+    /// Matrices normal with the width `initializer_range`.
     pub fn init(&self, device: &Device) -> Mlp {
         Mlp {
-            gate_proj: linear(self.hidden_size, self.intermediate_size, device),
-            up_proj: linear(self.hidden_size, self.intermediate_size, device),
-            down_proj: linear(self.intermediate_size, self.hidden_size, device),
+            gate_proj: linear(self.hidden_size, self.intermediate_size, self.initializer_range, device),
+            up_proj: linear(self.hidden_size, self.intermediate_size, self.initializer_range, device),
+            down_proj: linear(self.intermediate_size, self.hidden_size, self.initializer_range, device),
         }
     }
 }
@@ -176,6 +179,10 @@ pub struct Qwen35Config {
     pub max_position_embeddings: usize,
     /// The id that ends an answer, for `config.json`.
     pub eos_token_id: Option<u32>,
+    /// Width of the normal distribution that matrices are drawn from; none: `from^-1/2` each. The embedding table always has
+    /// the family's 0.02.
+    #[config(default = "Some(0.02)")]
+    pub initializer_range: Option<f64>,
     /// What happens to the state at a token of Gated DeltaNet.
     #[config(default = "Rule::Delta")]
     pub rule: Rule,
@@ -256,7 +263,9 @@ impl Qwen35Config {
                 input_layernorm: norm.init(device),
                 mixer: mixer(kind)?,
                 post_attention_layernorm: norm.init(device),
-                mlp: MlpConfig::new(self.hidden_size, self.intermediate_size).init(device),
+                mlp: MlpConfig::new(self.hidden_size, self.intermediate_size)
+                    .with_initializer_range(self.initializer_range)
+                    .init(device),
             })
         };
         let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
@@ -265,7 +274,8 @@ impl Qwen35Config {
             embed_tokens: embed.init(device),
             layers: kinds.iter().map(block).collect::<Result<_>>()?,
             norm: norm.init(device),
-            lm_head: (!self.tie_word_embeddings).then(|| linear(self.hidden_size, self.vocab_size, device)),
+            lm_head: (!self.tie_word_embeddings)
+                .then(|| linear(self.hidden_size, self.vocab_size, self.initializer_range, device)),
             config: self.clone(),
         })
     }
@@ -279,6 +289,7 @@ impl Qwen35Config {
             linear_value_head_dim: self.linear_value_head_dim,
             linear_conv_kernel_dim: self.linear_conv_kernel_dim,
             rms_norm_eps: self.rms_norm_eps,
+            initializer_range: self.initializer_range,
             rule: self.rule,
         }
     }
@@ -292,6 +303,7 @@ impl Qwen35Config {
             partial_rotary_factor: self.partial_rotary_factor,
             rope_theta: self.rope_theta,
             rms_norm_eps: self.rms_norm_eps,
+            initializer_range: self.initializer_range,
         }
     }
 }

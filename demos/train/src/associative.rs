@@ -6,8 +6,8 @@
 //! targets                    | v2 v4 v7
 //! ```
 //!
-//! Each pair of a key and a value belongs to one side by its hash: no pair of a held-out sequence is in a training sequence, so
-//! nothing but the sequence itself can tell the answer.
+//! Keys and values are drawn anew for every sequence, so that nothing but the sequence itself can tell the answer: whoever knew
+//! all training sequences by heart would be right on a held-out one as often as by chance.
 
 use anyhow::{Result, bail};
 
@@ -18,13 +18,13 @@ use crate::draw::Draw;
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub struct Shape {
     /// Different keys: tokens from 0 on
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 64)]
     pub keys: usize,
     /// Different values: tokens from --keys on
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 64)]
     pub values: usize,
     /// Pairs in a sequence
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 8)]
     pub pairs: usize,
 }
 
@@ -36,13 +36,6 @@ pub struct Sequence {
     pub targets: Vec<Option<u16>>,
 }
 
-/// Of the values that a key can have, one in so many is held out.
-const HELD_OUT: usize = 4;
-
-fn side_of(key: usize, value: usize) -> Side {
-    if Draw::new(&[key as u64, value as u64]).below(HELD_OUT) == 0 { Side::HeldOut } else { Side::Train }
-}
-
 impl Shape {
     /// What is wrong with it.
     ///
@@ -52,8 +45,8 @@ impl Shape {
         if self.pairs == 0 || self.pairs > self.keys {
             bail!("--pairs is {}; expected 1 to --keys, {}", self.pairs, self.keys);
         }
-        if self.values < 64 {
-            bail!("--values is {}; expected 64 or more, so that every key has values of both sides", self.values);
+        if self.values < 2 {
+            bail!("--values is {}; expected 2 or more", self.values);
         }
         if self.keys + self.values > 1 << 16 {
             bail!("--keys and --values together are {}; expected at most 65536", self.keys + self.values);
@@ -71,17 +64,8 @@ impl Shape {
         let mut keys: Vec<usize> = (0..self.keys).collect();
         draw.shuffle(&mut keys);
         keys.truncate(self.pairs);
-        let mut pairs = Vec::with_capacity(self.pairs);
-        for key in keys {
-            let first = draw.below(self.values);
-            // From there on, the first value of this side.
-            let Some(value) =
-                (0..self.values).map(|n| (first + n) % self.values).find(|&value| side_of(key, value) == side)
-            else {
-                bail!("key {key} has no value of this side among {}", self.values);
-            };
-            pairs.push((key as u16, (self.keys + value) as u16));
-        }
+        let mut pairs: Vec<(u16, u16)> =
+            keys.into_iter().map(|key| (key as u16, (self.keys + draw.below(self.values)) as u16)).collect();
         let mut tokens: Vec<u16> = pairs.iter().flat_map(|&(key, value)| [key, value]).collect();
         let mut targets = vec![None; tokens.len()];
         draw.shuffle(&mut pairs);
@@ -101,15 +85,6 @@ mod tests {
 
     const SHAPE: Shape = Shape { keys: 96, values: 128, pairs: 16 };
 
-    fn pairs(side: Side) -> HashSet<(u16, u16)> {
-        (0..300)
-            .flat_map(|index| {
-                let sequence = SHAPE.sequence(1, side, index).unwrap();
-                sequence.tokens[..2 * SHAPE.pairs].chunks(2).map(|pair| (pair[0], pair[1])).collect::<Vec<_>>()
-            })
-            .collect()
-    }
-
     #[test]
     fn every_key_is_asked_for_once() {
         for index in 0..50 {
@@ -128,13 +103,11 @@ mod tests {
     }
 
     #[test]
-    fn sides_share_no_pair() {
-        let (train, held) = (pairs(Side::Train), pairs(Side::HeldOut));
+    fn sides_share_no_sequence() {
+        let all = |side| (0..2000).map(|i| SHAPE.sequence(1, side, i).unwrap().tokens).collect::<HashSet<_>>();
+        let (train, held) = (all(Side::Train), all(Side::HeldOut));
+        assert_eq!((train.len(), held.len()), (2000, 2000));
         assert!(train.is_disjoint(&held));
-        assert!(train.len() > 3000 && held.len() > 1500, "{} and {}", train.len(), held.len());
-        // Every key occurs on both sides, so that a held-out sequence holds nothing unknown but its pairs.
-        let keys = |pairs: &HashSet<(u16, u16)>| pairs.iter().map(|pair| pair.0).collect::<HashSet<_>>().len();
-        assert_eq!((keys(&train), keys(&held)), (96, 96));
     }
 
     #[test]
@@ -142,7 +115,7 @@ mod tests {
         for (shape, expected) in [
             (Shape { pairs: 0, ..SHAPE }, "--pairs is 0"),
             (Shape { pairs: 97, ..SHAPE }, "1 to --keys, 96"),
-            (Shape { values: 63, ..SHAPE }, "--values is 63"),
+            (Shape { values: 1, ..SHAPE }, "--values is 1"),
             (Shape { values: 65_535, ..SHAPE }, "at most 65536"),
         ] {
             let why = shape.sequence(1, Side::Train, 0).unwrap_err().to_string();
