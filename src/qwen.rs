@@ -4,7 +4,7 @@
 //! ```no_run
 //! # fn main() -> gatedelta::Result<()> {
 //! use gatedelta::qwen::{Event, GenerateOptions, LoadOptions, Model};
-//! # let backend: std::sync::Arc<dyn gatedelta::backend::Backend> = todo!();
+//! let (backend, _) = gatedelta::device::open(None)?;
 //! let model = Model::load("Qwen3.5-0.8B", backend, &LoadOptions::default())?;
 //! println!("{}", model.memory());
 //!
