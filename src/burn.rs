@@ -39,6 +39,9 @@
 //! device, Flex, the inputs are read where they are and kept as the tensors they are. (Its matrix products take several
 //! threads with burn's feature `rayon`.) Arithmetic inside the operator is f32, whatever the tensors are.
 //!
+//! With the feature `burn-gpu`, `Engine::share` opens one GPU for burn and the kernels: nothing leaves it then. The same
+//! counts are copied within its memory, and the host waits for nothing.
+//!
 //! # Panics
 //! As everywhere in burn, wrong shapes panic in a forward pass, with the argument, what was found and what was expected. So
 //! does what the device reports (memory that is not there, a lost device), and a gate that is NaN or positive: a run that has
@@ -46,6 +49,8 @@
 
 pub mod attention;
 pub mod checkpoint;
+#[cfg(feature = "burn-gpu")]
+mod gpu;
 pub mod mixer;
 pub mod model;
 pub mod parts;
@@ -54,6 +59,10 @@ pub mod rule;
 
 use std::fmt;
 use std::sync::Arc;
+
+use burn::tensor::Device;
+#[cfg(feature = "burn-gpu")]
+use burn::tensor::DeviceKind;
 
 use crate::backend::Backend;
 use crate::device;
@@ -66,12 +75,20 @@ pub use rule::gated_delta_rule;
 
 /// What runs the kernels. Clones share it.
 #[derive(Clone)]
-pub struct Engine(Arc<dyn Backend>);
+pub struct Engine {
+    backend: Arc<dyn Backend>,
+    #[cfg(feature = "burn-gpu")]
+    shared: Option<Arc<gpu::Shared>>,
+}
 
 impl Engine {
     /// An engine over a backend that is open already.
     pub fn new(backend: Arc<dyn Backend>) -> Self {
-        Engine(backend)
+        Engine {
+            backend,
+            #[cfg(feature = "burn-gpu")]
+            shared: None,
+        }
     }
 
     /// Opens the named device, or without a name the best one that works; see [`device::open`].
@@ -79,18 +96,51 @@ impl Engine {
     /// # Errors
     /// As [`device::open`].
     pub fn open(name: Option<&str>) -> Result<Self> {
-        Ok(Engine(device::open(name)?.0))
+        Ok(Engine::new(device::open(name)?.0))
+    }
+
+    /// A GPU that burn and the kernels share: burn's device of this kind, whose tensors the engine reads and writes where
+    /// they are. [`DeviceKind::DefaultDevice`] is the best GPU, [`DeviceKind::Cpu`] a driver in software.
+    ///
+    /// A kind can be shared once in a process, before burn uses it otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if burn cannot open the device or the device lacks what the kernels need.
+    #[cfg(feature = "burn-gpu")]
+    pub fn share(kind: DeviceKind) -> Result<(Self, Device)> {
+        let (shared, device) = gpu::Shared::open(kind)?;
+        Ok((Engine { backend: shared.backend(), shared: Some(Arc::new(shared)) }, device))
     }
 
     /// The backend.
     pub fn backend(&self) -> &dyn Backend {
-        &*self.0
+        &*self.backend
+    }
+
+    /// Whether the kernels run where tensors of this device of burn are.
+    #[cfg(feature = "burn-gpu")]
+    fn shares(&self, device: &Device) -> bool {
+        self.shared.as_ref().is_some_and(|shared| shared.has(device))
+    }
+
+    /// Whether the kernels run where tensors of this device of burn are.
+    #[cfg(not(feature = "burn-gpu"))]
+    fn shares(&self, _: &Device) -> bool {
+        false
+    }
+
+    /// The device that burn and the kernels share.
+    #[cfg(feature = "burn-gpu")]
+    fn shared(&self) -> Result<&gpu::Shared> {
+        self.shared
+            .as_deref()
+            .ok_or_else(|| Error::argument("engine", self.backend.caps().name.clone(), "a shared one"))
     }
 }
 
 impl fmt::Debug for Engine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Engine").field(&self.0.caps().name).finish()
+        f.debug_tuple("Engine").field(&self.backend.caps().name).finish()
     }
 }
 

@@ -5,7 +5,7 @@ use ::burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use ::burn::optim::{AdamWConfig, GradientsParams};
 use ::burn::tensor::{DType, Device, FloatDType, Gradients, Int, Tensor, TensorData};
 use gatedelta::Error;
-use gatedelta::burn::{Engine, GatedDeltaNetConfig, Qwen35, Qwen35Config, Rule, gated_delta_rule, plain};
+use gatedelta::burn::{Engine, GatedDeltaNetConfig, Qwen35, Qwen35Config, Rule, gated_delta_rule, parts, plain};
 use gatedelta::gdn::Options;
 use gatedelta::qwen::{LoadOptions, Model};
 use gatedelta::shape::Dtype;
@@ -14,16 +14,16 @@ use crate::qwen_naive::Tiny;
 use crate::util::{Random, devices, error};
 
 /// B, T, Hk, Hv, K, V
-type Sizes = [usize; 6];
+pub type Sizes = [usize; 6];
 
-const NAMES: [&str; 6] = ["q", "k", "v", "g", "beta", "h0"];
+pub const NAMES: [&str; 6] = ["q", "k", "v", "g", "beta", "h0"];
 
 fn shapes([b, t, hk, hv, k, v]: Sizes) -> [Vec<usize>; 6] {
     [vec![b, t, hk, k], vec![b, t, hk, k], vec![b, t, hv, v], vec![b, t, hv], vec![b, t, hv], vec![b, hv, k, v]]
 }
 
 /// q, k, v, g, beta, h0: numbers that f32 holds exactly.
-fn inputs(sizes: Sizes, seed: u64) -> [Vec<f64>; 6] {
+pub fn inputs(sizes: Sizes, seed: u64) -> [Vec<f64>; 6] {
     let mut r = Random::new(seed);
     let unit = |r: &mut Random| f64::from(r.unit() as f32);
     let all = shapes(sizes).map(|s| s.iter().product::<usize>());
@@ -39,13 +39,13 @@ fn inputs(sizes: Sizes, seed: u64) -> [Vec<f64>; 6] {
 }
 
 /// A layout of numbers that is known to be theirs: weights of the sum that is differentiated.
-fn weights(n: usize, seed: u64) -> Vec<f64> {
+pub fn weights(n: usize, seed: u64) -> Vec<f64> {
     let mut r = Random::new(seed);
     (0..n).map(|_| f64::from(r.normal())).collect()
 }
 
 /// The definition, in float64: `[o | ht]`. Without the delta, what is written is `beta v`.
-fn recurrence(x: &[Vec<f64>; 6], [b, t, hk, hv, dk, dv]: Sizes, options: &Options, delta: bool) -> Vec<f64> {
+pub fn recurrence(x: &[Vec<f64>; 6], [b, t, hk, hv, dk, dv]: Sizes, options: &Options, delta: bool) -> Vec<f64> {
     let [q, k, v, g, beta, h0] = x;
     let scale = options.scale.map_or((dk as f64).powf(-0.5), f64::from);
     let unit = |x: &[f64]| -> Vec<f64> {
@@ -78,16 +78,16 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-fn tensor<const D: usize>(numbers: &[f64], shape: &[usize], dtype: DType, device: &Device) -> Tensor<D> {
+pub fn tensor<const D: usize>(numbers: &[f64], shape: &[usize], dtype: DType, device: &Device) -> Tensor<D> {
     Tensor::from_data(TensorData::new(numbers.to_vec(), shape.to_vec()), (device, dtype))
 }
 
-fn wide<const D: usize>(x: Tensor<D>) -> Vec<f64> {
+pub fn wide<const D: usize>(x: Tensor<D>) -> Vec<f64> {
     x.try_into_vec_as::<f64>().unwrap()
 }
 
 /// Relative L2 error; infinite for NaN.
-fn distance(found: &[f64], expected: &[f64]) -> f64 {
+pub fn distance(found: &[f64], expected: &[f64]) -> f64 {
     assert_eq!(found.len(), expected.len());
     if found.iter().any(|x| !x.is_finite()) {
         return f64::INFINITY;
@@ -97,10 +97,10 @@ fn distance(found: &[f64], expected: &[f64]) -> f64 {
 }
 
 /// One way to compute the operator.
-type Operator<'a> = &'a dyn Fn([Tensor<4>; 3], [Tensor<3>; 2], Option<Tensor<4>>) -> (Tensor<4>, Tensor<4>);
+pub type Operator<'a> = &'a dyn Fn([Tensor<4>; 3], [Tensor<3>; 2], Option<Tensor<4>>) -> (Tensor<4>, Tensor<4>);
 
 /// `[o | ht]` and the gradients of `sum(w * [o | ht])`, the last of h0 if there is one.
-fn differentiate(
+pub fn differentiate(
     operator: Operator<'_>,
     x: &[Vec<f64>; 6],
     sizes: Sizes,
@@ -131,7 +131,7 @@ fn differentiate(
     (out, all)
 }
 
-fn flex() -> Device {
+pub fn flex() -> Device {
     Device::new(FlexDevice).autodiff()
 }
 
@@ -322,7 +322,7 @@ impl ModuleVisitor for Collect<'_> {
 }
 
 /// A model of one linear and one full layer with all the groupings, filled from a seed.
-fn model(engine: &Engine, tied: bool, seed: u64) -> Qwen35 {
+pub fn model(engine: &Engine, tied: bool, seed: u64) -> Qwen35 {
     let config = Qwen35Config::new(40, 32, 48, 2, 4, 2)
         .with_full_attention_interval(2)
         .with_head_dim(16)
@@ -335,7 +335,7 @@ fn model(engine: &Engine, tied: bool, seed: u64) -> Qwen35 {
     config.init(engine, &flex()).unwrap().map(&mut Fill(Random::new(seed)))
 }
 
-fn ids(sizes: [usize; 2], vocab: usize) -> (Vec<u32>, Tensor<2, Int>) {
+pub fn ids(sizes: [usize; 2], vocab: usize) -> (Vec<u32>, Tensor<2, Int>) {
     let mut r = Random::new(77);
     let ids: Vec<u32> = (0..sizes[0] * sizes[1]).map(|_| (r.unit() * vocab as f64) as u32).collect();
     let data = TensorData::new(ids.iter().map(|&i| i64::from(i)).collect::<Vec<_>>(), sizes);
@@ -558,5 +558,23 @@ fn wrong_shapes_and_gates_are_named() {
     ] {
         let e = config.init(&engine, &flex()).unwrap_err().to_string();
         assert!(e.contains(word), "{e}");
+    }
+}
+
+#[test]
+fn attention_in_blocks_is_attention() {
+    // More than two blocks of queries, the last one in part.
+    let (t, d) = (2100, 8);
+    let device = flex().without_autodiff();
+    let x = [1, 2, 3].map(|seed| weights(t * d, seed));
+    let [q, k, v] = x.each_ref().map(|x| tensor::<4>(x, &[1, 1, t, d], DType::F64, &device));
+    let found = wide(parts::causal_attention(q, k, v));
+    for i in [0, 1, 1023, 1024, 1025, 2047, 2048, 2099] {
+        let row = |x: &[f64], i: usize| x[i * d..(i + 1) * d].to_vec();
+        let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+        let w: Vec<f64> = (0..=i).map(|j| (dot(&row(&x[0], i), &row(&x[1], j)) / (d as f64).sqrt()).exp()).collect();
+        let sum: f64 = w.iter().sum();
+        let expected: Vec<f64> = (0..d).map(|c| (0..=i).map(|j| w[j] * x[2][j * d + c]).sum::<f64>() / sum).collect();
+        assert!(distance(&row(&found, i), &expected) <= 1e-12, "{i}");
     }
 }

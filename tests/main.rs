@@ -3,6 +3,8 @@
 mod attention;
 #[cfg(feature = "burn")]
 mod burn;
+#[cfg(feature = "burn-gpu")]
+mod burn_gpu;
 mod contract;
 mod cpu;
 mod formula;

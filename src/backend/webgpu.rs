@@ -7,6 +7,7 @@
 
 mod bind;
 mod cut;
+mod exchange;
 mod fault;
 mod open;
 mod pipeline;
@@ -16,6 +17,7 @@ mod submit;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+pub use exchange::{Exchange, HostBuffer};
 pub use open::{Adapters, Found, OpenOptions};
 pub use wgpu::DeviceType;
 

@@ -3,7 +3,7 @@
 use burn::config::Config;
 use burn::module::Module;
 use burn::nn::Linear;
-use burn::tensor::activation::{sigmoid, softmax};
+use burn::tensor::activation::sigmoid;
 use burn::tensor::{Device, Tensor};
 
 use super::mixer::linear;
@@ -99,8 +99,8 @@ impl GatedAttentionConfig {
 }
 
 impl GatedAttention {
-    /// Mixes the tokens of every sequence, whose positions start from 0: x `[B, T, hidden]` to the same shape. The scores,
-    /// `[B, heads, T, T]`, are kept for the backward pass.
+    /// Mixes the tokens of every sequence, whose positions start from 0: x `[B, T, hidden]` to the same shape. The scores of
+    /// every query with the keys up to its block's end are kept for the backward pass.
     ///
     /// ```text
     /// o_proj( softmax( D^-1/2 rot(N(q)) rot(N(k))^T + mask ) v * sigmoid(gate) )
@@ -126,9 +126,7 @@ impl GatedAttention {
         // [B, heads, T, D]
         let by_head = |x: Tensor<4>, times: usize| parts::repeat_heads(x, times).swap_dims(1, 2);
         let (q, k, v) = (by_head(q, 1), by_head(k, heads / kv), by_head(v, heads / kv));
-        let mask = parts::later(t, &device).reshape([1, 1, t, t]).expand([b, heads, t, t]);
-        let scores = (q * (d as f64).powf(-0.5)).matmul(k.swap_dims(2, 3)).mask_fill(mask, f64::NEG_INFINITY);
-        let y = softmax(scores, 3).matmul(v).swap_dims(1, 2).reshape([b, t, heads * d]);
+        let y = parts::causal_attention(q, k, v).swap_dims(1, 2).reshape([b, t, heads * d]);
         self.o_proj.forward(y * sigmoid(gate))
     }
 }

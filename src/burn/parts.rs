@@ -3,7 +3,7 @@
 //!
 //! Shapes are not checked here: burn's own messages name the operation that they fail in.
 
-use burn::tensor::activation::{sigmoid, silu, softplus};
+use burn::tensor::activation::{sigmoid, silu, softmax, softplus};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 /// Causal depthwise convolution over time, then SiLU. x `[B, T, C]`, weight `[C, 1, taps]` with the newest token last; zeros
@@ -96,8 +96,32 @@ pub fn repeat_heads(x: Tensor<4>, r: usize) -> Tensor<4> {
     x.reshape([b, t, h, 1, d]).expand([b, t, h, r, d]).reshape([b, t, h * r, d])
 }
 
-/// True where key j is not after query i; `[n, n]`.
-pub(super) fn later(n: usize, device: &Device) -> Tensor<2, burn::tensor::Bool> {
-    let at = Tensor::<1, Int>::arange(0..n as i64, &device.clone().without_autodiff());
-    at.clone().reshape([1, n]).expand([n, n]).greater(at.reshape([n, 1]).expand([n, n]))
+/// Queries that [`causal_attention`] scores at once: what a device binds is bounded, and fewer scores are made in vain.
+const QUERIES: usize = 1024;
+
+/// Attention of every token to those up to it; q, k, v and the result `[B, H, T, D]`.
+///
+/// ```text
+/// softmax(D^-1/2 q k^T + mask) v
+/// ```
+pub fn causal_attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>) -> Tensor<4> {
+    let [b, h, t, d] = q.dims();
+    let q = q * (d as f64).powf(-0.5);
+    let rows = |from: usize| {
+        let n = QUERIES.min(t - from);
+        let upto = |x: &Tensor<4>| x.clone().narrow(2, 0, from + n);
+        let scores = q.clone().narrow(2, from, n).matmul(upto(&k).swap_dims(2, 3));
+        let mask = later(n, from, &q.device()).reshape([1, 1, n, from + n]).expand([b, h, n, from + n]);
+        softmax(scores.mask_fill(mask, f64::NEG_INFINITY), 3).matmul(upto(&v))
+    };
+    Tensor::cat((0..t).step_by(QUERIES).map(rows).collect(), 2)
+}
+
+/// True where key j comes after query `from + i`; `[n, from + n]`.
+pub(super) fn later(n: usize, from: usize, device: &Device) -> Tensor<2, burn::tensor::Bool> {
+    let at = |range: std::ops::Range<usize>| {
+        Tensor::<1, Int>::arange(range.start as i64..range.end as i64, &device.clone().without_autodiff())
+    };
+    let (queries, keys) = (at(from..from + n).reshape([n, 1]), at(0..from + n).reshape([1, from + n]));
+    keys.expand([n, from + n]).greater(queries.expand([n, from + n]))
 }

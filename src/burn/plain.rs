@@ -69,7 +69,7 @@ pub fn gated_linear(
         let (qc, kc, uc) = (rows(&q), rows(&k), rows(&u));
         let c = g.clone().narrow(1, begin, n).swap_dims(1, 2).cumsum(2).reshape([b, hv, n, 1]);
         let last = c.clone().narrow(2, n - 1, 1);
-        let mask = later(n, &c.device()).reshape([1, 1, n, n]).expand([b, hv, n, n]);
+        let mask = later(n, 0, &c.device()).reshape([1, 1, n, n]).expand([b, hv, n, n]);
         // Masked before exp: above the diagonal the exponent is positive.
         let decay = (c.clone() - c.clone().swap_dims(2, 3)).mask_fill(mask, f64::NEG_INFINITY).exp();
         let within = (qc.clone().matmul(kc.clone().swap_dims(2, 3)) * decay).matmul(uc.clone());

@@ -1,5 +1,7 @@
 //! The gated delta rule as an operation of burn, differentiated by our own backward pass.
 
+#[cfg(feature = "burn-gpu")]
+use burn::backend::Cube;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
@@ -8,6 +10,8 @@ use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, Flex, backend_extension};
 use burn::tensor::{DType, Device, FloatDType, GradientCheckpointingStrategy, Tensor, TensorData};
+#[cfg(feature = "burn-gpu")]
+use burn_cubecl::tensor::CubeTensor;
 
 use super::{Engine, expect_shape, stop};
 use crate::error::{Error, Result};
@@ -50,15 +54,16 @@ pub fn gated_delta_rule(
     };
     let ([b, t, _, dk], [_, _, hv, dv]) = (q.dims(), v.dims());
     let (device, dtype) = (v.device(), v.dtype());
-    let h0 = h0.unwrap_or_else(|| Tensor::zeros([b, hv, dk, dv], (&Device::flex(), DType::F32)));
+    let place = if engine.shares(&device) { device.clone().without_autodiff() } else { Device::flex() };
+    let h0 = h0.unwrap_or_else(|| Tensor::zeros([b, hv, dk, dv], (&place, DType::F32)));
     let call = Call { engine: engine.clone(), shape, options: *options };
     let packed = <Dispatch as Extension>::delta_rule(
-        on_host(q).into_dispatch(),
-        on_host(k).into_dispatch(),
-        on_host(v).into_dispatch(),
-        on_host(g).into_dispatch(),
-        on_host(beta).into_dispatch(),
-        on_host(h0).into_dispatch(),
+        at(&place, q).into_dispatch(),
+        at(&place, k).into_dispatch(),
+        at(&place, v).into_dispatch(),
+        at(&place, g).into_dispatch(),
+        at(&place, beta).into_dispatch(),
+        at(&place, h0).into_dispatch(),
         call,
     );
     let packed = Tensor::<1>::from_dispatch(packed);
@@ -102,11 +107,11 @@ pub(super) fn heads(hk: usize, hv: usize, k: usize, v: usize) -> Result<Heads> {
     Heads::new(narrow(hk), narrow(hv), narrow(k), narrow(v), HeadMap::Div)
 }
 
-/// f32 on burn's CPU device: its own differentiable conversions bring gradients back.
-fn on_host<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+/// f32 on this device: burn's own differentiable conversions bring gradients back.
+fn at<const D: usize>(place: &Device, x: Tensor<D>) -> Tensor<D> {
     let x = if x.dtype() == DType::F32 { x } else { x.cast(FloatDType::F32) };
-    let host = in_context_of(Device::flex(), &x.device());
-    if x.device() == host { x } else { x.to_device(&host) }
+    let place = in_context_of(place.clone(), &x.device());
+    if x.device() == place { x } else { x.to_device(&place) }
 }
 
 /// A device with autodiff as the other one has it.
@@ -174,7 +179,38 @@ fn numbers<'a>(what: &str, x: &'a FlexTensor) -> Result<&'a [f32]> {
     x.as_slice().ok_or_else(|| Error::argument(what, format!("{:?} in strides", x.dtype()), "packed f32"))
 }
 
-#[backend_extension(Autodiff, Flex)]
+/// What runs the operator on tensors of one backend of burn: q, k, v, g, beta and h0, f32.
+trait Runs: Backend {
+    /// `[o | ht]`.
+    fn forward(call: &Call, x: [FloatTensor<Self>; 6]) -> Result<FloatTensor<Self>>;
+
+    /// Gradients of the six, given that of `[o | ht]`.
+    fn backward(call: &Call, x: [FloatTensor<Self>; 6], d: FloatTensor<Self>) -> Result<[FloatTensor<Self>; 6]>;
+}
+
+impl Runs for Flex {
+    fn forward(call: &Call, x: Six) -> Result<FlexTensor> {
+        call.forward(x)
+    }
+
+    fn backward(call: &Call, x: Six, d: FlexTensor) -> Result<Six> {
+        call.backward(&x, d)
+    }
+}
+
+/// Tensors come here from the shared device alone; those of others were brought to the host.
+#[cfg(feature = "burn-gpu")]
+impl Runs for Cube {
+    fn forward(call: &Call, x: [CubeTensor; 6]) -> Result<CubeTensor> {
+        call.engine.shared()?.forward(&call.shape, &call.options, x)
+    }
+
+    fn backward(call: &Call, x: [CubeTensor; 6], d: CubeTensor) -> Result<[CubeTensor; 6]> {
+        call.engine.shared()?.backward(&call.shape, &call.options, x, d)
+    }
+}
+
+#[backend_extension(Autodiff, Flex, Cube: cfg(feature = "burn-gpu"))]
 trait Extension: Backend {
     fn delta_rule(
         q: FloatTensor<Self>,
@@ -197,11 +233,30 @@ impl Extension for Flex {
         h0: FlexTensor,
         call: Call,
     ) -> FlexTensor {
-        call.forward([q, k, v, g, beta, h0]).unwrap_or_else(|error| stop("gated_delta_rule", &error))
+        run::<Self>([q, k, v, g, beta, h0], &call)
     }
 }
 
-impl<C: CheckpointStrategy> Extension for Autodiff<Flex, C> {
+#[cfg(feature = "burn-gpu")]
+impl Extension for Cube {
+    fn delta_rule(
+        q: CubeTensor,
+        k: CubeTensor,
+        v: CubeTensor,
+        g: CubeTensor,
+        beta: CubeTensor,
+        h0: CubeTensor,
+        call: Call,
+    ) -> CubeTensor {
+        run::<Self>([q, k, v, g, beta, h0], &call)
+    }
+}
+
+fn run<B: Runs>(x: [FloatTensor<B>; 6], call: &Call) -> FloatTensor<B> {
+    B::forward(call, x).unwrap_or_else(|error| stop("gated_delta_rule", &error))
+}
+
+impl<B: Runs, C: CheckpointStrategy> Extension for Autodiff<B, C> {
     fn delta_rule(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
@@ -214,8 +269,7 @@ impl<C: CheckpointStrategy> Extension for Autodiff<Flex, C> {
         let all = [q, k, v, g, beta, h0];
         let nodes = all.each_ref().map(|x| x.node());
         let x = all.map(|x| x.into_primitive());
-        let [q, k, v, g, beta, h0] = x.clone();
-        let out = Flex::delta_rule(q, k, v, g, beta, h0, call.clone());
+        let out = run::<B>(x.clone(), &call);
         match DeltaRule.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((x, call), out),
             OpsKind::UnTracked(prep) => prep.finish(out),
@@ -226,16 +280,16 @@ impl<C: CheckpointStrategy> Extension for Autodiff<Flex, C> {
 #[derive(Debug)]
 struct DeltaRule;
 
-impl Backward<Flex, 6> for DeltaRule {
-    type State = (Six, Call);
+impl<B: Runs> Backward<B, 6> for DeltaRule {
+    type State = ([FloatTensor<B>; 6], Call);
 
     fn backward(self, ops: Ops<Self::State, 6>, grads: &mut Gradients, _: &mut Checkpointer) {
-        let d = grads.consume::<Flex>(&ops.node);
+        let d = grads.consume::<B>(&ops.node);
         let (x, call) = ops.state;
-        let all = call.backward(&x, d).unwrap_or_else(|error| stop("backward of gated_delta_rule", &error));
+        let all = B::backward(&call, x, d).unwrap_or_else(|error| stop("backward of gated_delta_rule", &error));
         for (parent, d) in ops.parents.into_iter().zip(all) {
             if let Some(parent) = parent {
-                grads.register::<Flex>(parent.id, d);
+                grads.register::<B>(parent.id, d);
             }
         }
     }

@@ -11,6 +11,8 @@ mod draw;
 mod eval;
 #[cfg(feature = "burn")]
 mod learn;
+#[cfg(feature = "burn")]
+mod place;
 #[path = "../../quiet.rs"]
 mod quiet;
 #[cfg(feature = "burn")]

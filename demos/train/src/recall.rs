@@ -16,6 +16,7 @@ use crate::associative::{Sequence, Shape};
 use crate::curve;
 use crate::data::Side;
 use crate::learn::{Run, rate};
+use crate::place::Place;
 use crate::progress;
 
 /// What happens to the state at a token.
@@ -60,9 +61,8 @@ pub struct Settings {
 pub struct Args {
     #[command(flatten)]
     settings: Settings,
-    /// cpu, lavapipe or a part of an adapter's name: what runs the operator [default: the best that works]
-    #[arg(long, value_name = "NAME")]
-    device: Option<String>,
+    #[command(flatten)]
+    place: Place,
     /// Steps between two checkpoints
     #[arg(long, value_name = "N", default_value_t = 200)]
     save: u64,
@@ -77,7 +77,7 @@ pub struct Args {
 /// As [`Settings::open`], [`Settings::train`], [`Settings::score`] and [`Settings::export`].
 pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     let settings = &args.settings;
-    let (engine, device) = (Engine::open(args.device.as_deref())?, Device::flex().autodiff());
+    let (engine, device) = args.place.open()?;
     let mut run = settings.open(&engine, &device)?;
     let bar = progress(settings.steps, "steps");
     bar.set_position(run.steps());
