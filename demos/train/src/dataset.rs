@@ -9,10 +9,10 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use gatedelta::qwen::Tokenizer;
 use gatedelta_agent::tools::notes::replace;
-use safetensors::{Dtype, tensor::TensorView};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::Value;
 
 use crate::data::Kind;
@@ -70,6 +70,49 @@ impl Dataset {
         Ok(())
     }
 
+    /// Reads a file that [`Dataset::write`] wrote, and what was said about it.
+    ///
+    /// # Errors
+    /// If it is not there, or not such a file.
+    pub fn read(path: &Path) -> Result<(Self, Value)> {
+        let read = || -> Result<(Self, Value)> {
+            let bytes = std::fs::read(path)?;
+            let (_, head) = SafeTensors::read_metadata(&bytes)?;
+            let about = head.metadata().as_ref().and_then(|about| about.get("about")).context("it has no \"about\"")?;
+            let file = SafeTensors::deserialize(&bytes)?;
+            let tensor = |name: &str, dtype: Dtype| -> Result<Vec<u8>> {
+                let tensor = file.tensor(name)?;
+                if tensor.dtype() != dtype || tensor.shape().len() != 1 {
+                    bail!("{name} is {:?} {:?}; expected one dimension of {dtype:?}", tensor.dtype(), tensor.shape());
+                }
+                Ok(tensor.data().to_vec())
+            };
+            let eight = |bytes: &[u8]| u64::from_le_bytes(std::array::from_fn(|i| bytes[i]));
+            let data = Dataset {
+                ids: tensor("ids", Dtype::U16)?
+                    .chunks_exact(2)
+                    .map(|two| u16::from_le_bytes([two[0], two[1]]))
+                    .collect(),
+                mask: tensor("mask", Dtype::U8)?,
+                offsets: tensor("offsets", Dtype::U64)?.chunks_exact(8).map(eight).collect(),
+                kinds: tensor("kinds", Dtype::U8)?,
+            };
+            let (first, last) = (data.offsets.first().copied(), data.offsets.last().copied());
+            if first != Some(0) || last != Some(data.ids.len() as u64) || !data.offsets.is_sorted() {
+                bail!("offsets go from {first:?} to {last:?}; expected rising from 0 to {}", data.ids.len());
+            }
+            for (what, found, expected) in
+                [("mask", data.mask.len(), data.ids.len()), ("kinds", data.kinds.len(), data.offsets.len() - 1)]
+            {
+                if found != expected {
+                    bail!("{what} has {found} numbers; expected {expected}");
+                }
+            }
+            Ok((data, serde_json::from_str(about)?))
+        };
+        read().with_context(|| format!("{} is no data file", path.display()))
+    }
+
     /// Writes the file in one step: a reader finds the old one or the new one, whole. `about` becomes the file's metadata.
     ///
     /// # Errors
@@ -125,13 +168,17 @@ mod tests {
 
         let path = dir.path().join("data.safetensors");
         data.write(&path, &serde_json::json!({"seed": 8})).unwrap();
-        let bytes = std::fs::read(&path).unwrap();
-        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        let ids: Vec<u16> =
-            file.tensor("ids").unwrap().data().chunks(2).map(|two| u16::from_le_bytes([two[0], two[1]])).collect();
-        assert_eq!(ids, data.ids);
-        assert_eq!(file.tensor("mask").unwrap().data(), data.mask);
-        assert_eq!(file.tensor("offsets").unwrap().shape(), [texts.len() + 1]);
+        let (read, about) = Dataset::read(&path).unwrap();
+        assert_eq!(
+            (&read.ids, &read.mask, &read.offsets, &read.kinds),
+            (&data.ids, &data.mask, &data.offsets, &data.kinds)
+        );
+        assert_eq!((about, read.offsets.len()), (serde_json::json!({"seed": 8}), texts.len() + 1));
+        let short = Dataset { mask: vec![0; 3], ..read };
+        short.write(&path, &Value::Null).unwrap();
+        let why = format!("{:#}", Dataset::read(&path).unwrap_err());
+        assert!(why.contains("mask has 3 numbers; expected"), "{why}");
+        assert!(Dataset::read(&dir.path().join("tokenizer.json")).is_err() && Dataset::read(dir.path()).is_err());
         for (at, (kind, text)) in texts.iter().enumerate() {
             let range = data.offsets[at] as usize..data.offsets[at + 1] as usize;
             let ids: Vec<u32> = data.ids[range.clone()].iter().map(|&id| u32::from(id)).collect();

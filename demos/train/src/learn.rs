@@ -1,12 +1,14 @@
 //! A run of training: a model, its optimiser, how far it is, and the one file that holds all of it.
 //!
+//! Losses stay where they were computed until they are asked for: on a GPU every look at a number waits for all work before it.
+//!
 //! The file `run.safetensors` is replaced in one step, so that a run that is killed at any moment goes on from a whole one. It holds
 //! burn's own records byte for byte: what goes on is bit for bit what would have gone on without the stop.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use burn::module::Module;
+use burn::module::{Module, ModuleVisitor, Param, ParamGroup};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::store::ModuleRecord;
 use burn::tensor::{Bytes, Tensor};
@@ -15,16 +17,47 @@ use gatedelta_agent::tools::notes::replace;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 
-/// See the [module](self).
-pub struct Run {
+/// See the [module](self). `N` losses are kept for every step; the first is the one to look at.
+pub struct Run<const N: usize> {
     pub model: Qwen35,
-    optimiser: ModuleOptimizer,
-    /// The loss of every step so far.
-    pub losses: Vec<f32>,
+    recipe: Recipe,
+    /// The losses of the steps that were read so far.
+    pub losses: Vec<[f32; N]>,
+    /// Those of the steps after them, `[N]` each, where they were computed.
+    unread: Vec<Tensor<1>>,
+    /// Steps after which other data was looked at, and its losses.
+    pub held: Vec<(u64, [f32; N])>,
     /// What the run was started with; it goes on with the same or not at all.
     settings: Value,
     path: PathBuf,
 }
+
+/// How gradients become steps.
+#[derive(Clone)]
+pub struct Recipe {
+    optimiser: ModuleOptimizer,
+    /// The largest norm that all gradients together may have; larger ones are shortened to it.
+    clip: Option<f64>,
+}
+
+impl Recipe {
+    /// burn's AdamW.
+    pub fn plain() -> Self {
+        Recipe { optimiser: AdamWConfig::new().init(), clip: None }
+    }
+
+    /// AdamW as language models are trained with: betas 0.9 and 0.95, eps 1e-8, weight decay 0.1 on matrices alone, and
+    /// gradients of norm 1 at the most.
+    pub fn language() -> Self {
+        let adamw = AdamWConfig::new().with_beta_1(0.9).with_beta_2(0.95).with_epsilon(1e-8);
+        let (bare, decayed) = (adamw.clone().with_weight_decay(0.0), adamw.with_weight_decay(0.1));
+        let matrices = ParamGroup::from_any_predicates(MATRICES.to_vec());
+        Recipe { optimiser: bare.init().with_group(matrices, decayed.build(), None), clip: Some(1.0) }
+    }
+}
+
+/// What the paths of all matrices have one of, and no other path has.
+const MATRICES: [&str; 3] = ["_proj", "embed_tokens", "lm_head"];
 
 /// The learning rate of step `at` (from 0) of `steps`: rises in the first twentieth, then falls as a cosine to a tenth.
 pub fn rate(highest: f64, at: u64, steps: u64) -> f64 {
@@ -36,14 +69,14 @@ pub fn rate(highest: f64, at: u64, steps: u64) -> f64 {
     highest * (0.1 + 0.45 * (1.0 + (std::f64::consts::PI * way.min(1.0)).cos()))
 }
 
-impl Run {
+impl<const N: usize> Run<N> {
     /// A new run in the directory `dir`, or the one that is there already.
     ///
     /// # Errors
     /// If the run in `dir` was started with other settings, or its file is broken.
-    pub fn open(dir: &Path, model: Qwen35, settings: Value) -> Result<Run> {
+    pub fn open(dir: &Path, model: Qwen35, recipe: Recipe, settings: Value) -> Result<Self> {
         let path = dir.join("run.safetensors");
-        let mut run = Run { model, optimiser: AdamWConfig::new().init(), losses: Vec::new(), settings, path };
+        let mut run = Run { model, recipe, losses: Vec::new(), unread: Vec::new(), held: Vec::new(), settings, path };
         if run.path.exists() {
             let path = run.path.clone();
             run.load().with_context(|| format!("the run in {} cannot go on", path.display()))?;
@@ -62,25 +95,34 @@ impl Run {
         let file = SafeTensors::deserialize(&bytes)?;
         let record = |name: &str| -> Result<Bytes> { Ok(Bytes::from_bytes_vec(file.tensor(name)?.data().to_vec())) };
         self.model = self.model.clone().try_load_record(ModuleRecord::from_bytes(record("model")?)?)?;
-        self.optimiser = self.optimiser.clone().from_bytes(record("optimiser")?)?;
-        let losses = file.tensor("losses")?.data();
-        self.losses =
-            losses.chunks_exact(4).map(|four| f32::from_le_bytes([four[0], four[1], four[2], four[3]])).collect();
+        self.recipe.optimiser = self.recipe.optimiser.clone().from_bytes(record("optimiser")?)?;
+        let numbers = |name: &str| -> Result<Vec<f32>> {
+            let four = |bytes: &[u8]| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+            Ok(file.tensor(name)?.data().chunks_exact(4).map(four).collect())
+        };
+        self.losses = numbers("losses")?.chunks_exact(N).map(|row| std::array::from_fn(|i| row[i])).collect();
+        let held = numbers("held")?;
+        self.held = held.chunks_exact(N + 1).map(|row| (row[0] as u64, std::array::from_fn(|i| row[i + 1]))).collect();
         Ok(())
     }
 
-    /// Writes the file.
+    /// Writes the file, after reading what was not read of the losses.
     ///
     /// # Errors
-    /// Where it cannot be written; the one before it stays.
-    pub fn save(&self) -> Result<()> {
+    /// As [`Run::read`], and where the file cannot be written; the one before it stays.
+    pub fn save(&mut self) -> Result<()> {
+        self.read()?;
         let model = self.model.clone().into_record().into_bytes()?;
-        let optimiser = self.optimiser.into_bytes()?;
-        let losses: Vec<u8> = self.losses.iter().flat_map(|loss| loss.to_le_bytes()).collect();
+        let optimiser = self.recipe.optimiser.into_bytes()?;
+        let losses: Vec<u8> = self.losses.iter().flatten().flat_map(|loss| loss.to_le_bytes()).collect();
+        // Up to 2^24 a step is itself as f32.
+        let held = self.held.iter().flat_map(|(step, losses)| std::iter::once(*step as f32).chain(*losses));
+        let held: Vec<u8> = held.flat_map(f32::to_le_bytes).collect();
         let views = [
             ("model", TensorView::new(Dtype::U8, vec![model.len()], &model)?),
             ("optimiser", TensorView::new(Dtype::U8, vec![optimiser.len()], &optimiser)?),
-            ("losses", TensorView::new(Dtype::F32, vec![self.losses.len()], &losses)?),
+            ("losses", TensorView::new(Dtype::F32, vec![self.losses.len(), N], &losses)?),
+            ("held", TensorView::new(Dtype::F32, vec![self.held.len(), N + 1], &held)?),
         ];
         let about = [("about".to_string(), json!({"settings": self.settings}).to_string())].into();
         let bytes = safetensors::serialize(views, Some(about))?;
@@ -89,21 +131,199 @@ impl Run {
 
     /// Steps so far.
     pub fn steps(&self) -> u64 {
-        self.losses.len() as u64
+        (self.losses.len() + self.unread.len()) as u64
     }
 
-    /// One step down the gradient of a loss `[1]` of the model.
+    /// The first loss of every step that was read.
+    pub fn curve(&self) -> Vec<f32> {
+        self.losses.iter().map(|losses| losses[0]).collect()
+    }
+
+    /// One step down the gradient of a loss `[1]` of the model; `kept [N]` is what is kept of it.
+    ///
+    /// Gradients that are to be clipped and are no numbers count as zeros, so that no weight is lost before [`Run::read`] finds
+    /// the loss that they came from.
+    pub fn step(&mut self, loss: Tensor<1>, kept: Tensor<1>, rate: f64) {
+        let kept = kept.inner();
+        let mut gradients = GradientsParams::from_grads(loss.backward(), &self.model);
+        if let Some(longest) = self.recipe.clip {
+            gradients = clip(gradients, &self.model, longest);
+        }
+        self.model = self.recipe.optimiser.step(rate, self.model.clone(), gradients);
+        self.unread.push(kept);
+    }
+
+    /// Reads the losses of the last steps, once all of their work is done.
     ///
     /// # Errors
-    /// If the loss is not a number: the model stays as it was.
-    pub fn step(&mut self, loss: Tensor<1>, rate: f64) -> Result<()> {
-        let value: f32 = loss.clone().try_into_scalar()?;
-        if !value.is_finite() {
-            bail!("the loss of step {} is {value}: try a lower --rate", self.steps() + 1);
+    /// If one of them is no number: the run is over, and its file is as it was.
+    pub fn read(&mut self) -> Result<()> {
+        if self.unread.is_empty() {
+            return Ok(());
         }
-        let gradients = GradientsParams::from_grads(loss.backward(), &self.model);
-        self.model = self.optimiser.step(rate, self.model.clone(), gradients);
-        self.losses.push(value);
+        let all: Vec<f32> = Tensor::cat(std::mem::take(&mut self.unread), 0).try_into_vec_as()?;
+        for row in all.chunks_exact(N) {
+            if let Some(bad) = row.iter().find(|loss| !loss.is_finite()) {
+                bail!("the loss of step {} is {bad}: try a lower --rate", self.losses.len() + 1);
+            }
+            self.losses.push(std::array::from_fn(|i| row[i]));
+        }
         Ok(())
+    }
+}
+
+/// Gradients of at most this norm, all together: times `min(1, longest / norm)`, a number that stays on the device. All are
+/// zeros where one is no number.
+fn clip(gradients: GradientsParams, model: &Qwen35, longest: f64) -> GradientsParams {
+    let mut squares = Squares { gradients: &gradients, sum: None };
+    model.visit(&mut squares);
+    let Some(norm) = squares.sum.map(Tensor::sqrt) else {
+        return gradients;
+    };
+    let lost = norm.clone().is_finite().bool_not();
+    let factor = ((norm + 1e-6).recip() * longest).clamp_max(1.0);
+    let mut shorten = Shorten { from: gradients, to: GradientsParams::new(), factor, lost };
+    model.visit(&mut shorten);
+    shorten.to
+}
+
+/// Adds up the squares of all gradients.
+struct Squares<'a> {
+    gradients: &'a GradientsParams,
+    /// `[1]`
+    sum: Option<Tensor<1>>,
+}
+
+impl ModuleVisitor for Squares<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let Some(gradient) = self.gradients.get::<D>(param.id) {
+            let one = gradient.square().sum();
+            self.sum = Some(match self.sum.take() {
+                Some(sum) => sum + one,
+                None => one,
+            });
+        }
+    }
+}
+
+/// Multiplies all gradients.
+struct Shorten {
+    from: GradientsParams,
+    to: GradientsParams,
+    /// `[1]`
+    factor: Tensor<1>,
+    /// `[1]`: the gradients are to be zeros.
+    lost: Tensor<1, burn::tensor::Bool>,
+}
+
+impl ModuleVisitor for Shorten {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if let Some(gradient) = self.from.remove::<D>(param.id) {
+            let lost = self.lost.clone().reshape([1; D]).expand(gradient.dims());
+            let factor = self.factor.clone().reshape([1; D]);
+            self.to.register(param.id, (gradient * factor).mask_fill(lost, 0.0));
+        }
+    }
+}
+
+/// burn draws random numbers from one stream for all threads: a test that makes a model waits for the others.
+#[cfg(test)]
+pub fn alone() -> std::sync::MutexGuard<'static, ()> {
+    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::{Device, Int, TensorData};
+    use gatedelta::burn::Engine;
+
+    use super::*;
+    use crate::training::tests::tiny;
+
+    /// Paths of all weights, and whether they are matrices.
+    #[derive(Default)]
+    struct Paths(Vec<String>, Vec<(String, bool)>);
+
+    impl ModuleVisitor for Paths {
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.0.push(name.to_string());
+        }
+
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.0.pop();
+        }
+
+        fn visit_float<const D: usize>(&mut self, _: &Param<Tensor<D>>) {
+            self.1.push((self.0.join("."), D == 2));
+        }
+    }
+
+    /// The norm of all gradients.
+    fn norm(gradients: &GradientsParams, model: &Qwen35) -> f32 {
+        let mut squares = Squares { gradients, sum: None };
+        model.visit(&mut squares);
+        squares.sum.unwrap().sqrt().into_scalar()
+    }
+
+    fn loss(model: &Qwen35, device: &Device) -> Tensor<1> {
+        let ids = Tensor::<2, Int>::from_data(TensorData::new((0..20i64).collect(), [2, 10]), device);
+        model.forward(ids).powi_scalar(2).mean()
+    }
+
+    #[test]
+    fn weights_decay_if_they_are_matrices() {
+        let _alone = alone();
+        let config = tiny().with_tie_word_embeddings(false);
+        let model = config.init(&Engine::open(Some("cpu")).unwrap(), &Device::flex()).unwrap();
+        let mut paths = Paths::default();
+        model.visit(&mut paths);
+        assert!(paths.1.len() > 40);
+        for (path, matrix) in paths.1 {
+            assert_eq!(MATRICES.iter().any(|part| path.contains(part)), matrix, "{path}");
+        }
+    }
+
+    #[test]
+    fn long_gradients_are_shortened_and_lost_ones_count_as_zero() {
+        let _alone = alone();
+        let device = Device::flex().autodiff();
+        let model = tiny().init(&Engine::open(Some("cpu")).unwrap(), &device).unwrap();
+        let gradients = |times: f64| GradientsParams::from_grads((loss(&model, &device) * times).backward(), &model);
+        let whole = norm(&gradients(1.0), &model);
+        assert!(whole > 1e-3, "{whole}");
+        let half = norm(&clip(gradients(1.0), &model, f64::from(whole) / 2.0), &model);
+        assert!((half - whole / 2.0).abs() < 1e-4 * whole, "{half} {whole}");
+        let same = norm(&clip(gradients(1.0), &model, f64::from(whole) * 2.0), &model);
+        assert!((same - whole).abs() < 1e-6 * whole, "{same} {whole}");
+        for times in [f64::NAN, f64::INFINITY] {
+            assert_eq!(norm(&clip(gradients(times), &model, 1.0), &model), 0.0);
+        }
+    }
+
+    #[test]
+    fn a_loss_that_is_no_number_ends_the_run_and_leaves_the_file() {
+        let _alone = alone();
+        let device = Device::flex().autodiff();
+        let dir = tempfile::tempdir().unwrap();
+        let model = tiny().init(&Engine::open(Some("cpu")).unwrap(), &device).unwrap();
+        let mut run = Run::<1>::open(dir.path(), model, Recipe::language(), json!({})).unwrap();
+        let step = |run: &mut Run<1>, times: f64| {
+            let loss = loss(&run.model, &device) * times;
+            run.step(loss.clone(), loss, 1e-3);
+        };
+        step(&mut run, 1.0);
+        run.save().unwrap();
+        let before = std::fs::read(dir.path().join("run.safetensors")).unwrap();
+        step(&mut run, 1.0);
+        step(&mut run, f64::NAN);
+        // Its weights are numbers still: the step after it has a loss.
+        step(&mut run, 1.0);
+        assert_eq!((run.steps(), run.losses.len()), (4, 1));
+        let why = run.save().unwrap_err().to_string();
+        assert!(why.contains("the loss of step 3 is NaN"), "{why}");
+        assert!(run.losses[1][0].is_finite() && run.losses.len() == 2);
+        assert!(loss(&run.model, &device).into_scalar::<f32>().is_finite());
+        assert_eq!(std::fs::read(dir.path().join("run.safetensors")).unwrap(), before);
     }
 }

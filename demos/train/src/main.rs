@@ -18,6 +18,8 @@ mod quiet;
 #[cfg(feature = "burn")]
 mod recall;
 mod tokenizer;
+#[cfg(feature = "burn")]
+mod training;
 mod turn;
 
 use std::io::{self, Write};
@@ -126,6 +128,9 @@ enum Command {
     /// Train two layers on multi-query associative recall, and score them on held-out sequences
     #[cfg(feature = "burn")]
     Recall(recall::Args),
+    /// Train the agent's model on conversations
+    #[cfg(feature = "burn")]
+    Agent(training::Args),
 }
 
 #[derive(Debug, clap::Args)]
@@ -240,6 +245,8 @@ fn run(command: Command) -> Result<()> {
         }
         #[cfg(feature = "burn")]
         Command::Recall(args) => recall::run(&args, &mut out)?,
+        #[cfg(feature = "burn")]
+        Command::Agent(args) => training::run(&args, &mut out)?,
     }
     Ok(out.flush()?)
 }

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::associative::{Sequence, Shape};
 use crate::curve;
 use crate::data::Side;
-use crate::learn::{Run, rate};
+use crate::learn::{Recipe, Run, rate};
 use crate::place::Place;
 use crate::progress;
 
@@ -83,7 +83,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     bar.set_position(run.steps());
     settings.train(&mut run, &device, settings.steps, args.save, &mut |run| {
         bar.set_position(run.steps());
-        bar.set_message(format!("steps, loss {:.4}", run.losses.last().unwrap_or(&f32::NAN)));
+        bar.set_message(format!("steps, loss {:.4}", run.losses.last().map_or(f32::NAN, |loss| loss[0])));
     })?;
     bar.finish_and_clear();
     let score = settings.score(&run.model, &device, args.score)?;
@@ -125,10 +125,10 @@ impl Settings {
     ///
     /// # Errors
     /// As [`Run::open`], and for sizes that no model can have.
-    pub fn open(&self, engine: &Engine, device: &Device) -> Result<Run> {
+    pub fn open(&self, engine: &Engine, device: &Device) -> Result<Run<1>> {
         self.shape.check()?;
         device.seed(self.seed);
-        Run::open(&self.out, self.config().init(engine, device)?, self.to_json())
+        Run::open(&self.out, self.config().init(engine, device)?, Recipe::plain(), self.to_json())
     }
 
     fn sequences(&self, side: Side, from: u64, count: usize) -> Result<Vec<Sequence>> {
@@ -139,7 +139,14 @@ impl Settings {
     ///
     /// # Errors
     /// If a loss is not a number or a file cannot be written.
-    pub fn train(&self, run: &mut Run, device: &Device, end: u64, save: u64, each: &mut dyn FnMut(&Run)) -> Result<()> {
+    pub fn train(
+        &self,
+        run: &mut Run<1>,
+        device: &Device,
+        end: u64,
+        save: u64,
+        each: &mut dyn FnMut(&Run<1>),
+    ) -> Result<()> {
         while run.steps() < end.min(self.steps) {
             let at = run.steps();
             // The sequences of a step depend on its number alone: a run goes on with those it would have had.
@@ -147,7 +154,8 @@ impl Settings {
             let answers = answers(&run.model, &sequences, device);
             let right = targets(&sequences, self.shape.pairs, device);
             let loss = log_softmax(answers, 2).gather(2, right).mean().neg();
-            run.step(loss, rate(self.rate, at, self.steps))?;
+            run.step(loss.clone(), loss, rate(self.rate, at, self.steps));
+            run.read()?;
             if run.steps() % save.max(1) == 0 || run.steps() == self.steps {
                 run.save()?;
                 self.draw(run)?;
@@ -158,10 +166,10 @@ impl Settings {
     }
 
     /// The loss so far as a picture.
-    fn draw(&self, run: &Run) -> Result<()> {
+    fn draw(&self, run: &Run<1>) -> Result<()> {
         let title = format!("associative recall, {} pairs, rule {:?}", self.shape.pairs, self.rule);
         let path = self.out.join("loss.svg");
-        let svg = curve::svg(&title, "loss", &run.losses);
+        let svg = curve::svg(&title, "loss", &run.curve(), &[]);
         replace(&path, svg.as_bytes()).with_context(|| format!("{} cannot be written", path.display()))
     }
 
@@ -214,19 +222,13 @@ fn targets(sequences: &[Sequence], pairs: usize, device: &Device) -> Tensor<3, I
 #[cfg(test)]
 mod tests {
     use std::path::Path;
-    use std::sync::{Mutex, MutexGuard, PoisonError};
 
     use super::*;
+    use crate::learn::alone;
 
     fn settings(out: &Path, rule: Kind) -> Settings {
         let shape = Shape { keys: 8, values: 64, pairs: 2 };
         Settings { shape, rule, seed: 1, steps: 12, batch: 4, rate: 1e-2, hidden: 32, out: out.to_path_buf() }
-    }
-
-    /// burn draws random numbers from one stream for all threads: a test that makes a model waits for the others.
-    fn alone() -> MutexGuard<'static, ()> {
-        static ALONE: Mutex<()> = Mutex::new(());
-        ALONE.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn parts() -> (Engine, Device) {
@@ -249,7 +251,7 @@ mod tests {
         assert_eq!(again.steps(), 5);
         in_two.train(&mut again, &device, 12, 100, &mut |_| {}).unwrap();
         assert_eq!(run.losses, again.losses);
-        let bytes = |run: &Run| {
+        let bytes = |run: &Run<1>| {
             run.model
                 .clone()
                 .save_checkpoint(whole.path().join("x"), Dtype::F32)
@@ -278,7 +280,8 @@ mod tests {
         let mut run = settings.open(&engine, &device).unwrap();
         settings.train(&mut run, &device, 80, 100, &mut |_| {}).unwrap();
         let mean = |losses: &[f32]| losses.iter().sum::<f32>() / losses.len() as f32;
-        let (first, last) = (mean(&run.losses[..10]), mean(&run.losses[70..]));
+        let losses = run.curve();
+        let (first, last) = (mean(&losses[..10]), mean(&losses[70..]));
         // Of 72 tokens only the 64 values are ever right: that much is learnt at once.
         assert!(last < first - 0.05, "{first} {last}");
     }
