@@ -269,7 +269,7 @@ forms! {
         train: [
             "{x}", "{x}", "<do>compute {x}", "[what is|what's] {x}", "<do>calculate {x}", "<do>evaluate {x}", "{x}, how much is that", "<do>[work|figure] out {x}", "<do>solve {x}", "how much is {x}", "<noun>the value of {x}", "[result|value] of {x}", "{x} = ?", "{x} =",
             "<noun>the result of {x}", "what does {x} [make|give|come to]", "<know>how much {x} is", "[calculator|math]: {x}", "use the calculator: {x}", "here is one: {x}", "{x} is how much", "what comes out of {x}", "I get stuck at {x}, what is it", "<do>find the value of {x}",
-            "what do I get for {x}", "[do|run] this: {x}", "quick: {x}",
+            "what do I get for {x}", "[do|run] this: {x}", "quick: {x}", "the expression {x}: what is [it|its value]", "<do>work out the expression {x}",
         ],
         held: ["what is the value of the expression {x}", "calculate the value of {x}", "tell me what {x} is", "I need the result of this: {x}", "what do you get for {x}", "use the calculator and work out {x}"],
     }
@@ -430,7 +430,11 @@ pub fn written(side: Side, draw: &mut Draw) -> String {
         let sign = *draw.pick(&["+", "-", "*", "+", "*"]);
         let right = if draw.chance(25) {
             let inner = *draw.pick(&["+", "-"]);
-            format!("({}{gap}{inner}{gap}{})", number(side, digits, decimals, draw), number(side, digits, decimals, draw))
+            format!(
+                "({}{gap}{inner}{gap}{})",
+                number(side, digits, decimals, draw),
+                number(side, digits, decimals, draw)
+            )
         } else {
             number(side, digits, decimals, draw)
         };

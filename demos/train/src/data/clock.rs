@@ -32,7 +32,7 @@ forms! {
             "what[ is|'s] the date and [the |]time", "<noun>date and time", "<do>tell me the date and the time", "what day and time is it", "date and time", "what time and date do we have", "<know>what date and time it is", "the time and the date[, please|]", "<noun>the time and the date",
             "what is the current date and time",
         ],
-        held: ["do you know the date and the time", "what date and what time is it", "tell me both the date and time", "I need the current time and date"],
+        held: ["do you know the date and the time", "what date and what time is it", "tell me the date and also the time", "I need the current time and date"],
     }
     TIME_THERE {
         train: [

@@ -113,7 +113,10 @@ fn parse<'a>(template: &'a str, at: &mut usize) -> Vec<Node<'a>> {
             *at += mark;
         }
         let shared = BEGINNINGS.iter().find(|(name, _)| {
-            rest[mark..].strip_prefix('<').and_then(|rest| rest.strip_prefix(name)).is_some_and(|rest| rest.starts_with('>'))
+            rest[mark..]
+                .strip_prefix('<')
+                .and_then(|rest| rest.strip_prefix(name))
+                .is_some_and(|rest| rest.starts_with('>'))
         });
         match (rest.as_bytes()[mark], rest[mark..].find('}')) {
             (b'<', _) => {

@@ -33,8 +33,10 @@ const BEFORE: [&[&str]; 2] = [
     &["ok, next: ", "hi there, ", "now please ", "hey, quick question: "],
 ];
 /// What may come after it.
-const AFTER: [&[&str]; 2] =
-    [&[" please", ", please", ", thanks", " for me", " now", ", thank you", " pls", ", ok", " right now"], &[" for me please", " please, thanks"]];
+const AFTER: [&[&str]; 2] = [
+    &[" please", ", please", ", thanks", " for me", " now", ", thank you", " pls", ", ok", " right now"],
+    &[" for me please", " please, thanks"],
+];
 
 /// Words that begin a question.
 const ASKING: [&str; 21] = [
