@@ -42,7 +42,7 @@ pub struct Number {
 }
 
 /// How long a text is, in tokens.
-pub type Measure<'a> = &'a dyn Fn(&str) -> usize;
+pub type Measure<'a> = &'a (dyn Fn(&str) -> usize + Sync);
 
 /// As long as there is no tokenizer: tokens of this data have about so many bytes.
 pub fn estimate(text: &str) -> usize {
