@@ -17,7 +17,8 @@ pub fn causal_conv_silu(x: Tensor<3>, weight: Tensor<3>) -> Tensor<3> {
     let taps = weight.dims()[2];
     let before = Tensor::zeros([b, taps - 1, c], (&x.device().without_autodiff(), x.dtype()));
     let padded = Tensor::cat(vec![before, x], 1);
-    let tap = |j: usize| padded.clone().narrow(1, j, t) * weight.clone().narrow(2, j, 1).reshape([1, 1, c]);
+    let tap =
+        |j: usize| each_token(padded.clone().narrow(1, j, t), weight.clone().narrow(2, j, 1).reshape([c]), Tensor::mul);
     silu((1..taps).fold(tap(0), |sum, j| sum + tap(j)))
 }
 
@@ -27,8 +28,8 @@ pub fn causal_conv_silu(x: Tensor<3>, weight: Tensor<3>) -> Tensor<3> {
 /// g = -exp(a_log) softplus(a + dt_bias)     beta = sigmoid(b)
 /// ```
 pub fn gates(a: Tensor<3>, b: Tensor<3>, a_log: Tensor<1>, dt_bias: Tensor<1>) -> [Tensor<3>; 2] {
-    let rate = softplus(a + dt_bias.unsqueeze(), 1.0);
-    [-(rate * a_log.exp().unsqueeze()), sigmoid(b)]
+    let rate = softplus(each_token(a, dt_bias, Tensor::add), 1.0);
+    [-each_token(rate, a_log.exp(), Tensor::mul), sigmoid(b)]
 }
 
 /// Norm of each head's output, then the gate; o and z `[B, T, Hv, V]`, weight `[V]`.
@@ -37,12 +38,23 @@ pub fn gates(a: Tensor<3>, b: Tensor<3>, a_log: Tensor<1>, dt_bias: Tensor<1>) -
 /// o rsqrt(mean(o^2) + eps) weight silu(z)
 /// ```
 pub fn gated_rms_norm(o: Tensor<4>, z: Tensor<4>, weight: Tensor<1>, eps: f64) -> Tensor<4> {
-    rms_norm(o, eps) * weight.unsqueeze() * silu(z)
+    each_token(rms_norm(o, eps), weight, Tensor::mul) * silu(z)
 }
 
 /// The zero-centred norm over the last dimension: `x rsqrt(mean(x^2) + eps) (1 + weight)`.
 pub fn zero_centred_rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
-    rms_norm(x, eps) * (weight + 1.0).unsqueeze()
+    each_token(rms_norm(x, eps), weight + 1.0, Tensor::mul)
+}
+
+/// Groups of tokens whose gradients are summed on their own before they are summed: a GPU has work for that many more threads.
+const GROUPS: usize = 256;
+
+/// `op` of every row of the last dimension with w.
+fn each_token<const D: usize>(x: Tensor<D>, w: Tensor<1>, op: fn(Tensor<3>, Tensor<3>) -> Tensor<3>) -> Tensor<D> {
+    let (shape, [c]) = (x.dims(), w.dims());
+    let rows: usize = shape[..D - 1].iter().product();
+    let groups = 1 << rows.trailing_zeros().min(GROUPS.ilog2());
+    op(x.reshape([groups, rows / groups, c]), w.reshape([1, 1, c]).expand([groups, 1, c])).reshape(shape)
 }
 
 fn rms_norm<const D: usize>(x: Tensor<D>, eps: f64) -> Tensor<D> {

@@ -28,8 +28,17 @@ use clap::ValueEnum;
 use gatedelta_agent::parse::Call;
 use serde_json::Value;
 
+use crate::data::grammar::Form;
 use crate::data::world::World;
 use crate::draw::Draw;
+
+/// Every form, by name.
+fn forms() -> impl Iterator<Item = (&'static str, &'static Form)> {
+    [calculator::FORMS, clock::FORMS, files::FORMS, memory::FORMS, notes::FORMS, steps::FORMS, talk::FORMS]
+        .into_iter()
+        .flatten()
+        .copied()
+}
 
 /// Which wordings, names and numbers are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

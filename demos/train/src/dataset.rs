@@ -113,6 +113,15 @@ impl Dataset {
         read().with_context(|| format!("{} is no data file", path.display()))
     }
 
+    /// Adds the conversations of `other`.
+    pub fn append(&mut self, other: &Dataset) {
+        let before = self.ids.len() as u64;
+        self.ids.extend(&other.ids);
+        self.mask.extend(&other.mask);
+        self.offsets.extend(other.offsets.iter().skip(1).map(|offset| before + offset));
+        self.kinds.extend(&other.kinds);
+    }
+
     /// Writes the file in one step: a reader finds the old one or the new one, whole. `about` becomes the file's metadata.
     ///
     /// # Errors

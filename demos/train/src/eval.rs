@@ -146,6 +146,12 @@ fn tidy(call: &Call) -> Value {
             *value = json!(text.trim());
         }
     }
+    // The search is for small and capital letters alike.
+    if arguments.get("action").is_some_and(|action| action == "search")
+        && let Some(text) = arguments.get_mut("text")
+    {
+        *text = json!(text.as_str().unwrap_or_default().to_lowercase());
+    }
     if let Some(path) = arguments.get_mut("path")
         && let Some(text) = path.as_str()
     {

@@ -24,10 +24,12 @@ mod training;
 mod turn;
 
 use std::io::{self, Write};
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use gatedelta::qwen::Tokenizer;
 use gatedelta_agent::engine::local::Local;
@@ -54,7 +56,7 @@ enum Command {
     Sample {
         #[command(flatten)]
         number: Seed,
-        /// The kind of the last request [default: any]
+        /// The kind of the last request [default: whole conversations of the training data]
         #[arg(long)]
         kind: Option<Kind>,
         /// How many
@@ -92,6 +94,12 @@ enum Command {
         /// The file to write
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
+        /// Ends every conversation with its first request of interest: none goes on to others
+        #[arg(long)]
+        short: bool,
+        /// Threads [default: as many as there are cores]; the file is the same for any number of them
+        #[arg(long)]
+        threads: Option<NonZero<usize>>,
     },
     /// Score a model on held-out requests, through the agent's own loop and tools
     Eval {
@@ -186,7 +194,10 @@ fn run(command: Command) -> Result<()> {
         Command::Sample { number, kind, count, brief } => {
             let maker = maker(&estimate, None)?;
             for index in 0..count {
-                let text = maker.text(kind.unwrap_or_else(|| drawn(&number, index)), number.number(index))?;
+                let text = match kind {
+                    Some(kind) => maker.text(kind, number.number(index))?,
+                    None => maker.conversation(number.number(index))?.1,
+                };
                 let turns = text.split_once("<|im_end|>\n").map_or("", |(_, turns)| turns);
                 writeln!(out, "{}", if brief { turns } else { &text })?;
             }
@@ -194,7 +205,8 @@ fn run(command: Command) -> Result<()> {
         Command::Tokenizer { seed, vocab, conversations, out: dir } => {
             let number = Seed { seed, held_out: false };
             let mut texts = Vec::new();
-            conversations_of(&number, conversations, &estimate, &mut |_, text| {
+            let make = |index| Ok(maker(&estimate, None)?.conversation(number.number(index))?.1);
+            in_order(conversations, None, &make, &mut |text| {
                 texts.push(text);
                 Ok(())
             })?;
@@ -210,11 +222,25 @@ fn run(command: Command) -> Result<()> {
                 tokenizer::size(&json)
             )?;
         }
-        Command::Data { number, conversations, tokenizer: dir, out: path } => {
+        Command::Data { number, conversations, tokenizer: dir, out: path, short, threads } => {
             let tokenizer = tokenizer::read(&dir)?;
-            let mut data = Dataset::new();
             let measure = |text: &str| tokens(&tokenizer, text);
-            conversations_of(&number, conversations, &measure, &mut |kind, text| data.push(&tokenizer, kind, &text))?;
+            let maker = maker(&measure, None)?;
+            let make = |index| {
+                let kind = drawn(&number, index);
+                let (kind, text) = match short {
+                    true => (kind, maker.text(kind, number.number(index))?),
+                    false => maker.conversation(number.number(index))?,
+                };
+                let mut one = Dataset::new();
+                one.push(&tokenizer, kind, &text)?;
+                Ok(one)
+            };
+            let mut data = Dataset::new();
+            in_order(conversations, threads, &make, &mut |one| {
+                data.append(&one);
+                Ok(())
+            })?;
             let kinds: Vec<String> = Kind::all().iter().map(|kind| kind.name()).collect();
             data.write(&path, &json!({"seed": number.seed, "held_out": number.held_out, "kinds": kinds}))?;
             let written: usize = data.mask.iter().map(|&bit| usize::from(bit)).sum();
@@ -281,20 +307,31 @@ fn tokens(tokenizer: &Tokenizer, text: &str) -> usize {
     tokenizer.encode(text).map_or(0, |ids| ids.len())
 }
 
-/// Makes so many conversations of any kind and hands them over in order.
-fn conversations_of(
-    number: &Seed,
+/// Makes so many conversations on `threads` threads and hands them over in order.
+fn in_order<T: Send>(
     count: u64,
-    measure: Measure<'_>,
-    each: &mut dyn FnMut(Kind, String) -> Result<()>,
+    threads: Option<NonZero<usize>>,
+    make: &(dyn Fn(u64) -> Result<T> + Sync),
+    each: &mut dyn FnMut(T) -> Result<()>,
 ) -> Result<()> {
-    let maker = maker(measure, None)?;
+    let threads = threads.or_else(|| thread::available_parallelism().ok()).map_or(1, NonZero::get) as u64;
     let bar = progress(count, "conversations");
-    for index in 0..count {
-        let kind = drawn(number, index);
-        let text = maker.text(kind, number.number(index));
-        each(kind, text.with_context(|| format!("conversation {index} of the kind {}", kind.name()))?)?;
-        bar.inc(1);
+    let batch = 64 * threads;
+    for first in (0..count).step_by(batch as usize) {
+        let end = (first + batch).min(count);
+        let made: Vec<Result<Vec<T>>> = thread::scope(|scope| {
+            // Thread t makes the t-th part of the batch.
+            let part = |t: u64| first + (end - first) * t / threads..first + (end - first) * (t + 1) / threads;
+            let one = |index| make(index).with_context(|| format!("conversation {index}"));
+            let started: Vec<_> =
+                (0..threads).map(|t| scope.spawn(move || part(t).map(one).collect::<Result<Vec<T>>>())).collect();
+            let joined = started.into_iter().map(|thread| thread.join());
+            joined.map(|made| made.unwrap_or_else(|_| bail!("a thread that makes conversations failed"))).collect()
+        });
+        for part in made {
+            part?.into_iter().try_for_each(&mut *each)?;
+        }
+        bar.set_position(end);
     }
     bar.finish_and_clear();
     Ok(())

@@ -1,4 +1,8 @@
-//! Templates of wording: `[a|b|]` is one of its alternatives, which nest; `{name}` is a value.
+//! Templates of wording: `[a|b|]` is one of its alternatives, which nest; `{name}` is a value; `<name>` is a beginning that many
+//! templates share.
+
+use std::collections::HashSet;
+use std::sync::OnceLock;
 
 use crate::data::Side;
 use crate::data::voice;
@@ -11,13 +15,32 @@ pub struct Form {
     pub held: &'static [&'static str],
 }
 
+/// Beginnings, by what goes on after them: a noun ("the time"), an order ("add 1 and 2"), what is asked for ("what 1 and 2 make").
+/// Their end has its space, so that there may be none at all.
+const BEGINNINGS: [(&str, &str); 3] = [
+    (
+        "noun",
+        "[what[ is|'s|s] |what[ is|'s] |what[ is|'s] ||[tell|give] me |[can|could|would] you [please |][tell|give] me |do you know |I [need|want] |\
+         I [need|want|would like] to know |let me [know|have] |please [tell|give] me |[find|work] out |get me |could I have |I am looking for ]",
+    ),
+    (
+        "do",
+        "[||||[can|could|would|will] you [please |]|[can|could] you |please |I [want|need|would like] you to |I'd like you to |now |\
+         let us |go and |you [should|have to] |help me [to |]|be so kind and ]",
+    ),
+    (
+        "know",
+        "[tell me |[can|could|would] you [please |]tell me |do you know |I [want|need|would like] to know |I wonder |let me know |please tell me |\
+         find out |any idea |I have to know |say |can you say |I'd like to know |try to find out ]",
+    ),
+];
+
 /// Forms by name, and the list of them all: what is said cannot be left out of the tests.
 macro_rules! forms {
     ($($name:ident { train: [$($train:literal),* $(,)?], held: [$($held:literal),* $(,)?] $(,)? })*) => {
         $(static $name: $crate::data::grammar::Form =
             $crate::data::grammar::Form { train: &[$($train),*], held: &[$($held),*] };)*
         /// Every form of this module.
-        #[cfg(test)]
         pub static FORMS: &[(&str, &$crate::data::grammar::Form)] = &[$((stringify!($name), &$name)),*];
     };
 }
@@ -35,9 +58,19 @@ impl Form {
         }
     }
 
+    /// A wording, its values still open. What is held out never comes up in training, even where its templates would make it.
+    pub fn wording(&self, side: Side, draw: &mut Draw) -> String {
+        loop {
+            let text = expand(draw.pick::<&str>(self.of(side)), &[], draw);
+            if side == Side::HeldOut || !held_out().contains(&text.to_lowercase()) {
+                return text;
+            }
+        }
+    }
+
     /// Plain text of this form.
     pub fn text(&self, side: Side, slots: &Slots, draw: &mut Draw) -> String {
-        expand(draw.pick::<&str>(self.of(side)), slots, draw)
+        expand(&self.wording(side, draw), slots, draw)
     }
 
     /// A request of this form, as people type.
@@ -46,6 +79,16 @@ impl Form {
         let kept: Vec<&str> = slots.iter().map(|(_, value)| *value).collect();
         voice::typed(&text, &kept, side, draw)
     }
+}
+
+/// Every held-out wording. A value alone is none.
+fn held_out() -> &'static HashSet<String> {
+    static TEXTS: OnceLock<HashSet<String>> = OnceLock::new();
+    TEXTS.get_or_init(|| {
+        let forms = super::forms().flat_map(|(_, form)| form.held);
+        let texts = forms.flat_map(|template| all(template)).map(|text| text.to_lowercase());
+        texts.filter(|text| !(text.starts_with('{') && text.find('}') == Some(text.len() - 1))).collect()
+    })
 }
 
 #[derive(Debug, PartialEq)]
@@ -60,7 +103,7 @@ fn parse<'a>(template: &'a str, at: &mut usize) -> Vec<Node<'a>> {
     let mut nodes = Vec::new();
     while *at < template.len() {
         let rest = &template[*at..];
-        let Some(mark) = rest.find(['[', '|', ']', '{']) else {
+        let Some(mark) = rest.find(['[', '|', ']', '{', '<']) else {
             nodes.push(Node::Text(rest));
             *at = template.len();
             break;
@@ -69,7 +112,20 @@ fn parse<'a>(template: &'a str, at: &mut usize) -> Vec<Node<'a>> {
             nodes.push(Node::Text(&rest[..mark]));
             *at += mark;
         }
+        let shared = BEGINNINGS.iter().find(|(name, _)| {
+            rest[mark..]
+                .strip_prefix('<')
+                .and_then(|rest| rest.strip_prefix(name))
+                .is_some_and(|rest| rest.starts_with('>'))
+        });
         match (rest.as_bytes()[mark], rest[mark..].find('}')) {
+            (b'<', _) => {
+                match shared {
+                    Some((_, template)) => nodes.extend(parse(template, &mut 0)),
+                    None => nodes.push(Node::Text(&rest[mark..mark + 1])),
+                }
+                *at += shared.map_or(1, |(name, _)| name.len() + 2);
+            }
             (b'[', _) => {
                 let mut choices = Vec::new();
                 loop {
@@ -119,7 +175,6 @@ pub fn expand(template: &str, slots: &Slots, draw: &mut Draw) -> String {
 }
 
 /// Every text of a template, its slots left as they are.
-#[cfg(test)]
 pub fn all(template: &str) -> Vec<String> {
     fn texts(nodes: &[Node]) -> Vec<String> {
         nodes.iter().fold(vec![String::new()], |heads, node| {
@@ -133,7 +188,7 @@ pub fn all(template: &str) -> Vec<String> {
     }
     let mut at = 0;
     let nodes = parse(template, &mut at);
-    assert_eq!(at, template.len(), "{template:?} closes what it did not open");
+    debug_assert_eq!(at, template.len(), "{template:?} closes what it did not open");
     texts(&nodes)
 }
 
@@ -152,5 +207,7 @@ mod tests {
         assert_eq!(drawn.len(), 8);
         assert!(drawn.contains("ay 7!"));
         assert_eq!(expand("{a} {b} {", &[("a", "[x|{b}]")], &mut draw), "[x|{b}] {b} {");
+        let shared = all("<know>if < is <less>");
+        assert!(shared.contains(&"do you know if < is <less>".to_string()), "{shared:?}");
     }
 }

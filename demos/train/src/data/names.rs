@@ -41,7 +41,8 @@ const TAILS: &str = "ban ck del dra fin ka la lo mar na nix per ra ris rn sel ta
 pub fn word(draw: &mut Draw, side: Side) -> String {
     own(draw, side, |draw| {
         let middle = if draw.chance(60) { one(MIDDLES, draw) } else { "" };
-        format!("{}{middle}{}", one(HEADS, draw), one(TAILS, draw))
+        let last = if draw.chance(15) { one(MIDDLES, draw) } else { "" };
+        format!("{}{middle}{last}{}", one(HEADS, draw), one(TAILS, draw))
     })
 }
 
@@ -55,13 +56,18 @@ pub fn person(draw: &mut Draw, side: Side) -> String {
         if draw.chance(50) {
             return one(PEOPLE, draw).to_string();
         }
-        let name = format!("{}{}", one(HEADS, draw), one(TAILS, draw));
+        let middle = if draw.chance(40) { one(MIDDLES, draw) } else { "" };
+        let name = format!("{}{middle}{}", one(HEADS, draw), one(TAILS, draw));
         name[..1].to_uppercase() + &name[1..]
     })
 }
 
 const KINDS: &str = "blue red green old new small big heavy light spare wooden round long short cheap soft dark bright cold warm \
-    second third silver golden paper kitchen garden office school winter summer travel music family steel glass";
+    second third silver golden paper kitchen garden office school winter summer travel music family steel glass black white yellow \
+    brown pink narrow wide tall little heated wet dry fresh sweet sour plastic leather cotton wool stone copper iron electric broken \
+    lost first last main side back front upper lower north south east west bank gym work home holiday sports car bike club hotel \
+    bathroom cellar attic balcony library spring autumn weekly monthly daily yearly private public Monday Friday Sunday";
+
 /// Which one of several things: `spare`, `garden`, a name.
 pub fn kind(draw: &mut Draw, side: Side) -> String {
     own(draw, side, |draw| match draw.chance(60) {
@@ -70,7 +76,11 @@ pub fn kind(draw: &mut Draw, side: Side) -> String {
     })
 }
 
-const THINGS: &str = "apple bag ball bed bell bike boat book boot bottle bowl box bread brush bucket cake camera card chair clock coat \
+const THINGS: &str = "axe backpack bench blanket bracelet briefcase bulb cable calendar candle carpet chain chest coin comb computer \
+    curtain dice dish drawer drill earring envelope folder frame freezer glass globe guitar helmet hook hose iron jacket jar jug kettle \
+    keyboard laptop lock magnet mattress microphone monitor mouse mug notebook oven paddle pencil piano picture pipe plant plug printer \
+    puzzle rack razor rug ruler sack saddle saw scale scissors screw ship sink skirt socket spade sponge stamp statue stool suitcase \
+    switch tablet tap tie tile torch toy tray trunk tyre vase violin wallet watch whistle apple bag ball bed bell bike boat book boot bottle bowl box bread brush bucket cake camera card chair clock coat \
     cup desk door drum fan fence flag fork gate glove hammer hat key kite knife lamp ladder lemon letter map mirror \
     nail needle pan pen phone pillow plate radio ring rope scarf shelf shirt shoe soap sofa spoon stove table tent \
     towel wheel";
@@ -83,7 +93,10 @@ pub fn thing(draw: &mut Draw, side: Side) -> String {
     })
 }
 
-const COSTS: &str = "rent food water power phone fuel tea coffee fruit paper tools paint wood seeds tickets lunch dinner books shoes \
+const COSTS: &str = "heating internet phone mobile parking petrol taxi hotel flights museum cinema concert doctor dentist medicine \
+    haircut clothes laundry cleaning furniture carpets curtains garden plants flowers pets toys school nursery courses gym fees stamps \
+    printing software licences batteries cables lamps pans plates breakfast snacks pizza bread meat fish vegetables wine beer savings \
+    pension loan interest fines donations rent food water power phone fuel tea coffee fruit paper tools paint wood seeds tickets lunch dinner books shoes \
     gifts repairs train bus taxes insurance rice milk flour sugar salt eggs cheese nuts oil soap wool bricks sand \
     nails glue";
 
@@ -95,19 +108,37 @@ pub fn cost(draw: &mut Draw, side: Side) -> String {
     })
 }
 
-const STEMS: &str = "account address agenda boat budget camping cellar club costs diary draft events garden guests house ideas income \
+const FOOD: &str = "milk bread butter eggs cheese apples pears plums oranges lemons bananas grapes cherries berries nuts rice pasta flour \
+    sugar salt pepper oil vinegar honey jam tea coffee juice water wine beer fish chicken beef ham sausages beans peas carrots onions \
+    potatoes tomatoes cucumbers cabbage spinach garlic mushrooms soup yoghurt cream chocolate biscuits crisps cereal oats";
+
+/// Something to eat or drink, often of some kind: `milk`, `cold tea`.
+pub fn food(draw: &mut Draw, side: Side) -> String {
+    own(draw, side, |draw| {
+        let food = one(FOOD, draw);
+        if draw.chance(40) { format!("{} {food}", one(KINDS, draw)) } else { food.to_string() }
+    })
+}
+
+const STEMS: &str = "README TODO index data results scores grades shopping groceries expenses receipts invoice contract offers family \
+    birthdays contacts phones passwords addresses books films songs games travel packing flights hotels itinerary timetable schedule \
+    appointments homework lectures exam thesis chapter story poem journal draft backup archive config settings changes history users \
+    clients staff suppliers products inventory cars tools garden_plan workout training races doctor medicine bills loans taxes account address agenda boat budget camping cellar club costs diary draft events garden guests house ideas income \
     kitchen letter list log meeting members menu notes orders party plan prices project readme recipe report rooms \
     sales shop stock summary team todo tour trip wages week";
-const ENDINGS: &str = "txt md csv log";
+const ENDINGS: &str = "txt md csv log txt md csv log dat text list tsv";
 
 /// The name of a file: `budget_2024.csv`.
 pub fn file(draw: &mut Draw, side: Side) -> String {
     own(draw, side, |draw| {
-        let stem = match draw.below(5) {
-            0 => one(STEMS, draw).to_string(),
-            1 => format!("{}_{}", one(STEMS, draw), draw.range(1990, 2039)),
-            2 => format!("{}-{}", one(STEMS, draw), one(STEMS, draw)),
-            3 => format!("{}_{}", one(HEADS, draw), one(STEMS, draw)),
+        let stem = match draw.below(10) {
+            0..=2 => one(STEMS, draw).to_string(),
+            3 => format!("{}_{}", one(STEMS, draw), draw.range(1990, 2039)),
+            4 => format!("{}-{}", one(STEMS, draw), one(STEMS, draw)),
+            5 => format!("{}_{}", one(HEADS, draw), one(STEMS, draw)),
+            6 => format!("{}{}", one(STEMS, draw), draw.range(1, 30)),
+            7 => format!("{}_{}", one(KINDS, draw), one(STEMS, draw)),
+            8 => format!("{}{}{}", one(HEADS, draw), one(MIDDLES, draw), one(TAILS, draw)),
             _ => format!("{}{}", one(HEADS, draw), one(TAILS, draw)),
         };
         format!("{stem}.{}", one(ENDINGS, draw))
@@ -116,9 +147,11 @@ pub fn file(draw: &mut Draw, side: Side) -> String {
 
 /// The name of a folder.
 pub fn folder(draw: &mut Draw, side: Side) -> String {
-    own(draw, side, |draw| match draw.below(3) {
-        0 => one(STEMS, draw).to_string(),
-        1 => format!("{}_{}", one(KINDS, draw), one(STEMS, draw)),
+    own(draw, side, |draw| match draw.below(6) {
+        0 | 1 => one(STEMS, draw).to_string(),
+        2 => format!("{}_{}", one(KINDS, draw), one(STEMS, draw)),
+        3 => format!("{}{}", one(STEMS, draw), draw.range(1, 2039)),
+        4 => format!("{}{}{}", one(HEADS, draw), one(MIDDLES, draw), one(TAILS, draw)),
         _ => format!("{}{}", one(HEADS, draw), one(TAILS, draw)),
     })
 }
@@ -135,9 +168,37 @@ pub fn figure(draw: &mut Draw, side: Side, digits: u32) -> u64 {
     number(draw, side, 10u64.pow(digits - 1), 10u64.pow(digits) - 1)
 }
 
-/// A number with quarters, which floats hold exactly: `12.75`.
-pub fn quarters(draw: &mut Draw, side: Side) -> String {
-    own(draw, side, |draw| format!("{}{}", draw.range(10, 999), draw.pick(&[".5", ".25", ".75"])))
+/// A number of `side` that `make` gives.
+pub fn number_of(draw: &mut Draw, side: Side, make: impl Fn(&mut Draw) -> u64) -> u64 {
+    let text = own(draw, side, |draw| make(draw).to_string());
+    text.parse().unwrap_or(0)
+}
+
+/// A number with decimals, most of them halves and quarters, which floats hold exactly: `12.75`, `7.5`, `49.90`.
+pub fn decimal(draw: &mut Draw, side: Side) -> String {
+    own(draw, side, |draw| {
+        let digits = draw.range(1, 4) as u32;
+        let whole = draw.range(if digits == 1 { 0 } else { 10u64.pow(digits - 1) }, 10u64.pow(digits) - 1);
+        match draw.below(10) {
+            0 => format!("{whole}.{}", draw.range(1, 9)),
+            1 => format!("{whole}.{:02}", draw.range(1, 99)),
+            2 => format!("{whole}.{}", draw.pick(&["99", "95", "90", "20"])),
+            _ => format!("{whole}{}", draw.pick(&[".5", ".25", ".75", ".5"])),
+        }
+    })
+}
+
+/// Letters and digits: `K7-204`, `nola42`.
+pub fn code(draw: &mut Draw, side: Side) -> String {
+    own(draw, side, |draw| {
+        let letter = |draw: &mut Draw| char::from(b'A' + draw.below(26) as u8);
+        match draw.below(4) {
+            0 => format!("{}{}-{}", letter(draw), draw.range(1, 99), draw.range(10, 999)),
+            1 => format!("{}{}", one(HEADS, draw), draw.range(10, 9999)),
+            2 => format!("{}{}{}", letter(draw), letter(draw), draw.range(100, 9999)),
+            _ => format!("{}{}{}", one(HEADS, draw), one(TAILS, draw), draw.range(1, 99)),
+        }
+    })
 }
 
 /// A time of day: `14:35`.
@@ -146,35 +207,58 @@ pub fn time(draw: &mut Draw, side: Side) -> String {
 }
 
 /// Time zones by the part of the world, with the names of cities.
-const ZONES: [(&str, &str); 6] = [
+const ZONES: [(&str, &str); 7] = [
     (
         "Europe",
-        "Amsterdam Athens Belgrade Berlin Brussels Bucharest Budapest Dublin Helsinki Istanbul Kyiv Lisbon \
-        London Madrid Moscow Oslo Paris Prague Riga Rome Sofia Stockholm Vienna Vilnius Warsaw Zurich",
+        "Amsterdam Andorra Athens Belgrade Berlin Bratislava Brussels Bucharest Budapest Copenhagen Dublin Gibraltar Helsinki Istanbul \
+        Kyiv Lisbon Ljubljana London Luxembourg Madrid Malta Minsk Monaco Moscow Oslo Paris Prague Riga Rome Sarajevo Skopje Sofia \
+        Stockholm Tallinn Vienna Vilnius Warsaw Zagreb Zurich",
     ),
     (
         "Asia",
-        "Baghdad Bangkok Beirut Colombo Dhaka Dubai Jakarta Kabul Karachi Kathmandu Kolkata Manila \
-        Riyadh Seoul Shanghai Singapore Taipei Tashkent Tehran Tokyo",
+        "Almaty Amman Baghdad Bahrain Baku Bangkok Beirut Brunei Colombo Damascus Dhaka Dubai Hong_Kong Jakarta Jerusalem Kabul Karachi \
+        Kathmandu Kolkata Kuala_Lumpur Kuwait Macau Manila Muscat Nicosia Qatar Riyadh Seoul Shanghai Singapore Taipei Tashkent Tbilisi \
+        Tehran Tokyo Vientiane Yerevan",
     ),
     (
         "America",
-        "Bogota Caracas Chicago Denver Halifax Havana Lima Montevideo Panama Phoenix Santiago Toronto \
-        Vancouver",
+        "Anchorage Asuncion Barbados Bogota Boise Caracas Cayenne Chicago Costa_Rica Denver Detroit Edmonton Guatemala Guayaquil Guyana \
+        Halifax Havana Jamaica La_Paz Lima Los_Angeles Managua Mexico_City Montevideo New_York Panama Phoenix Puerto_Rico Regina Santiago \
+        Sao_Paulo Tijuana Toronto Vancouver Winnipeg",
     ),
-    ("Africa", "Accra Algiers Cairo Casablanca Dakar Harare Khartoum Lagos Nairobi Tripoli Tunis"),
+    (
+        "Africa",
+        "Abidjan Accra Addis_Ababa Algiers Bamako Cairo Casablanca Dakar Gaborone Harare Johannesburg Kampala Khartoum Kigali Lagos \
+        Luanda Lusaka Maputo Nairobi Tripoli Tunis Windhoek",
+    ),
     ("Australia", "Adelaide Brisbane Darwin Hobart Melbourne Perth Sydney"),
-    ("Pacific", "Auckland Fiji Guam Honolulu Tahiti Tongatapu"),
+    ("Pacific", "Apia Auckland Fiji Guam Honolulu Noumea Tahiti Tongatapu"),
+    ("Atlantic", "Azores Bermuda Canary Madeira Reykjavik"),
 ];
+
+/// Cities that many ask for by their names alone: which zone they are in is trained, so that they are of the training data.
+const KNOWN: &str = "Amsterdam Athens Berlin Brussels Cairo Chicago Copenhagen Dubai Dublin Helsinki Hong_Kong Istanbul Johannesburg \
+    Lisbon London Los_Angeles Madrid Melbourne Mexico_City Moscow Nairobi New_York Paris Prague Rome Sao_Paulo Seoul Shanghai Singapore \
+    Stockholm Sydney Tokyo Toronto Vienna Warsaw Zurich";
 
 /// A part of the world and a city of it; together, with a slash between, the name of a time zone.
 pub fn zone(draw: &mut Draw, side: Side) -> (String, String) {
-    let name = own(draw, side, |draw| {
-        let (region, cities) = draw.pick(&ZONES);
-        format!("{region}/{}", one(cities, draw))
-    });
-    let (region, city) = name.split_once('/').unwrap_or(("Europe", "London"));
-    (region.to_string(), city.to_string())
+    let all: usize = ZONES.iter().map(|(_, cities)| cities.split_whitespace().count()).sum();
+    loop {
+        let mut at = draw.below(all);
+        for (region, cities) in ZONES {
+            for city in cities.split_whitespace() {
+                if at == 0 {
+                    let known = KNOWN.split_whitespace().any(|known| known == city);
+                    let of = if known { Side::Train } else { side_of(&format!("{region}/{city}")) };
+                    if of == side {
+                        return (region.to_string(), city.to_string());
+                    }
+                }
+                at = at.wrapping_sub(1);
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -186,7 +270,9 @@ mod tests {
     #[test]
     fn sides_share_no_name_and_no_number() {
         type Make = fn(&mut Draw, Side) -> String;
-        let makers: [(&str, usize, Make); 11] = [
+        let makers: [(&str, usize, Make); 13] = [
+            ("code", 400, code),
+            ("food", 100, food),
             ("word", 500, word),
             ("person", 20, person),
             ("thing", 300, thing),
@@ -195,7 +281,7 @@ mod tests {
             ("folder", 200, folder),
             ("number", 400, |draw, side| number(draw, side, 10, 9999).to_string()),
             ("figure", 250, |draw, side| figure(draw, side, 5).to_string()),
-            ("quarters", 300, quarters),
+            ("decimal", 300, decimal),
             ("time", 150, time),
             ("zone", 10, |draw, side| format!("{:?}", zone(draw, side))),
         ];

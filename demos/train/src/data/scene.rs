@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::data::memory::{self, Fact};
 use crate::data::oracle::Oracle;
 use crate::data::world::World;
-use crate::data::{Group, Kind, Side, Task};
+use crate::data::{Group, Kind, Side, Task, talk};
 use crate::draw::Draw;
 use crate::turn::{self, Turn};
 
@@ -23,6 +23,8 @@ pub struct Scene {
     pub world: World,
     /// The messages before the request; none where it is the first.
     pub history: Vec<Value>,
+    /// What the user has told in it.
+    pub facts: Vec<Fact>,
     pub task: Task,
 }
 
@@ -52,11 +54,27 @@ pub fn estimate(text: &str) -> usize {
 /// Makes scenes and conversations.
 pub struct Maker<'a> {
     pub template: ChatTemplate,
-    /// For the distance between a fact and the question for it.
+    /// For the length of a conversation and the distance between a fact and the question for it.
     pub measure: Measure<'a>,
     /// The least such distance in tokens; by default it varies.
     pub distance: Option<usize>,
 }
+
+/// Where a conversation of the training data ends.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Length {
+    /// With its request.
+    Short,
+    /// After about so many tokens of requests of all kinds.
+    Grown(usize),
+    /// After so many questions for many facts, the first one told so many tokens before.
+    Long { distance: usize, questions: usize },
+}
+
+/// The system turn with the tools has about so many tokens.
+const PREAMBLE: usize = 650;
+/// What a message has around its text.
+const MARKERS: usize = 6;
 
 /// The chat template of the agent's own model.
 ///
@@ -74,11 +92,15 @@ impl Maker<'_> {
     /// # Errors
     /// If there is no room for its files, or no world has what the request needs.
     pub fn scene(&self, kind: Kind, number: Number) -> Result<Scene> {
+        self.scene_of(kind, number, Length::Short)
+    }
+
+    fn scene_of(&self, kind: Kind, number: Number, length: Length) -> Result<Scene> {
         let Number { seed, side, index } = number;
         for attempt in 0..TRIES {
             let mut draw = Draw::new(&[seed, side as u64, kind as u64, index, attempt]);
             let world = World::new(side, &mut draw)?;
-            let mut history = Vec::new();
+            let (mut history, mut facts) = (Vec::new(), Vec::new());
             if draw.chance(40) {
                 for _ in 0..draw.range(1, 3) {
                     let before = weighted(&mut draw, |kind| kind.group() != Group::Memory);
@@ -88,47 +110,54 @@ impl Maker<'_> {
                 }
             }
             let task = match kind.group() {
-                Group::Memory => Some(self.remember(kind, &world, &mut history, &mut draw)?),
+                Group::Memory => Some(self.remember(kind, length, &world, &mut history, &mut facts, &mut draw)?),
                 _ => kind.task(&world, &mut draw)?,
             };
             if let Some(task) = task {
-                return Ok(Scene { world, history, task });
+                return Ok(Scene { world, history, facts, task });
             }
         }
         bail!("no world was found for a request of the kind {}", kind.name())
     }
 
     /// Facts, then much else, then a question for one.
-    fn remember(&self, kind: Kind, world: &World, history: &mut Vec<Value>, draw: &mut Draw) -> Result<Task> {
+    fn remember(
+        &self,
+        kind: Kind,
+        length: Length,
+        world: &World,
+        history: &mut Vec<Value>,
+        facts: &mut Vec<Fact>,
+        draw: &mut Draw,
+    ) -> Result<Task> {
         let side = world.side;
-        let mut facts: Vec<Fact> = Vec::new();
-        let count = draw.range(2, 4) as usize;
-        while facts.len() < count {
-            let fact = Fact::new(side, draw);
-            let apart = |a: &str, b: &str| !a.contains(b) && !b.contains(a);
-            if facts.iter().all(|other| apart(&other.subject, &fact.subject) && apart(&other.value, &fact.value)) {
-                facts.push(fact);
-            }
+        // The first one is asked for, and the others come later.
+        let (count, distance) = match length {
+            Length::Long { distance, .. } => (draw.range(4, 9), distance),
+            Length::Grown(_) => (draw.range(1, 3), *draw.pick(&[50, 200, 600])),
+            Length::Short => (draw.range(1, 3), *draw.pick(&[50, 200, 600, 1500, 3000])),
+        };
+        let distance = if let Length::Long { .. } = length { distance } else { draw.below(distance) };
+        let distance = self.distance.unwrap_or(distance);
+        while (facts.len() as u64) < count {
+            facts.push(Fact::apart(facts, side, draw));
         }
-        // The last one is never told. The first one is asked for, and some of the others come later.
-        let (Some(untold), Some(asked)) = (facts.pop(), facts.first().cloned()) else { bail!("there are no facts") };
+        let untold = Fact::apart(facts, side, draw);
+        let Some((asked, others)) = facts.split_first() else { bail!("there are no facts") };
         self.tell(world, history, &asked.told(side, draw))?;
-        let mut others = facts.split_off(1);
-        let longest = *draw.pick(&[50, 200, 600, 1500, 3000, 6000]);
-        let distance = self.distance.unwrap_or_else(|| draw.below(longest));
+        let mut others = others.iter();
         let mut passed = 0;
-        while passed < distance || !others.is_empty() {
+        while passed < distance || others.len() > 0 {
             let task = match draw.below(10) {
                 0..=4 if passed < distance => Some(memory::paste(side, draw.range(2, 16), draw)),
                 5 | 6 => weighted(draw, |kind| kind.group() == Group::Talk).task(world, draw)?,
                 7 => weighted(draw, |kind| kind.group() == Group::SingleStep).task(world, draw)?,
-                _ => others.pop().map(|fact| fact.told(side, draw)),
+                _ => others.next().map(|fact| fact.told(side, draw)),
             };
             if let Some(task) = task {
                 let before = history.len();
                 self.tell(world, history, &task)?;
-                let texts = history[before..].iter().filter_map(|message| message["content"].as_str());
-                passed += texts.map(|text| (self.measure)(text)).sum::<usize>();
+                passed += history[before..].iter().map(|message| self.content(message)).sum::<usize>();
             }
         }
         Ok(match kind {
@@ -137,10 +166,12 @@ impl Maker<'_> {
         })
     }
 
-    /// Serves a task and adds it to the conversation.
+    /// Serves a task and adds it to the conversation. What the oracle does needs nothing that came before: to render all of it
+    /// for every request would take a time that grows with its square.
     fn tell(&self, world: &World, history: &mut Vec<Value>, task: &Task) -> Result<()> {
-        let turn = turn::take(&mut Oracle::new(&self.template, &task.acts), world, history, &task.request, MAX_TOKENS)?;
-        *history = turn.messages;
+        let turn = turn::take(&mut Oracle::new(&self.template, &task.acts), world, &[], &task.request, MAX_TOKENS)?;
+        // The system turn stands once, at the beginning.
+        history.extend(turn.messages.into_iter().skip(usize::from(!history.is_empty())));
         Ok(())
     }
 
@@ -155,15 +186,109 @@ impl Maker<'_> {
         Ok(Played { turn, must: oracle.must })
     }
 
-    /// A whole conversation as the model sees it.
+    /// The tokens of what a message says, calls aside.
+    fn content(&self, message: &Value) -> usize {
+        message["content"].as_str().map_or(0, |text| (self.measure)(text))
+    }
+
+    /// A conversation up to a request of this kind and with its answer, as the model sees it.
     ///
     /// # Errors
     /// As [`scene`](Maker::scene) and [`play`](Maker::play).
     pub fn text(&self, kind: Kind, number: Number) -> Result<String> {
         let scene = self.scene(kind, number)?;
         let messages = self.play(&scene)?.turn.messages;
-        let tools: Value = scene.world.toolbox()?.specs().iter().map(Spec::to_json).collect();
+        self.render(&scene.world, messages)
+    }
+
+    /// A conversation of the training data, and the kind of its last request. Half of them go on to about 2,000 tokens with
+    /// requests of all kinds; one in ten asks for many facts, told up to 6,500 tokens before.
+    ///
+    /// # Errors
+    /// As [`text`](Maker::text).
+    pub fn conversation(&self, number: Number) -> Result<(Kind, String)> {
+        let mut draw = Draw::new(&[number.seed, number.side as u64, number.index]);
+        let kind = any(&mut draw);
+        let (kind, length) = match draw.below(10) {
+            0 => {
+                let (distance, questions) = (draw.range(1200, 6500) as usize, draw.range(4, 10) as usize);
+                (Kind::Recall, Length::Long { distance, questions })
+            }
+            1..=5 => (kind, Length::Grown(draw.range(1500, 2500) as usize)),
+            _ => (kind, Length::Short),
+        };
+        let mut scene = self.scene_of(kind, number, length)?;
+        self.tell(&scene.world, &mut scene.history, &scene.task)?;
+        let last = self.go_on(&mut scene, length, &mut draw)?.unwrap_or(kind);
+        let messages = std::mem::take(&mut scene.history);
+        Ok((last, self.render(&scene.world, messages)?))
+    }
+
+    fn render(&self, world: &World, messages: Vec<Value>) -> Result<String> {
+        let tools: Value = world.toolbox()?.specs().iter().map(Spec::to_json).collect();
         Ok(self.template.render(&messages.into(), Some(&tools), false, None)?)
+    }
+
+    /// More requests in the same world, up to `length`; the kind of the last one.
+    fn go_on(&self, scene: &mut Scene, length: Length, draw: &mut Draw) -> Result<Option<Kind>> {
+        let mut last = None;
+        let mut questions = 0;
+        let size = |messages: &[Value]| -> usize {
+            let one = |message: &Value| {
+                let calls = message.get("tool_calls").map_or(0, |calls| (self.measure)(&calls.to_string()));
+                self.content(message) + calls + MARKERS
+            };
+            messages.iter().map(one).sum()
+        };
+        // The first message is the system turn, which the preamble counts.
+        let mut tokens = PREAMBLE + size(scene.history.get(1..).unwrap_or_default());
+        loop {
+            let kind = match length {
+                Length::Short => return Ok(last),
+                Length::Grown(limit) if tokens >= limit => return Ok(last),
+                Length::Long { questions: limit, .. } if questions >= limit => return Ok(last),
+                Length::Grown(_) => any(draw),
+                Length::Long { .. } => match draw.below(10) {
+                    0..=5 => Kind::Recall,
+                    6 => Kind::Untold,
+                    _ => weighted(draw, |kind| kind.group() != Group::Memory),
+                },
+            };
+            // Files change behind the agent's back: it has to look again.
+            if draw.chance(15) {
+                scene.world.change(draw)?;
+            }
+            let side = scene.world.side;
+            let task = match kind {
+                // What is asked for has been told, now or before; what was never told is not told later either.
+                Kind::Recall if scene.facts.is_empty() || scene.facts.len() < 12 && draw.chance(30) => {
+                    let fact = Fact::apart(&scene.facts, side, draw);
+                    let task = fact.told(side, draw);
+                    scene.facts.push(fact);
+                    Some(task)
+                }
+                Kind::SmallTalk if draw.chance(30) && scene.facts.iter().all(|fact| !fact.subject.contains("name")) => {
+                    let (task, fact) = talk::name(side, draw);
+                    scene.facts.push(fact);
+                    Some(task)
+                }
+                Kind::Recall => {
+                    questions += 1;
+                    Some(draw.pick(&scene.facts).asked(side, true, draw))
+                }
+                Kind::Untold => {
+                    questions += 1;
+                    Some(Fact::apart(&scene.facts, side, draw).asked(side, false, draw))
+                }
+                _ => kind.task(&scene.world, draw)?,
+            };
+            if let Some(task) = task {
+                let before = scene.history.len();
+                self.tell(&scene.world, &mut scene.history, &task)?;
+                tokens += size(&scene.history[before..]);
+                last = Some(kind);
+            }
+        }
     }
 }
 
@@ -175,10 +300,13 @@ pub fn any(draw: &mut Draw) -> Kind {
 fn weighted(draw: &mut Draw, wanted: impl Fn(Kind) -> bool) -> Kind {
     let weight = |kind: Kind| match kind {
         _ if !wanted(kind) => 0,
-        Kind::Calculator | Kind::ReadCompute | Kind::Recall => 6,
-        Kind::ReadFile | Kind::ListRead => 4,
-        Kind::NoteList | Kind::Untold | Kind::Missing => 1,
-        _ => 2,
+        Kind::Calculator | Kind::ReadCompute => 10,
+        Kind::ListRead | Kind::Recall => 7,
+        Kind::ReadFile | Kind::SearchDelete | Kind::NoteCompute => 6,
+        Kind::Unable | Kind::ComputeNote | Kind::ReadNote => 5,
+        Kind::NoteList | Kind::ListFiles => 3,
+        Kind::Missing => 2,
+        _ => 4,
     };
     let mut at = draw.below(Kind::all().iter().map(|&kind| weight(kind)).sum());
     for &kind in Kind::all() {

@@ -16,12 +16,27 @@ const BEFORE: [&[&str]; 2] = [
         "good morning, ",
         "now ",
         "next: ",
+        "ok ",
+        "and now ",
+        "hello, ",
+        "good evening, ",
+        "excuse me, ",
+        "so, ",
+        "well, ",
+        "one more thing: ",
+        "a question: ",
+        "I have a question: ",
+        "thanks. ",
+        "great. ",
+        "can you help me with this: ",
     ],
     &["ok, next: ", "hi there, ", "now please ", "hey, quick question: "],
 ];
 /// What may come after it.
-const AFTER: [&[&str]; 2] =
-    [&[" please", ", please", ", thanks", " for me", " now"], &[" for me please", " please, thanks"]];
+const AFTER: [&[&str]; 2] = [
+    &[" please", ", please", ", thanks", " for me", " now", ", thank you", " pls", ", ok", " right now"],
+    &[" for me please", " please, thanks"],
+];
 
 /// Words that begin a question.
 const ASKING: [&str; 21] = [

@@ -111,11 +111,28 @@ impl World {
             if self.files.iter().any(|other| other.name == file.name) || self.folders.contains(&file.name) {
                 continue;
             }
-            let text = file.content.lines().iter().map(|line| format!("{line}\n")).collect::<String>();
-            fs::write(self.folder.join(file.path()), text)?;
+            self.write(&file)?;
             self.files.push(file);
         }
         Ok(())
+    }
+
+    fn write(&self, file: &File) -> Result<()> {
+        let text = file.content.lines().iter().map(|line| format!("{line}\n")).collect::<String>();
+        Ok(fs::write(self.folder.join(file.path()), text)?)
+    }
+
+    /// Gives one of the files a new content.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn change(&mut self, draw: &mut Draw) -> Result<()> {
+        if self.files.is_empty() {
+            return Ok(());
+        }
+        let at = draw.below(self.files.len());
+        self.files[at].content = content(draw.below(4), self.side, draw);
+        self.write(&self.files[at])
     }
 
     /// Notes of the days before.

@@ -57,6 +57,10 @@ fn calls_are_the_same_if_they_ask_for_the_same() {
     assert!(same(&list(json!({})), &a, &list(json!({"path": "."})), &b));
     assert!(same(&list(json!({"path": "x"})), &a, &list(json!({"path": " ./x/"})), &b));
     assert!(!same(&list(json!({"path": "x"})), &a, &list(json!({})), &a));
+    let notes = |action: &str, text: &str| call("notes", json!({"action": action, "text": text}));
+    assert!(same(&notes("search", "Lucy"), &a, &notes("search", "lucy"), &b));
+    assert!(!same(&notes("search", "Lucy"), &a, &notes("search", "Luc"), &a));
+    assert!(!same(&notes("add", "Lucy"), &a, &notes("add", "lucy"), &a));
     let read = |arguments: Value| call("read_file", arguments);
     assert!(same(
         &read(json!({"path": "x", "start_line": 1, "lines": 2})),
