@@ -1,8 +1,9 @@
 //! Scores of a model: held-out requests through the agent's own loop, with real tools, against what the oracle does.
 
 use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use gatedelta_agent::engine::Engine;
 use gatedelta_agent::parse::Call;
 use gatedelta_agent::tools::Outcome;
@@ -46,47 +47,67 @@ pub struct Report {
     pub failures: Vec<String>,
 }
 
-/// Asks `engine` for `per_kind` held-out requests of each kind; `each` hears of every request that is done.
+/// Asks for `per_kind` held-out requests of each kind, with as many at once as there are engines; `each` hears of every request
+/// that is done.
 ///
 /// # Errors
-/// If a request cannot be made. What goes wrong in the engine counts as a wrong answer.
-pub fn run(
-    engine: &mut dyn Engine,
+/// If a request cannot be made. What goes wrong in an engine counts as a wrong answer.
+pub fn run<E: Engine + Send>(
+    engines: &mut [E],
     maker: &Maker<'_>,
     seed: u64,
     kinds: &[Kind],
     per_kind: u64,
-    each: &mut dyn FnMut(),
+    each: &(dyn Fn() + Sync),
 ) -> Result<Report> {
-    let mut report = Report::default();
-    for &kind in kinds {
-        let mut score = Score::default();
-        for index in 0..per_kind {
-            let number = Number { seed, side: Side::HeldOut, index };
-            let expected = maker.play(&maker.scene(kind, number)?)?;
-            // The oracle has changed its world: the model gets one of its own.
-            let scene = maker.scene(kind, number)?;
-            let found = turn::take(engine, &scene.world, &scene.history, &scene.task.request, MAX_TOKENS);
-            let (one, why) = match &found {
-                Ok(found) => {
-                    let why = told(&found.calls, &found.answer, &found.raw);
-                    (judge(&expected, found), format!("{why} ({})", found.reason.name()))
-                }
-                Err(why) => (Score { requests: 1, ..Score::default() }, format!("{why:#}")),
-            };
-            if one.right == 0 {
-                let wanted = told(&expected.turn.calls, &expected.turn.answer, "");
-                let request = &scene.task.request;
-                report
-                    .failures
-                    .push(format!("{} {index}: {request}\n  expected {wanted}\n  found    {why}", kind.name()));
-            }
-            score += one;
+    let all: Vec<(Kind, u64)> = kinds.iter().flat_map(|&kind| (0..per_kind).map(move |index| (kind, index))).collect();
+    // Each engine takes the next one when it is done.
+    let next = AtomicUsize::new(0);
+    let work = |engine: &mut E| -> Result<Vec<(usize, Score, Option<String>)>> {
+        let mut done = Vec::new();
+        while let at = next.fetch_add(1, Ordering::Relaxed)
+            && let Some(&(kind, index)) = all.get(at)
+        {
+            let (score, failure) = ask(engine, maker, kind, Number { seed, side: Side::HeldOut, index })?;
+            done.push((at, score, failure));
             each();
         }
-        report.scores.push((kind, score));
-    }
-    Ok(report)
+        Ok(done)
+    };
+    let mut done = std::thread::scope(|scope| -> Result<Vec<_>> {
+        let threads: Vec<_> = engines.iter_mut().map(|engine| scope.spawn(|| work(engine))).collect();
+        let mut done = Vec::new();
+        for thread in threads {
+            done.extend(thread.join().map_err(|_| anyhow!("a thread of the evaluation ended early"))??);
+        }
+        Ok(done)
+    })?;
+    // The same report however many there were.
+    done.sort_by_key(|(at, ..)| *at);
+    let mut scores: Vec<(Kind, Score)> = kinds.iter().map(|&kind| (kind, Score::default())).collect();
+    done.iter().for_each(|(at, score, _)| scores[at / per_kind as usize].1 += *score);
+    Ok(Report { scores, failures: done.into_iter().filter_map(|(_, _, failure)| failure).collect() })
+}
+
+/// How one request went, and what was wrong if it was.
+fn ask(engine: &mut dyn Engine, maker: &Maker<'_>, kind: Kind, number: Number) -> Result<(Score, Option<String>)> {
+    let expected = maker.play(&maker.scene(kind, number)?)?;
+    // The oracle has changed its world: the model gets one of its own.
+    let scene = maker.scene(kind, number)?;
+    let request = &scene.task.request;
+    let found = turn::take(engine, &scene.world, &scene.history, request, MAX_TOKENS);
+    let (score, why) = match &found {
+        Ok(found) => {
+            let why = told(&found.calls, &found.answer, &found.raw);
+            (judge(&expected, found), format!("{why} ({})", found.reason.name()))
+        }
+        Err(why) => (Score { requests: 1, ..Score::default() }, format!("{why:#}")),
+    };
+    let failure = (score.right == 0).then(|| {
+        let wanted = told(&expected.turn.calls, &expected.turn.answer, "");
+        format!("{} {}: {request}\n  expected {wanted}\n  found    {why}", kind.name(), number.index)
+    });
+    Ok((score, failure))
 }
 
 fn told(calls: &[Call], answer: &str, raw: &str) -> String {
@@ -175,6 +196,18 @@ impl Report {
         let mut sum = Score::default();
         self.scores.iter().filter(|(kind, _)| kind.group() == group).for_each(|(_, score)| sum += *score);
         sum
+    }
+
+    /// The counts, and what went wrong, for other programs.
+    pub fn to_json(&self) -> Value {
+        let row = |(kind, score): &(Kind, Score)| {
+            let Score { requests, calls, answers, right, prompt_tokens } = *score;
+            json!({
+                "kind": kind.name(), "group": kind.group().name(), "requests": requests, "right_calls": calls,
+                "right_answers": answers, "both_right": right, "prompt_tokens": prompt_tokens,
+            })
+        };
+        json!({"kinds": self.scores.iter().map(row).collect::<Vec<_>>(), "failures": self.failures})
     }
 }
 

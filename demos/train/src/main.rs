@@ -11,6 +11,7 @@ mod draw;
 mod eval;
 #[cfg(feature = "burn")]
 mod learn;
+mod logits;
 #[cfg(feature = "burn")]
 mod place;
 #[path = "../../quiet.rs"]
@@ -32,6 +33,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use gatedelta::qwen::Tokenizer;
 use gatedelta_agent::engine::local::Local;
+use gatedelta_agent::tools::notes::replace;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
@@ -122,7 +124,15 @@ enum Command {
         /// Prints so many of the requests that went wrong
         #[arg(long, value_name = "N", default_value_t = 0)]
         failures: usize,
+        /// Requests at once, each with the model in memory
+        #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=64))]
+        threads: u8,
+        /// Writes the counts, and all that went wrong, to this file too
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
     },
+    /// Write the logits of a text, every token's, to compare with other programs
+    Logits(logits::Args),
     /// Print sequences of multi-query associative recall: tokens, and after ">" the answer where one is asked for
     Pairs {
         #[command(flatten)]
@@ -241,7 +251,7 @@ fn run(command: Command) -> Result<()> {
                 "{conversations} conversations, {all} tokens, {written} of them the model's; the longest has {longest}"
             )?;
         }
-        Command::Eval { model, seed, per_kind, kind, distance, device, failures } => {
+        Command::Eval { model, seed, per_kind, kind, distance, device, failures, threads, json } => {
             let tokenizer = tokenizer::read(&model)?;
             let measure = |text: &str| tokens(&tokenizer, text);
             let maker = maker(&measure, Some(distance))?;
@@ -249,15 +259,21 @@ fn run(command: Command) -> Result<()> {
             let mut args: Vec<std::ffi::OsString> = vec!["gatedelta-train".into(), "--greedy".into()];
             args.extend(["--model".into(), model.into_os_string()]);
             device.into_iter().for_each(|device| args.extend(["--device".into(), device.into()]));
-            let mut engine = Local::load(&gatedelta_agent::options::Args::try_parse_from(args)?)?;
+            let args = gatedelta_agent::options::Args::try_parse_from(args)?;
+            let mut engines = (0..threads).map(|_| Local::load(&args)).collect::<Result<Vec<_>>>()?;
             let bar = progress(kinds.len() as u64 * per_kind, "requests");
-            let report = eval::run(&mut engine, &maker, seed, kinds, per_kind, &mut || bar.inc(1))?;
+            let report = eval::run(&mut engines, &maker, seed, kinds, per_kind, &|| bar.inc(1))?;
             bar.finish_and_clear();
             for failure in report.failures.iter().take(failures) {
                 writeln!(out, "{failure}\n")?;
             }
             write!(out, "{report}")?;
+            if let Some(path) = json {
+                let text = format!("{:#}\n", report.to_json());
+                replace(&path, text.as_bytes()).with_context(|| format!("{} cannot be written", path.display()))?;
+            }
         }
+        Command::Logits(args) => logits::run(&args, &mut out)?,
         Command::Pairs { number, count, shape } => {
             for index in 0..count {
                 let sequence = shape.sequence(number.seed, number.side(), index)?;

@@ -24,7 +24,7 @@ use crate::{curve, learn, progress, tokenizer};
 /// Steps between two looks at the losses.
 const READ: u64 = 10;
 /// Batches of held-out data that are looked at.
-const HELD: usize = 16;
+const HELD: usize = 4;
 
 /// The sizes of the model.
 #[derive(Debug, Clone, clap::Args)]

@@ -149,10 +149,13 @@ fn report(kinds: &[Kind], instead: Option<(Kind, &'static str)>) -> Report {
     let maker = Maker { template: template().unwrap(), measure: &estimate, distance: Some(100) };
     let number = |index| Number { seed: 6, side: Side::HeldOut, index };
     let plan = kinds.iter().flat_map(|&kind| (0..PER_KIND).map(move |index| (kind, number(index)))).collect();
-    let mut engine = Wrong { maker: &maker, plan, at: 0, instead, acts: 0 };
-    let mut heard = 0;
-    let report = run(&mut engine, &maker, 6, kinds, PER_KIND, &mut || heard += 1).unwrap();
-    assert_eq!(heard, kinds.len() * PER_KIND as usize);
+    let engine = Wrong { maker: &maker, plan, at: 0, instead, acts: 0 };
+    let heard = AtomicUsize::new(0);
+    let hear = || {
+        heard.fetch_add(1, Ordering::Relaxed);
+    };
+    let report = run(&mut [engine], &maker, 6, kinds, PER_KIND, &hear).unwrap();
+    assert_eq!(heard.into_inner(), kinds.len() * PER_KIND as usize);
     report
 }
 
@@ -197,6 +200,34 @@ fn what_is_wrong_counts_where_it_is_wrong() {
     let found = report(&kinds, Some((Kind::NoteAdd, "error")));
     assert_eq!([0, 1, 2].map(|at| of(&found, at)), [(2, 2, 2), (0, 0, 0), (2, 2, 2)]);
     assert!(found.failures[0].contains("the context is full"));
+}
+
+/// Says the length of the prompt.
+struct Parrot<'a>(&'a Maker<'a>);
+
+impl Engine for Parrot<'_> {
+    fn render(&self, messages: &[Value], tools: &[Value], thinking: Option<bool>) -> Result<String> {
+        Ok(self.0.template.render(&messages.into(), Some(&tools.into()), true, thinking)?)
+    }
+
+    fn generate(&mut self, prompt: &str, _: usize, each: &mut dyn FnMut(Step<'_>) -> Result<bool>) -> Result<Answer> {
+        each(Step::Wrote { id: 1, text: &prompt.len().to_string() })?;
+        bail!("enough")
+    }
+}
+
+#[test]
+fn several_engines_make_the_same_report() {
+    let maker = Maker { template: template().unwrap(), measure: &estimate, distance: Some(100) };
+    let kinds = [Kind::Calculator, Kind::ListFiles, Kind::Untold];
+    let report = |engines: usize| {
+        let mut engines: Vec<Parrot<'_>> = (0..engines).map(|_| Parrot(&maker)).collect();
+        run(&mut engines, &maker, 3, &kinds, 5, &|| {}).unwrap()
+    };
+    let (one, three) = (report(1), report(3));
+    assert_eq!((one.failures.len(), one.to_json()), (15, three.to_json()));
+    assert_eq!(one.to_json()["kinds"][2]["requests"], 5);
+    assert!(one.failures[5].starts_with("list-files 0: "), "{}", one.failures[5]);
 }
 
 #[test]
