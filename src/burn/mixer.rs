@@ -51,6 +51,9 @@ pub struct GatedDeltaNetConfig {
     /// embeddings through to the last layers of a model that is trained anew.
     #[config(default = 1.0)]
     pub residual_scale: f64,
+    /// Start as an associative memory that recalls what came after a token: see [`GatedDeltaNetConfig::init`].
+    #[config(default = false)]
+    pub recalling: bool,
     /// What happens to the state at a token.
     #[config(default = "Rule::Delta")]
     pub rule: Rule,
@@ -115,6 +118,10 @@ impl GatedDeltaNetConfig {
     /// A layer with random weights: matrices normal with the width `initializer_range`, `A_log` the logarithm of a uniform number up to 16, `dt_bias`
     /// such that its softplus is log-uniform in 0.001 to 0.1, the convolution uniform within `taps^-1/2`.
     ///
+    /// A layer that starts `recalling` has q and k by the same matrix, q of a token with k of the token before (by the taps of the
+    /// convolution), `out_proj` as the transpose of v's matrix, and `A_log` the logarithm of a number up to 1: it writes what came
+    /// after the last appearance of its token. Small models take thousands of steps to find this by themselves.
+    ///
     /// # Errors
     /// [`Error::Argument`] naming the size that is out of range.
     pub fn init(&self, engine: &Engine, device: &Device) -> Result<GatedDeltaNet> {
@@ -127,25 +134,43 @@ impl GatedDeltaNetConfig {
         if !(2..=8).contains(&self.linear_conv_kernel_dim) {
             return Err(Error::argument("linear_conv_kernel_dim", self.linear_conv_kernel_dim, "2 to 8"));
         }
-        let (channels, taps) = (2 * hk * k + hv * v, self.linear_conv_kernel_dim);
-        let within = (taps as f64).powf(-0.5);
-        let uniform = |low: f64, high: f64| Tensor::<1>::random([hv], Distribution::Uniform(low, high), device);
+        let taps = self.linear_conv_kernel_dim;
+        let uniform =
+            |n: usize, low: f64, high: f64| Tensor::<1>::random([n], Distribution::Uniform(low, high), device);
         // softplus(dt_bias) = dt: the inverse is dt + log(1 - exp(-dt)).
-        let dt = uniform(1e-3f64.ln(), 1e-1f64.ln()).exp();
+        let dt = uniform(hv, 1e-3f64.ln(), 1e-1f64.ln()).exp();
         let dt_bias = dt.clone() + (-(-dt).exp() + 1.0).log();
+        // Not from 0, whose logarithm no optimiser comes back from.
+        let a_log = uniform(hv, 1e-3, if self.recalling { 1.0 } else { 16.0 }).log();
+        let linear = |from: usize, to: usize, scale: f64| linear(from, to, self.initializer_range, scale, device);
+        let mut in_proj_qkv = linear(self.hidden_size, 2 * hk * k + hv * v, 1.0);
+        let mut out_proj = linear(hv * v, self.hidden_size, self.residual_scale);
+        let within = (taps as f64).powf(-0.5);
+        let around = |n: usize, tap: usize| {
+            let noise = uniform(n * taps, -within, within).reshape([n, 1, taps]);
+            if !self.recalling {
+                return noise;
+            }
+            let one: Vec<f32> = (0..taps).map(|at| f32::from(u8::from(at == tap))).collect();
+            noise * 0.1 + Tensor::<1>::from_data(one.as_slice(), device).reshape([1, 1, taps])
+        };
+        let conv = [around(hk * k, taps - 1), around(hk * k, taps - 2), around(hv * v, taps - 1)];
+        if self.recalling {
+            let drawn = in_proj_qkv.weight.val().detach().set_require_grad(false);
+            let (q, v) = (drawn.clone().narrow(1, 0, hk * k), drawn.narrow(1, 2 * hk * k, hv * v));
+            in_proj_qkv.weight = Param::from_tensor(Tensor::cat(vec![q.clone(), q, v.clone()], 1));
+            out_proj.weight = Param::from_tensor(v.transpose() * self.residual_scale);
+        }
         Ok(GatedDeltaNet {
-            in_proj_qkv: linear(self.hidden_size, channels, self.initializer_range, 1.0, device),
-            in_proj_z: linear(self.hidden_size, hv * v, self.initializer_range, 1.0, device),
-            in_proj_b: linear(self.hidden_size, hv, self.initializer_range, 1.0, device),
-            in_proj_a: linear(self.hidden_size, hv, self.initializer_range, 1.0, device),
-            conv1d: CausalConv {
-                weight: Initializer::Uniform { min: -within, max: within }.init([channels, 1, taps], device),
-            },
-            // Not from 0, whose logarithm no optimiser comes back from.
-            a_log: Param::from_tensor(uniform(1e-3, 16.0).log()),
+            in_proj_qkv,
+            in_proj_z: linear(self.hidden_size, hv * v, 1.0),
+            in_proj_b: linear(self.hidden_size, hv, 1.0),
+            in_proj_a: linear(self.hidden_size, hv, 1.0),
+            conv1d: CausalConv { weight: Param::from_tensor(Tensor::cat(conv.to_vec(), 0)) },
+            a_log: Param::from_tensor(a_log),
             dt_bias: Param::from_tensor(dt_bias),
             norm: GatedRmsNorm { weight: Initializer::Ones.init([v], device), eps: self.rms_norm_eps },
-            out_proj: linear(hv * v, self.hidden_size, self.initializer_range, self.residual_scale, device),
+            out_proj,
             rule: self.rule,
             engine: engine.clone(),
             heads: [hk, hv, k, v],

@@ -199,6 +199,9 @@ pub struct Qwen35Config {
     /// embeddings through to the last layers of a model that is trained anew.
     #[config(default = 1.0)]
     pub residual_scale: f64,
+    /// Layers of Gated DeltaNet start as associative memories: see [`GatedDeltaNetConfig::init`].
+    #[config(default = false)]
+    pub recalling: bool,
     /// What happens to the state at a token of Gated DeltaNet.
     #[config(default = "Rule::Delta")]
     pub rule: Rule,
@@ -308,6 +311,7 @@ impl Qwen35Config {
             rms_norm_eps: self.rms_norm_eps,
             initializer_range: self.initializer_range,
             residual_scale: self.residual_scale,
+            recalling: self.recalling,
             rule: self.rule,
         }
     }

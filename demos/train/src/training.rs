@@ -69,6 +69,9 @@ pub struct Settings {
     /// Tokens in a step, about
     #[arg(long, value_name = "N", default_value_t = 32_768, value_parser = clap::value_parser!(u32).range(1..))]
     tokens: u32,
+    /// Start linear attention as it is drawn, not as an associative memory
+    #[arg(long)]
+    plain_start: bool,
     /// A file run.safetensors whose weights this run begins with
     #[arg(long, value_name = "FILE")]
     start: Option<PathBuf>,
@@ -311,6 +314,7 @@ impl Settings {
             .with_max_position_embeddings(sizes.context)
             .with_eos_token_id(Some(marker(dir, "<|im_end|>")?))
             .with_initializer_range(None)
+            .with_recalling(!self.plain_start)
             .with_embedding_range(self.embedding_range)
             .with_residual_scale(self.residual_scale))
     }
@@ -318,7 +322,7 @@ impl Settings {
     fn to_json(&self, config: &Qwen35Config, data: &Dataset, about: Value) -> Result<Value> {
         Ok(json!({
             "task": "agent", "model": config.to_json()?, "data": about, "conversations": data.kinds.len(), "of_tokens": data.ids.len(),
-            "steps": self.steps, "tokens": self.tokens, "start": self.start, "drill": self.drill, "rate": self.rate,
+            "steps": self.steps, "tokens": self.tokens, "plain_start": self.plain_start, "start": self.start, "drill": self.drill, "rate": self.rate,
             "embedding_range": self.embedding_range, "residual_scale": self.residual_scale, "context_weight": self.context_weight, "seed": self.seed,
         }))
     }
