@@ -35,6 +35,10 @@ pub struct GatedAttentionConfig {
     /// Width of the normal distribution that matrices are drawn from; none: `from^-1/2` each.
     #[config(default = "Some(0.02)")]
     pub initializer_range: Option<f64>,
+    /// What the width of the matrices that write to the residual stream is multiplied by: `(2 layers)^-1/2` lets the
+    /// embeddings through to the last layers of a model that is trained anew.
+    #[config(default = 1.0)]
+    pub residual_scale: f64,
 }
 
 /// Causal softmax attention over all positions.
@@ -86,10 +90,10 @@ impl GatedAttentionConfig {
         }
         let norm = RmsNormConfig::new(d).with_rms_norm_eps(self.rms_norm_eps);
         Ok(GatedAttention {
-            q_proj: linear(hidden, heads * 2 * d, self.initializer_range, device),
-            k_proj: linear(hidden, kv * d, self.initializer_range, device),
-            v_proj: linear(hidden, kv * d, self.initializer_range, device),
-            o_proj: linear(heads * d, hidden, self.initializer_range, device),
+            q_proj: linear(hidden, heads * 2 * d, self.initializer_range, 1.0, device),
+            k_proj: linear(hidden, kv * d, self.initializer_range, 1.0, device),
+            v_proj: linear(hidden, kv * d, self.initializer_range, 1.0, device),
+            o_proj: linear(heads * d, hidden, self.initializer_range, self.residual_scale, device),
             q_norm: norm.init(device),
             k_norm: norm.init(device),
             sizes: [heads, kv, d, rotary],

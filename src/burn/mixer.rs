@@ -47,6 +47,10 @@ pub struct GatedDeltaNetConfig {
     /// Width of the normal distribution that matrices are drawn from; none: `from^-1/2` each.
     #[config(default = "Some(0.02)")]
     pub initializer_range: Option<f64>,
+    /// What the width of the matrices that write to the residual stream is multiplied by: `(2 layers)^-1/2` lets the
+    /// embeddings through to the last layers of a model that is trained anew.
+    #[config(default = 1.0)]
+    pub residual_scale: f64,
     /// What happens to the state at a token.
     #[config(default = "Rule::Delta")]
     pub rule: Rule,
@@ -101,9 +105,9 @@ pub struct GatedRmsNorm {
 }
 
 /// A matrix without bias, drawn from a normal distribution of this width, or of `from^-1/2` without one: the same at 2500
-/// numbers, and what keeps the numbers of a row at their size in small models too.
-pub(super) fn linear(from: usize, to: usize, width: Option<f64>, device: &Device) -> Linear {
-    let initializer = Initializer::Normal { mean: 0.0, std: width.unwrap_or((from as f64).powf(-0.5)) };
+/// numbers, and what keeps the numbers of a row at their size in small models too. The width is times `scale`.
+pub(super) fn linear(from: usize, to: usize, width: Option<f64>, scale: f64, device: &Device) -> Linear {
+    let initializer = Initializer::Normal { mean: 0.0, std: scale * width.unwrap_or((from as f64).powf(-0.5)) };
     LinearConfig::new(from, to).with_bias(false).with_initializer(initializer).init(device)
 }
 
@@ -130,10 +134,10 @@ impl GatedDeltaNetConfig {
         let dt = uniform(1e-3f64.ln(), 1e-1f64.ln()).exp();
         let dt_bias = dt.clone() + (-(-dt).exp() + 1.0).log();
         Ok(GatedDeltaNet {
-            in_proj_qkv: linear(self.hidden_size, channels, self.initializer_range, device),
-            in_proj_z: linear(self.hidden_size, hv * v, self.initializer_range, device),
-            in_proj_b: linear(self.hidden_size, hv, self.initializer_range, device),
-            in_proj_a: linear(self.hidden_size, hv, self.initializer_range, device),
+            in_proj_qkv: linear(self.hidden_size, channels, self.initializer_range, 1.0, device),
+            in_proj_z: linear(self.hidden_size, hv * v, self.initializer_range, 1.0, device),
+            in_proj_b: linear(self.hidden_size, hv, self.initializer_range, 1.0, device),
+            in_proj_a: linear(self.hidden_size, hv, self.initializer_range, 1.0, device),
             conv1d: CausalConv {
                 weight: Initializer::Uniform { min: -within, max: within }.init([channels, 1, taps], device),
             },
@@ -141,7 +145,7 @@ impl GatedDeltaNetConfig {
             a_log: Param::from_tensor(uniform(1e-3, 16.0).log()),
             dt_bias: Param::from_tensor(dt_bias),
             norm: GatedRmsNorm { weight: Initializer::Ones.init([v], device), eps: self.rms_norm_eps },
-            out_proj: linear(hv * v, self.hidden_size, self.initializer_range, device),
+            out_proj: linear(hv * v, self.hidden_size, self.initializer_range, self.residual_scale, device),
             rule: self.rule,
             engine: engine.clone(),
             heads: [hk, hv, k, v],

@@ -56,6 +56,10 @@ pub struct MlpConfig {
     /// Width of the normal distribution that matrices are drawn from; none: `from^-1/2` each.
     #[config(default = "Some(0.02)")]
     pub initializer_range: Option<f64>,
+    /// What the width of the matrices that write to the residual stream is multiplied by: `(2 layers)^-1/2` lets the
+    /// embeddings through to the last layers of a model that is trained anew.
+    #[config(default = 1.0)]
+    pub residual_scale: f64,
 }
 
 /// SwiGLU: `down(silu(gate(x)) * up(x))`.
@@ -73,9 +77,15 @@ impl MlpConfig {
     /// Matrices normal with the width `initializer_range`.
     pub fn init(&self, device: &Device) -> Mlp {
         Mlp {
-            gate_proj: linear(self.hidden_size, self.intermediate_size, self.initializer_range, device),
-            up_proj: linear(self.hidden_size, self.intermediate_size, self.initializer_range, device),
-            down_proj: linear(self.intermediate_size, self.hidden_size, self.initializer_range, device),
+            gate_proj: linear(self.hidden_size, self.intermediate_size, self.initializer_range, 1.0, device),
+            up_proj: linear(self.hidden_size, self.intermediate_size, self.initializer_range, 1.0, device),
+            down_proj: linear(
+                self.intermediate_size,
+                self.hidden_size,
+                self.initializer_range,
+                self.residual_scale,
+                device,
+            ),
         }
     }
 }
@@ -179,10 +189,16 @@ pub struct Qwen35Config {
     pub max_position_embeddings: usize,
     /// The id that ends an answer, for `config.json`.
     pub eos_token_id: Option<u32>,
-    /// Width of the normal distribution that matrices are drawn from; none: `from^-1/2` each. The embedding table always has
-    /// the family's 0.02.
+    /// Width of the normal distribution that the embedding table is drawn from.
+    #[config(default = 0.02)]
+    pub embedding_range: f64,
+    /// Width of the normal distribution that matrices are drawn from; none: `from^-1/2` each.
     #[config(default = "Some(0.02)")]
     pub initializer_range: Option<f64>,
+    /// What the width of the matrices that write to the residual stream is multiplied by: `(2 layers)^-1/2` lets the
+    /// embeddings through to the last layers of a model that is trained anew.
+    #[config(default = 1.0)]
+    pub residual_scale: f64,
     /// What happens to the state at a token of Gated DeltaNet.
     #[config(default = "Rule::Delta")]
     pub rule: Rule,
@@ -245,7 +261,7 @@ impl Qwen35Config {
         qwen::Config::from_json(&self.to_json()?)
     }
 
-    /// A model with random weights, drawn as those of its layers; the embedding table normal(0, 0.02).
+    /// A model with random weights, drawn as those of its layers; the embedding table normal with the width `embedding_range`.
     ///
     /// # Errors
     /// As [`Qwen35Config::check`].
@@ -265,17 +281,18 @@ impl Qwen35Config {
                 post_attention_layernorm: norm.init(device),
                 mlp: MlpConfig::new(self.hidden_size, self.intermediate_size)
                     .with_initializer_range(self.initializer_range)
+                    .with_residual_scale(self.residual_scale)
                     .init(device),
             })
         };
-        let initializer = Initializer::Normal { mean: 0.0, std: 0.02 };
+        let initializer = Initializer::Normal { mean: 0.0, std: self.embedding_range };
         let embed = EmbeddingConfig::new(self.vocab_size, self.hidden_size).with_initializer(initializer);
         Ok(Qwen35 {
             embed_tokens: embed.init(device),
             layers: kinds.iter().map(block).collect::<Result<_>>()?,
             norm: norm.init(device),
             lm_head: (!self.tie_word_embeddings)
-                .then(|| linear(self.hidden_size, self.vocab_size, self.initializer_range, device)),
+                .then(|| linear(self.hidden_size, self.vocab_size, self.initializer_range, 1.0, device)),
             config: self.clone(),
         })
     }
@@ -290,6 +307,7 @@ impl Qwen35Config {
             linear_conv_kernel_dim: self.linear_conv_kernel_dim,
             rms_norm_eps: self.rms_norm_eps,
             initializer_range: self.initializer_range,
+            residual_scale: self.residual_scale,
             rule: self.rule,
         }
     }
@@ -304,6 +322,7 @@ impl Qwen35Config {
             rope_theta: self.rope_theta,
             rms_norm_eps: self.rms_norm_eps,
             initializer_range: self.initializer_range,
+            residual_scale: self.residual_scale,
         }
     }
 }

@@ -17,6 +17,19 @@ use gatedelta_agent::tools::notes::replace;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 
+/// A model of the same sizes with the weights of a run's file.
+///
+/// # Errors
+/// If the file is not there, no run's, or one of other sizes.
+pub fn weights(file: &Path, model: Qwen35) -> Result<Qwen35> {
+    let read = || -> Result<Qwen35> {
+        let bytes = std::fs::read(file)?;
+        let record = SafeTensors::deserialize(&bytes)?.tensor("model")?.data().to_vec();
+        Ok(model.try_load_record(ModuleRecord::from_bytes(Bytes::from_bytes_vec(record))?)?)
+    };
+    read().with_context(|| format!("{} gives no weights", file.display()))
+}
+
 /// See the [module](self). `N` losses are kept for every step; the first is the one to look at.
 pub struct Run<const N: usize> {
     pub model: Qwen35,

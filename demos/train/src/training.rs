@@ -19,7 +19,7 @@ use self::batches::{Batches, Role};
 use crate::dataset::Dataset;
 use crate::learn::{Recipe, Run, rate};
 use crate::place::Place;
-use crate::{curve, progress, tokenizer};
+use crate::{curve, learn, progress, tokenizer};
 
 /// Steps between two looks at the losses.
 const READ: u64 = 10;
@@ -69,9 +69,21 @@ pub struct Settings {
     /// Tokens in a step, about
     #[arg(long, value_name = "N", default_value_t = 32_768, value_parser = clap::value_parser!(u32).range(1..))]
     tokens: u32,
+    /// A file run.safetensors whose weights this run begins with
+    #[arg(long, value_name = "FILE")]
+    start: Option<PathBuf>,
+    /// Steps at the start that drill looking back
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    drill: u64,
     /// The highest learning rate
     #[arg(long, default_value_t = 2e-3)]
     rate: f64,
+    /// Width of the distribution that the embedding table is drawn from
+    #[arg(long, default_value_t = 0.02)]
+    embedding_range: f64,
+    /// What the width of matrices that write to the residual stream is multiplied by
+    #[arg(long, default_value_t = 1.0)]
+    residual_scale: f64,
     /// What the tokens that the model reads count, beside those that it writes
     #[arg(long, value_name = "X", default_value_t = 0.1)]
     context_weight: f64,
@@ -165,6 +177,10 @@ impl<'a> Training<'a> {
         }
         device.seed(settings.seed);
         let model = config.init(engine, device)?;
+        let model = match &settings.start {
+            Some(file) => learn::weights(file, model)?,
+            None => model,
+        };
         let about = settings.to_json(&config, data, about)?;
         let run = Run::open(&settings.out, model, Recipe::language(), about)?;
         let device = device.clone();
@@ -210,7 +226,13 @@ impl<'a> Training<'a> {
         let mut saved = self.run.steps();
         while self.run.steps() < self.settings.steps {
             let at = self.run.steps();
-            let batch = self.batches.batch(at);
+            let batch = match at.checked_sub(self.settings.drill) {
+                Some(at) => self.batches.batch(at),
+                None => {
+                    let vocab = self.run.model.config().vocab_size;
+                    batches::drill(self.settings.seed, at, self.settings.tokens as usize, vocab)
+                }
+            };
             let kept = loss::means(&self.run.model, &batch, &self.device);
             let loss = kept.clone().narrow(0, 0, 1) + kept.clone().narrow(0, 1, 1) * self.settings.context_weight;
             self.run.step(loss, kept, rate(self.settings.rate, at, self.settings.steps));
@@ -288,13 +310,16 @@ impl Settings {
             .with_linear_value_head_dim(sizes.linear_dim)
             .with_max_position_embeddings(sizes.context)
             .with_eos_token_id(Some(marker(dir, "<|im_end|>")?))
-            .with_initializer_range(None))
+            .with_initializer_range(None)
+            .with_embedding_range(self.embedding_range)
+            .with_residual_scale(self.residual_scale))
     }
 
     fn to_json(&self, config: &Qwen35Config, data: &Dataset, about: Value) -> Result<Value> {
         Ok(json!({
             "task": "agent", "model": config.to_json()?, "data": about, "conversations": data.kinds.len(), "of_tokens": data.ids.len(),
-            "steps": self.steps, "tokens": self.tokens, "rate": self.rate, "context_weight": self.context_weight, "seed": self.seed,
+            "steps": self.steps, "tokens": self.tokens, "start": self.start, "drill": self.drill, "rate": self.rate,
+            "embedding_range": self.embedding_range, "residual_scale": self.residual_scale, "context_weight": self.context_weight, "seed": self.seed,
         }))
     }
 
