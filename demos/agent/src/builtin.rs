@@ -3,6 +3,13 @@
 use std::io;
 use std::path::Path;
 
+/// What it can do.
+pub const WHAT: &str =
+    "It is small and knows these tools alone: it computes, lists and reads files, tells the time and keeps notes.";
+
+/// What to ask it first.
+pub const TRY: &[&str] = &["What is 17.5% of 2480?", "What time is it in Tokyo?", "Make a note: buy milk and bread"];
+
 /// Its files, by the names of a released checkpoint.
 pub const FILES: [(&str, &[u8]); 6] = [
     ("config.json", include_bytes!("../model/config.json")),

@@ -53,8 +53,8 @@ pub struct Start {
     pub model: String,
     /// Its size and shape in words.
     pub shape: String,
-    /// Set if the weights are random: what that means.
-    pub untrained: Option<String>,
+    /// For the model inside the program: what it is, and questions to begin with.
+    pub try_it: Option<(&'static str, &'static [&'static str])>,
     /// Names of the tools.
     pub tools: Vec<String>,
     /// The folder that the file tools see.

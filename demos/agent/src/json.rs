@@ -27,7 +27,6 @@ fn to_json(event: Event<'_>) -> Option<Value> {
             "why": start.why,
             "model": start.model,
             "shape": start.shape,
-            "untrained": start.untrained.is_some(),
             "tools": start.tools,
             "folder": start.folder,
             "context": start.context,

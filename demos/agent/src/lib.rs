@@ -14,7 +14,6 @@ mod repeat;
 mod repl;
 pub mod tools;
 mod ui;
-mod untrained;
 
 use std::io::{self, Read};
 use std::process::ExitCode;
@@ -40,9 +39,6 @@ pub fn main() -> ExitCode {
     let args = Args::parse();
     let level = if args.verbose { "info" } else { "error" };
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level)).init();
-    if let Some(dir) = &args.make_untrained {
-        return report(untrained::make(dir, args.seed.unwrap_or(0)).map(|()| ExitCode::SUCCESS), None);
-    }
     let mut sink: Box<dyn Sink> = if args.json { Box::new(JsonLines(io::stdout())) } else { Box::new(Terminal::new()) };
     let result = run(&args, &mut *sink);
     report(result, args.json.then_some(&mut *sink))
@@ -89,11 +85,7 @@ fn run(args: &Args, sink: &mut dyn Sink) -> Result<ExitCode> {
     let options = agent::Options {
         system: args.system.clone().filter(|text| !text.trim().is_empty()),
         thinking: args.thinking(),
-        max_tokens: args.max_tokens.unwrap_or(if start.untrained.is_some() {
-            options::UNTRAINED_TOKENS
-        } else {
-            options::TOKENS
-        }),
+        max_tokens: args.max_tokens.unwrap_or(options::TOKENS),
     };
     let account = local.account().to_string();
     let mut agent = Agent::new(local, toolbox, options);

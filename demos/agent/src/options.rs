@@ -6,8 +6,6 @@ use clap::{ArgAction, Parser};
 
 /// Tokens written for one question.
 pub const TOKENS: usize = 4096;
-/// The same for an untrained checkpoint: noise needs no more.
-pub const UNTRAINED_TOKENS: usize = 96;
 
 /// The system text unless the user gives another.
 pub const SYSTEM: &str = "You are a helpful assistant in a terminal. Be brief. For arithmetic, files, the time and notes call a tool \
@@ -20,8 +18,8 @@ pub const SYSTEM: &str = "You are a helpful assistant in a terminal. Be brief. F
 #[derive(Debug, Parser)]
 #[command(version)]
 pub struct Args {
-    /// A Qwen3.5 checkpoint: a directory with config.json, safetensors and tokenizer.json [default: a tiny one inside the
-    /// program, which is untrained]
+    /// A Qwen3.5 checkpoint: a directory with config.json, safetensors and tokenizer.json [default: a small one inside the
+    /// program, trained for its tools]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
 
@@ -61,7 +59,7 @@ pub struct Args {
     #[arg(long)]
     pub no_think: bool,
 
-    /// Tokens written for one question, reasoning and calls included [default: 4096; 96 for an untrained checkpoint]
+    /// Tokens written for one question, reasoning and calls included [default: 4096]
     #[arg(long, value_name = "N", value_parser = positive)]
     pub max_tokens: Option<usize>,
 
@@ -100,10 +98,6 @@ pub struct Args {
     /// Tells on the standard error what happens inside
     #[arg(long, short, action = ArgAction::SetTrue)]
     pub verbose: bool,
-
-    /// Writes a random checkpoint of --seed into DIR and ends
-    #[arg(long, value_name = "DIR", hide = true)]
-    pub make_untrained: Option<PathBuf>,
 }
 
 impl Args {

@@ -130,11 +130,12 @@ impl Terminal {
         for (key, value) in lines {
             writeln!(self.err, "{} {}", dim.apply_to(format!("{key:<7}")), visible(&value))?;
         }
-        if let Some(note) = &start.untrained {
-            let note = format!("This checkpoint is untrained: {note}.");
-            writeln!(self.err, "{}", self.warn.apply_to(note))?;
-            let note = "For answers, give a Qwen3.5 checkpoint with --model DIR.";
-            writeln!(self.err, "{}", self.warn.apply_to(note))?;
+        if let Some((what, questions)) = start.try_it {
+            writeln!(self.err, "{what}")?;
+            writeln!(self.err, "For more, give a Qwen3.5 checkpoint with --model DIR. Things to try:")?;
+            for question in questions {
+                writeln!(self.err, "  {}", self.call.apply_to(question))?;
+            }
         }
         self.err.flush()
     }

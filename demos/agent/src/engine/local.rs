@@ -1,6 +1,6 @@
 //! The runtime of this repository as the agent's engine: one session that keeps what it has read.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::{Answer, End, Engine, Step};
 use crate::event::Start;
 use crate::options::Args;
-use crate::{builtin, ui, untrained};
+use crate::{builtin, ui};
 
 /// See the [module](self).
 pub struct Local {
@@ -26,8 +26,7 @@ pub struct Local {
     failed: bool,
     account: Account,
     name: String,
-    untrained: Option<String>,
-    _unpacked: Option<tempfile::TempDir>,
+    unpacked: Option<tempfile::TempDir>,
 }
 
 impl Local {
@@ -48,13 +47,12 @@ impl Local {
         };
         let (dir, name) = match (&args.model, &unpacked) {
             (Some(dir), _) => (dir.clone(), dir.display().to_string()),
-            (None, Some(dir)) => (dir.path().to_path_buf(), "the built-in tiny checkpoint".to_string()),
+            (None, Some(dir)) => (dir.path().to_path_buf(), "the one inside the program".to_string()),
             (None, None) => (PathBuf::new(), String::new()),
         };
         if !dir.is_dir() {
             bail!("--model {}: there is no such directory", dir.display());
         }
-        let untrained = untrained_mark(&dir);
         let busy = ui::spinner("looking for devices");
         let opened = device::open(args.device.as_deref());
         busy.finish_and_clear();
@@ -78,7 +76,7 @@ impl Local {
         options.seed = args.seed.unwrap_or_else(clock_seed);
         options.cancel = Some(cancel.clone());
         let session = model.session()?;
-        Ok(Local { model, session, options, cancel, failed: false, account, name, untrained, _unpacked: unpacked })
+        Ok(Local { model, session, options, cancel, failed: false, account, name, unpacked: unpacked })
     }
 
     /// Which devices there are and why this one was chosen.
@@ -101,7 +99,7 @@ impl Local {
                 indicatif::BinaryBytes(memory.total()),
                 memory.context,
             ),
-            untrained: self.untrained.clone(),
+            try_it: self.unpacked.is_some().then_some((builtin::WHAT, builtin::TRY)),
             tools: Vec::new(),
             folder: None,
             context: memory.context as usize,
@@ -223,12 +221,6 @@ fn sampling(args: &Args, own: Sampling) -> Sampling {
         min_p: args.min_p.unwrap_or(own.min_p),
         presence_penalty: args.presence_penalty.unwrap_or(own.presence_penalty),
     }
-}
-
-/// What a checkpoint of ours says about being untrained.
-fn untrained_mark(dir: &Path) -> Option<String> {
-    let config: Value = serde_json::from_slice(&std::fs::read(dir.join("config.json")).ok()?).ok()?;
-    Some(config.get(untrained::MARK)?.as_str()?.to_string())
 }
 
 /// 0.7 as the user wrote it, not as the nearest f32 reads in f64.

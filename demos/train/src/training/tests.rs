@@ -113,7 +113,7 @@ fn a_run_that_was_stopped_goes_on_bit_for_bit() {
     let answer =
         local.generate("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", 4, &mut |_| Ok(true)).unwrap();
     assert!(answer.wrote > 0);
-    assert_eq!(local.start().untrained, None);
+    assert_eq!(local.start().try_it, None);
 }
 
 #[test]
