@@ -1,0 +1,78 @@
+// What the two forward kernels of Gated DeltaNet share on Hopper: the numbers of a launch, the tables, and the image that
+// `prepare` leaves for `scan`.
+//
+// Per chunk of C = 64 tokens and value head, with c the gates summed within the chunk (Yang, Kautz, Hatamizadeh, "Gated Delta
+// Networks", 2024; the inverse as in Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence
+// Length", 2024):
+//
+//   G_ij = e^(c_i - c_j), i >= j      A = (I + strictlower(diag(beta) G o K K^T))^-1 diag(beta)      P = s lower(G o Q K^T)
+//   N = A (V - e^c o (K S))           O = s e^c o (Q S) + P N           S <- e^(c_C) S + K^T (e^(c_C - c) o N)
+//
+// `prepare` makes A, P and the vectors, for all chunks at once; `scan` walks the chunks of one sequence. With L2 norms, K and Q
+// stay as they are and their factors rk, rq go into A, P and the vectors.
+#pragma once
+#include "hopper_roles.cuh"
+#include "hopper_types.cuh"
+
+namespace hopper {
+
+constexpr int CHUNK = 64;
+constexpr int PANEL = CHUNK * 128;  // bytes of a panel [64, 64]
+
+// The image of one chunk and value head. A and P are panels as wgmma wants them.
+constexpr int IMAGE_A = 0;
+constexpr int IMAGE_P = PANEL;
+constexpr int IMAGE_VEC = 2 * PANEL;  // f32: [64] e^c rk, [64] e^(c_C - c) rk, [64] s e^c rq, then e^(c_C)
+constexpr int IMAGE_BYTES = 2 * PANEL + 1024;
+constexpr int VEC_IN = 0, VEC_STATE = 64, VEC_OUT = 128, VEC_LAST = 192;
+
+// A log decay below this is as good as none: sums of larger ones lose digits.
+constexpr float G_MIN = -30.f;
+constexpr float LOG2E = 1.4426950408889634f;
+
+// Up to C tokens of one sequence.
+struct Chunk {
+    int token;  // the first
+    int len;    // 1 to C
+};
+
+// A run of chunks of one sequence that one block walks.
+struct Segment {
+    int token;   // the first
+    int tokens;  // how many; only the last segment of a sequence may end within a chunk
+    int chunk;   // the first, as an index into the images
+    int in;      // row of the states it starts from, -1: zeros
+    int out;     // row of the states it leaves, -1: none
+    int pad[3];
+};
+
+struct PrepareArgs {
+    const void* q;      // [T, q_stride]
+    const void* k;      // [T, k_stride]
+    const float* g;     // [T, Hv]
+    const float* beta;  // [T, Hv]
+    const Chunk* chunks;
+    char* images;  // [chunks, Hv, IMAGE_BYTES]
+    long long q_stride, k_stride;
+    float scale;
+    int hk, hv;
+    int mod;     // value head h has key head h mod Hk; else h / (Hv / Hk)
+    int l2norm;  // divide q and k by sqrt(sum of squares + 1e-6)
+};
+
+struct ScanArgs {
+    const Segment* segments;
+    const char* images;      // [chunks, Hv, IMAGE_BYTES]
+    const float* states_in;  // [.., Hv, K, V]
+    float* states_out;       // [.., Hv, K, V]
+    void* o;                 // [T, o_stride]
+    long long o_stride;
+    int hk, hv;
+    int mod;
+    int v;           // V
+    uint32_t* hung;  // host memory, or null: see mbar_wait
+};
+
+__device__ __forceinline__ int key_head(int h, int hk, int hv, int mod) { return mod ? h % hk : h / (hv / hk); }
+
+}  // namespace hopper
