@@ -19,11 +19,14 @@ namespace hopper {
 constexpr int CHUNK = 64;
 constexpr int PANEL = CHUNK * 128;  // bytes of a panel [64, 64]
 
-// The image of one chunk and value head. A and P are panels as wgmma wants them.
+// The image of one chunk and value head. A and P are lower triangular: of columns 16 x to 16 x + 15 the rows from 16 x on are
+// kept, in blocks of 8 x 8 (128 bytes, rows contiguous), two blocks side by side, then the 8 rows below.
 constexpr int IMAGE_A = 0;
-constexpr int IMAGE_P = PANEL;
-constexpr int IMAGE_VEC = 2 * PANEL;  // f32: [64] e^c rk, [64] e^(c_C - c) rk, [64] s e^c rq, then e^(c_C)
-constexpr int IMAGE_BYTES = 2 * PANEL + 1024;
+constexpr int IMAGE_P = 5120;
+constexpr int IMAGE_VEC = 2 * 5120;  // f32: [64] e^c rk, [64] e^(c_C - c) rk, [64] s e^c rq, then e^(c_C)
+constexpr int IMAGE_BYTES = 2 * 5120 + 1024;
+// Where columns 16 x begin.
+__host__ __device__ constexpr int image_columns(int x) { return 256 * (8 * x - x * (x - 1)); }
 constexpr int VEC_IN = 0, VEC_STATE = 64, VEC_OUT = 128, VEC_LAST = 192;
 
 // A log decay below this is as good as none: sums of larger ones lose digits.

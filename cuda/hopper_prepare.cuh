@@ -116,11 +116,6 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         *(float2*)(gates + m * 128 + 2 * lane) = make_float2(before + x[0], sum);
         *(float2*)(gates + m * 128 + 64 + 2 * lane) = make_float2(b[0], b[1]);
     }
-    // Blocks of A above the diagonal are zero in every image.
-    for (int n = tid; n < CHUNK * 8; n += 128) {
-        int row = n / 8, unit = n % 8;
-        if (unit / 2 > row / 16) *(uint4*)(smem + M::IMAGE + IMAGE_A + swizzled(0, row, unit)) = make_uint4(0, 0, 0, 0);
-    }
     copy_wait();
     fence_proxy();
     __syncthreads();
@@ -186,26 +181,26 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         {
             float c0 = c[row0], c1 = c[row1], b0 = beta[row0], b1 = beta[row1];
 #pragma unroll
-            for (int b = 0; b < 8; b += 2) {
-                uint32_t lo[2] = {0, 0}, hi[2] = {0, 0};
-                if (b / 2 <= warp) {
+            for (int x = 0; x < 4; x++) {
+                if (x > warp) continue;
+                uint32_t lo[2], hi[2];
 #pragma unroll
-                    for (int n = 0; n < 2; n++) {
-                        int col = 8 * (b + n) + 2 * j;
-                        const float *x = kk + 4 * (b + n), *y = qk + 4 * (b + n);
-                        float2 cc = *(const float2*)(c + col);
-                        float g00 = row0 >= col ? exp2_fast(c0 - cc.x) : 0.f, g01 = row0 > col ? exp2_fast(c0 - cc.y) : 0.f;
-                        float g10 = row1 >= col ? exp2_fast(c1 - cc.x) : 0.f, g11 = row1 > col ? exp2_fast(c1 - cc.y) : 0.f;
-                        *(float2*)(l + row0 * M::L_STRIDE + col) =
-                            make_float2(row0 > col ? b0 * g00 * x[0] : 0.f, row0 > col + 1 ? b0 * g01 * x[1] : 0.f);
-                        *(float2*)(l + row1 * M::L_STRIDE + col) =
-                            make_float2(row1 > col ? b1 * g10 * x[2] : 0.f, row1 > col + 1 ? b1 * g11 * x[3] : 0.f);
-                        lo[n] = E::pack(row0 >= col ? g00 * y[0] : 0.f, row0 > col ? g01 * y[1] : 0.f);
-                        hi[n] = E::pack(row1 >= col ? g10 * y[2] : 0.f, row1 > col ? g11 * y[3] : 0.f);
-                    }
+                for (int n = 0; n < 2; n++) {
+                    int col = 16 * x + 8 * n + 2 * j;
+                    const float *y = kk + 8 * x + 4 * n, *z = qk + 8 * x + 4 * n;
+                    float2 cc = *(const float2*)(c + col);
+                    float g00 = row0 >= col ? exp2_fast(c0 - cc.x) : 0.f, g01 = row0 > col ? exp2_fast(c0 - cc.y) : 0.f;
+                    float g10 = row1 >= col ? exp2_fast(c1 - cc.x) : 0.f, g11 = row1 > col ? exp2_fast(c1 - cc.y) : 0.f;
+                    *(float2*)(l + row0 * M::L_STRIDE + col) =
+                        make_float2(row0 > col ? b0 * g00 * y[0] : 0.f, row0 > col + 1 ? b0 * g01 * y[1] : 0.f);
+                    *(float2*)(l + row1 * M::L_STRIDE + col) =
+                        make_float2(row1 > col ? b1 * g10 * y[2] : 0.f, row1 > col + 1 ? b1 * g11 * y[3] : 0.f);
+                    lo[n] = E::pack(row0 >= col ? g00 * z[0] : 0.f, row0 > col ? g01 * z[1] : 0.f);
+                    hi[n] = E::pack(row1 >= col ? g10 * z[2] : 0.f, row1 > col ? g11 * z[3] : 0.f);
                 }
-                int block = lane >> 3, row = 16 * warp + (block & 1) * 8 + (lane & 7);
-                stsm(swizzled(image + IMAGE_P, row, b + (block >> 1)), lo[0], hi[0], lo[1], hi[1]);
+                // Lane l addresses row l % 8 of block l / 8: (rows, columns) (0, 0), (8, 0), (0, 8), (8, 8).
+                int block = lane >> 3, eighth = 2 * (warp - x) + (block & 1);
+                stsm(image + IMAGE_P + image_columns(x) + (2 * eighth + (block >> 1)) * 128 + (lane & 7) * 16, lo[0], hi[0], lo[1], hi[1]);
             }
         }
         __syncthreads();
@@ -264,10 +259,11 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
                     mma_16(y[b], t, d + b * M::D_BLOCK, M::D_STRIDE, i, j);
                 }
                 float b0 = beta[16 * warp + i], b1 = beta[16 * warp + i + 8];
-                int block = lane >> 3, row = 16 * b + 8 * (block >> 1) + (lane & 7);
-                stsm_trans(swizzled(image + IMAGE_A, row, 2 * warp + (block & 1)), E::pack(y[b][0][0] * b0, y[b][0][1] * b0),
-                           E::pack(y[b][0][2] * b1, y[b][0][3] * b1), E::pack(y[b][1][0] * b0, y[b][1][1] * b0),
-                           E::pack(y[b][1][2] * b1, y[b][1][3] * b1));
+                // The same blocks, (0, 0), (0, 8), (8, 0), (8, 8), stored transposed.
+                int block = lane >> 3, eighth = 2 * (b - warp) + (block >> 1);
+                stsm_trans(image + IMAGE_A + image_columns(warp) + (2 * eighth + (block & 1)) * 128 + (lane & 7) * 16,
+                           E::pack(y[b][0][0] * b0, y[b][0][1] * b0), E::pack(y[b][0][2] * b1, y[b][0][3] * b1),
+                           E::pack(y[b][1][0] * b0, y[b][1][1] * b0), E::pack(y[b][1][2] * b1, y[b][1][3] * b1));
             }
         }
         fence_proxy();

@@ -153,6 +153,11 @@ __device__ __forceinline__ uint64_t desc_mn_major(uint32_t addr, uint32_t panel)
     return (uint64_t)((addr & 0x3ffff) >> 4) | ((uint64_t)(panel >> 4) << 16) | ((uint64_t)(1024 >> 4) << 32) | (1ull << 62);
 }
 
+// Operand in blocks of 8 x 8, rows contiguous: the next 8 of the reduced dimension 128 bytes on, the next 8 rows 256.
+__device__ __forceinline__ uint64_t desc_blocks(uint32_t addr) {
+    return (uint64_t)((addr & 0x3ffff) >> 4) | ((uint64_t)(128 >> 4) << 16) | ((uint64_t)(256 >> 4) << 32);
+}
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 

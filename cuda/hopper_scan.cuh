@@ -46,6 +46,15 @@ struct ScanMaps {
     CUtensorMap q, k, v, o;
 };
 
+// d [64, 64] (+)= a b^T with b lower triangular as the image keeps it: rows above a column's block are left out.
+template <class E, int ADD>
+__device__ __forceinline__ void multiply_low(float (&d)[32], const uint32_t (&a)[16], uint32_t b) {
+    E::template mma_low<0>(d, a, desc_blocks(b + image_columns(0)), ADD);
+    E::template mma_low<1>(d, a + 4, desc_blocks(b + image_columns(1)), 1);
+    E::template mma_low<2>(d, a + 8, desc_blocks(b + image_columns(2)), 1);
+    E::template mma_low<3>(d, a + 12, desc_blocks(b + image_columns(3)), 1);
+}
+
 template <class E, int K, int WG, int STAGES>
 __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     extern __shared__ char smem_raw[];
@@ -183,8 +192,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
 
             // N^T = W^T A^T; behind it O^T = S^T Q^T.
             wgmma_fence();
-#pragma unroll
-            for (int x = 0; x < 4; x++) E::template mma_rs<0>(u, w + 4 * x, desc_k_major(at + M::IMAGE + IMAGE_A + x * 32), x > 0);
+            multiply_low<E, 0>(u, w, at + M::IMAGE + IMAGE_A);
             wgmma_commit();
 #pragma unroll
             for (int x = 0; x < K / 16; x++)
@@ -231,8 +239,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             }
             hold(o);
             wgmma_fence();
-#pragma unroll
-            for (int x = 0; x < 4; x++) E::template mma_rs<0>(o, nb + 4 * x, desc_k_major(at + M::IMAGE + IMAGE_P + x * 32), 1);
+            multiply_low<E, 1>(o, nb, at + M::IMAGE + IMAGE_P);
             wgmma_commit();
             wgmma_wait<1>();
             hold(s);

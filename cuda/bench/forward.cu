@@ -207,7 +207,9 @@ static void check_images(const Run& r, const Host& x, int chunk, int h, double* 
     vector<char> image(IMAGE_BYTES);
     CHECK(cudaMemcpy(image.data(), (char*)r.images.p + ((size_t)chunk * c.hv + h) * IMAGE_BYTES, IMAGE_BYTES, cudaMemcpyDeviceToHost));
     auto at = [&](int panel, int i, int j) {
-        size_t byte = panel + i * 128 + (((j / 8) ^ (i & 7)) << 4) + (j % 8) * 2;
+        int x = j / 16;
+        if (i < 16 * x) return 0.0;
+        size_t byte = panel + image_columns(x) + (2 * ((i - 16 * x) / 8) + j / 8 % 2) * 128 + i % 8 * 16 + j % 8 * 2;
         uint16_t bits;
         memcpy(&bits, &image[byte], 2);
         return from16(bits, c.f16);
