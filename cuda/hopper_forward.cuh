@@ -23,11 +23,14 @@ constexpr int PANEL = CHUNK * 128;  // bytes of a panel [64, 64]
 // kept, in blocks of 8 x 8 (128 bytes, rows contiguous), two blocks side by side, then the 8 rows below.
 constexpr int IMAGE_A = 0;
 constexpr int IMAGE_P = 5120;
-constexpr int IMAGE_VEC = 2 * 5120;  // f32: [64] e^c rk, [64] e^(c_C - c) rk, [64] s e^c rq, then e^(c_C)
+constexpr int IMAGE_VEC = 2 * 5120;  // f32: [64] e^c rk, [64] e^(c_C - c) rk, [64] s e^c rq, then the numbers below
 constexpr int IMAGE_BYTES = 2 * 5120 + 1024;
 // Where columns 16 x begin.
 __host__ __device__ constexpr int image_columns(int x) { return 256 * (8 * x - x * (x - 1)); }
-constexpr int VEC_IN = 0, VEC_STATE = 64, VEC_OUT = 128, VEC_LAST = 192;
+constexpr int VEC_IN = 0, VEC_STATE = 64, VEC_OUT = 128;
+constexpr int VEC_LAST = 192;   // e^(c_C)
+constexpr int VEC_TOTAL = 193;  // c_C log2(e)
+constexpr int VEC_GROWS = 194;  // 1 if beta |k|^2 > 2 for some token of the first half; next: of the second
 
 // A log decay below this is as good as none: sums of larger ones lose digits.
 constexpr float G_MIN = -30.f;
@@ -46,7 +49,16 @@ struct Segment {
     int chunk;   // the first, as an index into the images
     int in;      // row of the states it starts from, -1: zeros
     int out;     // row of the states it leaves, -1: none
-    int pad[3];
+    int origin;  // first chunk of its sequence
+    int pad[2];
+};
+
+// The segments of one sequence that is cut.
+struct Cut {
+    int first;  // segment, and row of the states that they start from; the others follow
+    int count;
+    int in;  // row of the initial states, -1: zeros
+    int pad;
 };
 
 struct PrepareArgs {
@@ -68,12 +80,26 @@ struct ScanArgs {
     const char* images;      // [chunks, Hv, IMAGE_BYTES]
     const float* states_in;  // [.., Hv, K, V]
     float* states_out;       // [.., Hv, K, V]
+    float* transitions;      // [.., Hv, K, K], for `state`
+    const int* warm;         // [segments, Hv], for `state`: see `warm`
     void* o;                 // [T, o_stride]
     long long o_stride;
     int hk, hv;
     int mod;
     int v;           // V
     uint32_t* hung;  // host memory, or null: see mbar_wait
+};
+
+struct CarryArgs {
+    const Segment* segments;
+    const Cut* cuts;
+    const char* images;
+    int* warm;           // [segments, Hv]: chunks that the state behind a segment remembers, -1: more than there are
+    const float* h0;     // [.., Hv, K, V]
+    float* states;       // [segments, Hv, K, V]: before each segment
+    const float* transitions;  // [segments, Hv, K, K]: over the segment before
+    float threshold;     // sum of log decays behind which nothing is remembered
+    int segment_count, hv, v;
 };
 
 __device__ __forceinline__ int key_head(int h, int hk, int hv, int mod) { return mod ? h % hk : h / (hv / hk); }

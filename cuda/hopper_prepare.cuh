@@ -25,8 +25,8 @@ struct PrepareSmem {
     static constexpr int END_LD = D + 4 * D_BLOCK * 4;
     static constexpr int TILES = 2 * CHUNK * K * 2;
     static constexpr int IMAGE = ((TILES > END_LD ? TILES : END_LD) + 1023) / 1024 * 1024;
-    static constexpr int NORMS = IMAGE + IMAGE_BYTES;  // f32: rk [64], rq [64]
-    static constexpr int GATES = NORMS + 512;          // f32, per value head: c log2(e) [64], beta [64]
+    static constexpr int NORMS = IMAGE + IMAGE_BYTES;  // f32: rk [64], rq [64], |k|^2 [64]
+    static constexpr int GATES = NORMS + 768;          // f32, per value head: c log2(e) [64], beta [64]
     static constexpr int bytes(int group) { return GATES + group * 512 + 1024; }
 };
 
@@ -73,7 +73,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
     float* l = (float*)(smem + M::L);
     float* d = (float*)(smem + M::D);
     float* rk = (float*)(smem + M::NORMS);
-    float* rq = rk + 64;
+    float *rq = rk + 64, *square = rk + 128;
     float* gates = (float*)(smem + M::GATES);
 
     // K and Q [64, K], rows past the chunk zero.
@@ -163,7 +163,12 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
 #pragma unroll
         for (int b = 0; b < 8; b++) {
             float2 c = *(const float2*)(rk + 8 * b + 2 * j);
+            int col = 8 * b + 2 * j;
             kk[4 * b] *= k0 * c.x, kk[4 * b + 1] *= k0 * c.y, kk[4 * b + 2] *= k1 * c.x, kk[4 * b + 3] *= k1 * c.y;
+            if (row0 == col) square[row0] = kk[4 * b];
+            if (row0 == col + 1) square[row0] = kk[4 * b + 1];
+            if (row1 == col) square[row1] = kk[4 * b + 2];
+            if (row1 == col + 1) square[row1] = kk[4 * b + 3];
             qk[4 * b] *= q0 * c.x, qk[4 * b + 1] *= q0 * c.y, qk[4 * b + 2] *= q1 * c.x, qk[4 * b + 3] *= q1 * c.y;
         }
     }
@@ -230,7 +235,9 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
             vec[VEC_IN + row] = e * rk[row];
             vec[VEC_STATE + row] = row < len ? exp2_fast(last - c[row]) * rk[row] : 0.f;
             vec[VEC_OUT + row] = p.scale * e * rq[row];
-            vec[VEC_LAST + row] = exp2_fast(last);
+            bool grows = __any_sync(~0u, beta[row] * square[row] > 2.001f);
+            if (row == 0) vec[VEC_LAST] = exp2_fast(last), vec[VEC_TOTAL] = last;
+            if (lane == 0) vec[VEC_GROWS + row / 32] = grows;
         }
         __syncthreads();
         {

@@ -14,6 +14,12 @@ constexpr int WARPGROUP = 128;
 
 __device__ __forceinline__ uint32_t smem_addr(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
+// A number as a type.
+template <int N>
+struct Int {
+    __device__ constexpr operator int() const { return N; }
+};
+
 // Tells the compiler that all lanes hold the same number.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 

@@ -7,6 +7,7 @@
 //
 // Each case poisons scratch and outputs with NaN; an answer must be finite, within its bound, and the same in every bit when
 // run again.
+#include "../hopper_carry.cuh"
 #include "../hopper_prepare.cuh"
 #include "../hopper_scan.cuh"
 #include "support.h"
@@ -37,6 +38,13 @@ SCAN(hopper_scan_f16_k128_w2)
 SCAN(hopper_scan_f16_k128_w1)
 SCAN(hopper_scan_f16_k64_w2)
 SCAN(hopper_scan_f16_k64_w1)
+SCAN(hopper_state_bf16_k128)
+SCAN(hopper_state_bf16_k64)
+SCAN(hopper_state_f16_k128)
+SCAN(hopper_state_f16_k64)
+extern "C" __global__ void hopper_warm(const __grid_constant__ CarryArgs p);
+extern "C" __global__ void hopper_carry_k128(const __grid_constant__ CarryArgs p);
+extern "C" __global__ void hopper_carry_k64(const __grid_constant__ CarryArgs p);
 
 struct Case {
     const char* name;
@@ -48,6 +56,7 @@ struct Case {
     int pad;        // rows behind the last sequence, full of NaN
     float spread;   // keys share a direction: 0 none, 1 all
     int wg;         // consumers per block; 0: chosen
+    int cut;        // chunks in a segment; 0: sequences stay whole
 };
 
 static const char* decay_name(Decay d) {
@@ -61,22 +70,34 @@ struct Run {
     int tokens = 0, rows = 0, n = 0;
     vector<int> cu;
     vector<Chunk> chunks;
-    vector<Segment> segments;
+    vector<Segment> segments, ordered;  // by length; by sequence
+    vector<Cut> cuts;
+    Buffer warm, starts, transitions, d_ordered, d_cuts;
     Buffer q, k, v, g, beta, h0, ht, o, images, d_chunks, d_segments;
     ScanMaps maps;
     PrepareArgs pa;
-    ScanArgs sa;
+    ScanArgs sa, sta;
+    CarryArgs ca;
     int wg;
 
     explicit Run(const Case& c, uint64_t seed) : c(c) {
         n = (int)c.lens.size();
         cu.push_back(0);
         for (int s = 0; s < n; s++) {
-            segments.push_back({tokens, c.lens[s], (int)chunks.size(), c.h0 ? s : -1, s, {}});
+            int step = c.cut ? c.cut * CHUNK : std::max(1, c.lens[s]), first = (int)segments.size();
+            cuts.push_back({first, std::max(1, (c.lens[s] + step - 1) / step), c.h0 ? s : -1, 0});
+            for (int t = 0, m = 0; m < cuts.back().count; m++, t += step) {
+                bool last = m + 1 == cuts.back().count;
+                segments.push_back({tokens + t, std::min(step, c.lens[s] - t), (int)chunks.size() + t / CHUNK, c.cut ? first + m : c.h0 ? s : -1,
+                                    last ? s : -1, (int)chunks.size(), {}});
+            }
             for (int t = 0; t < c.lens[s]; t += CHUNK) chunks.push_back({tokens + t, std::min(CHUNK, c.lens[s] - t)});
             tokens += c.lens[s];
             cu.push_back(tokens);
         }
+        // The state pass leaves a segment's state where the next one starts.
+        ordered = segments;
+        for (size_t m = 0; m < ordered.size(); m++) ordered[m].out = ordered[m].out < 0 ? (int)m + 1 : -1;
         std::stable_sort(segments.begin(), segments.end(), [](const Segment& a, const Segment& b) { return a.tokens > b.tokens; });
         rows = tokens + c.pad;
         q.make((size_t)rows * c.hk * c.k * 2), k.make((size_t)rows * c.hk * c.k * 2);
@@ -87,7 +108,15 @@ struct Run {
         d_chunks.make(std::max<size_t>(1, chunks.size()) * sizeof(Chunk)), d_segments.make(segments.size() * sizeof(Segment));
         CHECK(cudaMemcpy(d_chunks.p, chunks.data(), chunks.size() * sizeof(Chunk), cudaMemcpyHostToDevice));
         CHECK(cudaMemcpy(d_segments.p, segments.data(), segments.size() * sizeof(Segment), cudaMemcpyHostToDevice));
-        for (Buffer* b : {&q, &k, &v, &g, &beta, &o, &ht, &images}) CHECK(cudaMemset(b->p, 0xff, b->bytes));
+        if (c.cut) {
+            size_t n = ordered.size() * c.hv;
+            warm.make(n * 4), starts.make(n * c.k * c.v * 4), transitions.make(n * c.k * c.k * 4);
+            d_ordered.make(ordered.size() * sizeof(Segment)), d_cuts.make(cuts.size() * sizeof(Cut));
+            CHECK(cudaMemcpy(d_ordered.p, ordered.data(), d_ordered.bytes, cudaMemcpyHostToDevice));
+            CHECK(cudaMemcpy(d_cuts.p, cuts.data(), d_cuts.bytes, cudaMemcpyHostToDevice));
+        }
+        poison();
+        for (Buffer* b : {&q, &k, &v, &g, &beta}) CHECK(cudaMemset(b->p, 0xff, b->bytes));
         make_rows(q.p, tokens * c.hk, c.k, c.f16, seed + 1, !c.l2norm, c.l2norm ? 3.f : 1.f, 0.f);
         make_rows(k.p, tokens * c.hk, c.k, c.f16, seed + 2, !c.l2norm, c.l2norm ? 2.f : 1.f, c.spread);
         make_rows(v.p, tokens * c.hv, c.v, c.f16, seed + 3, false, 1.f, 0.f);
@@ -96,12 +125,22 @@ struct Run {
         CHECK(cudaDeviceSynchronize());
 
         maps.q = tensor_map(q.p, rows, c.hk * c.k, c.f16), maps.k = tensor_map(k.p, rows, c.hk * c.k, c.f16);
-        maps.v = tensor_map(v.p, rows, c.hv * c.v, c.f16), maps.o = tensor_map(o.p, rows, c.hv * c.v, c.f16);
+        maps.v = tensor_map(v.p, rows, c.hv * c.v, c.f16);
         float scale = 1.f / sqrtf((float)c.k);
         pa = {q.p, k.p, (float*)g.p, (float*)beta.p, (Chunk*)d_chunks.p, (char*)images.p, c.hk * c.k, c.hk * c.k, scale, c.hk, c.hv, c.mod, c.l2norm};
-        sa = {(Segment*)d_segments.p, (char*)images.p, (float*)h0.p, (float*)ht.p, o.p, c.hv * c.v, c.hk, c.hv, c.mod, c.v, hung_device()};
+        sa = {(Segment*)d_segments.p, (char*)images.p, (float*)(c.cut ? starts.p : h0.p), (float*)ht.p, nullptr, nullptr, o.p, c.hv * c.v,
+              c.hk, c.hv, c.mod, c.v, hung_device()};
+        sta = {(Segment*)d_ordered.p, (char*)images.p, nullptr, (float*)starts.p, (float*)transitions.p, (int*)warm.p, nullptr, 0,
+               c.hk, c.hv, c.mod, c.v, hung_device()};
+        ca = {(Segment*)d_ordered.p, (Cut*)d_cuts.p, (char*)images.p, (int*)warm.p, (float*)h0.p, (float*)starts.p, (float*)transitions.p,
+              -12.f, (int)ordered.size(), c.hv, c.v};
         // Two consumers share the loads of a block; with few blocks, one each fills the chip better.
-        wg = c.wg ? c.wg : c.v % 128 != 0 || n * c.hv * (c.v / 128) * 3 < multiprocessors() * 2 ? 1 : 2;
+        wg = c.wg ? c.wg : c.v % 128 != 0 || (int)segments.size() * c.hv * (c.v / 128) * 3 < multiprocessors() * 2 ? 1 : 2;
+    }
+
+    void poison() {
+        for (Buffer* b : {&o, &ht, &images, &warm, &starts, &transitions})
+            if (b->bytes) CHECK(cudaMemset(b->p, 0xff, b->bytes));
     }
 
     void prepare(cudaStream_t s) {
@@ -114,13 +153,29 @@ struct Run {
         CHECK(cudaGetLastError());
     }
 
+    // The states before the segments.
+    void carry(cudaStream_t s) {
+        if (!c.cut) return;
+        int jobs = (int)ordered.size() * c.hv;
+        hopper_warm<<<(jobs + 3) / 4, 128, 0, s>>>(ca);
+        CHECK(cudaGetLastError());
+        auto kernel = c.f16 ? c.k == 128 ? hopper_state_f16_k128 : hopper_state_f16_k64 : c.k == 128 ? hopper_state_bf16_k128 : hopper_state_bf16_k64;
+        int bytes = c.k == 128 ? ScanSmem<128, 1, 3, false>::BYTES : ScanSmem<64, 1, 3, false>::BYTES;
+        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+        kernel<<<(unsigned)(jobs * (c.v / 64 + c.k / 64)), 256, bytes, s>>>(sta, maps);
+        CHECK(cudaGetLastError());
+        auto join = c.k == 128 ? hopper_carry_k128 : hopper_carry_k64;
+        join<<<dim3((unsigned)(cuts.size() * c.hv), c.v / CARRY_COLUMNS), c.k * 2, 0, s>>>(ca);
+        CHECK(cudaGetLastError());
+    }
+
     void scan(cudaStream_t s) {
         auto kernel = c.f16 ? c.k == 128 ? wg == 2 ? hopper_scan_f16_k128_w2 : hopper_scan_f16_k128_w1
                                          : wg == 2 ? hopper_scan_f16_k64_w2 : hopper_scan_f16_k64_w1
                             : c.k == 128 ? wg == 2 ? hopper_scan_bf16_k128_w2 : hopper_scan_bf16_k128_w1
                                          : wg == 2 ? hopper_scan_bf16_k64_w2 : hopper_scan_bf16_k64_w1;
-        int bytes = c.k == 128 ? wg == 2 ? ScanSmem<128, 2, 3>::BYTES : ScanSmem<128, 1, 3>::BYTES
-                               : wg == 2 ? ScanSmem<64, 2, 3>::BYTES : ScanSmem<64, 1, 3>::BYTES;
+        int bytes = c.k == 128 ? wg == 2 ? ScanSmem<128, 2, 3, true>::BYTES : ScanSmem<128, 1, 3, true>::BYTES
+                               : wg == 2 ? ScanSmem<64, 2, 3, true>::BYTES : ScanSmem<64, 1, 3, true>::BYTES;
         CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
         kernel<<<(unsigned)(segments.size() * c.hv * (c.v / 64 / wg)), (wg + 1) * 128, bytes, s>>>(sa, maps);
         CHECK(cudaGetLastError());
@@ -265,8 +320,8 @@ static bool check(const Case& c, int repeats) {
     o1.make(r.o.bytes), ht1.make(r.ht.bytes);
     int differ = 0;
     for (int n = 0; n < repeats; n++) {
-        for (Buffer* b : {&r.o, &r.ht, &r.images}) CHECK(cudaMemset(b->p, 0xff, b->bytes));
-        r.prepare(0), r.scan(0);
+        r.poison();
+        r.prepare(0), r.carry(0), r.scan(0);
         finish(c.name);
         if (n == 0) {
             CHECK(cudaMemcpy(o1.p, r.o.p, r.o.bytes, cudaMemcpyDeviceToDevice));
@@ -313,8 +368,8 @@ static bool check(const Case& c, int repeats) {
     bool pad_kept = true;
     for (size_t i = (size_t)r.tokens * c.hv * c.v; i < x.o.size(); i++) pad_kept = pad_kept && x.o[i] != x.o[i];
     bool ok = (o.ref == 0 || o.value() <= bound) && ht.value() <= bound && differ == 0 && pad_kept;
-    printf("%-4s %-22s %s K%d V%d %d/%d %-8s wg%d  o %.2e (worst head %.2e) ht %.2e | A %.1e P %.1e vec %.0e %.0e %.0e%s%s\n", ok ? "ok" : "FAIL", c.name,
-           c.f16 ? "f16 " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), r.wg, o.value(), worst, ht.value(), images[0], images[1],
+    printf("%-4s %-22s %s K%d V%d %d/%d %-8s wg%d cut%d  o %.2e (worst head %.2e) ht %.2e | A %.1e P %.1e vec %.0e %.0e %.0e%s%s\n", ok ? "ok" : "FAIL", c.name,
+           c.f16 ? "f16 " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), r.wg, c.cut, o.value(), worst, ht.value(), images[0], images[1],
            images[2], images[3], images[4], differ ? "  RUNS DIFFER" : "", pad_kept ? "" : "  PAD WRITTEN");
     if (!ok) {
         for (size_t i = 0, shown = 0; i < jobs.size() && shown < 3; i++) {
@@ -343,7 +398,7 @@ static bool check(const Case& c, int repeats) {
 static vector<Case> cases() {
     vector<Case> all;
     auto add = [&](const char* name, vector<int> lens, int hk, int hv, int k, int v, bool f16, Decay d, bool h0 = true, bool l2 = false, bool mod = false,
-                   int pad = 0, float spread = 0, int wg = 0) { all.push_back({name, lens, hk, hv, k, v, f16, d, h0, l2, mod, pad, spread, wg}); };
+                   int pad = 0, float spread = 0, int wg = 0, int cut = 0) { all.push_back({name, lens, hk, hv, k, v, f16, d, h0, l2, mod, pad, spread, wg, cut}); };
     // From one product to all: the first that fails says which stage is wrong.
     for (int wg : {1, 2}) {
         add("one chunk, no state", {64}, 1, 1, 128, 128, false, Decay::None, false, false, false, 0, 0, wg);
@@ -373,6 +428,15 @@ static vector<Case> cases() {
     add("4096 4/16", {4096}, 4, 16, 128, 128, false, Decay::Mixed);
     add("ragged 16/32", {410, 431, 294, 991, 386, 1584}, 16, 32, 128, 128, false, Decay::Mixed);
     add("padded 16/64", {211, 774}, 16, 64, 128, 128, false, Decay::Mixed, true, false, false, 15);
+    // Cut into segments.
+    for (Decay d : {Decay::Mixed, Decay::None, Decay::Slow, Decay::Bench, Decay::Cliffs}) add("cut", {1500, 64, 1, 129}, 2, 4, 128, 128, false, d, true, false, false, 5, 0, 0, 4);
+    add("cut, f16", {1500, 64, 1, 129}, 2, 4, 128, 128, true, Decay::Bench, true, false, false, 5, 0, 0, 4);
+    add("cut, f16, no decay", {4096}, 2, 4, 128, 128, true, Decay::None, true, false, false, 5, 0, 0, 8);
+    add("cut, K 64, V 64", {1500, 64, 1, 129}, 2, 4, 64, 64, false, Decay::Bench, true, false, false, 0, 0, 0, 4);
+    add("cut, K 64", {1500, 64, 1, 129}, 2, 4, 64, 128, false, Decay::Bench, false, false, false, 0, 0, 0, 4);
+    add("cut, V 64", {1500, 64, 1, 129}, 2, 4, 128, 64, false, Decay::Bench, false, true, false, 0, 0, 0, 4);
+    add("cut, 32768 4/8", {32768}, 4, 8, 128, 128, false, Decay::Bench, true, false, false, 0, 0, 0, 32);
+    add("cut, 32768 4/8, A", {32768}, 4, 8, 128, 128, false, Decay::Mixed, true, false, false, 0, 0, 0, 32);
     add("32768 16/64", {32768}, 16, 64, 128, 128, false, Decay::Mixed);
     return all;
 }
@@ -411,16 +475,17 @@ static double time_of(const std::function<void(cudaStream_t)>& work, int repeats
     return ms[ms.size() / 2];
 }
 
-static void time_case(const char* name, vector<int> lens, int hk, int hv, int wg, Decay d, int repeats) {
-    Case c{name, lens, hk, hv, 128, 128, false, d, true, false, false, 0, 0, wg};
+static void time_case(const char* name, vector<int> lens, int hk, int hv, int wg, int cut, Decay d, int repeats) {
+    Case c{name, lens, hk, hv, 128, 128, false, d, true, false, false, 0, 0, wg, cut};
     Run r(c, 99);
-    double whole = time_of([&](cudaStream_t s) { r.prepare(s), r.scan(s); }, repeats);
+    double whole = time_of([&](cudaStream_t s) { r.prepare(s), r.carry(s), r.scan(s); }, repeats);
     double first = time_of([&](cudaStream_t s) { r.prepare(s); }, repeats), second = time_of([&](cudaStream_t s) { r.scan(s); }, repeats);
+    double middle = cut ? time_of([&](cudaStream_t s) { r.carry(s); }, repeats) : 0;
     double bw = bandwidth(), roof = std::max(r.flops() / 790e12, r.bytes() / bw) * 1e3;
     long long longest = 0;
     for (int x : lens) longest = std::max<long long>(longest, (x + CHUNK - 1) / CHUNK);
-    printf("%-12s %2d/%2d wg%d  %.4f ms (prepare %.4f, scan %.4f; %.2f us a chunk)  roof %.4f  x%.2f  %.0f TF/s\n", name, hk, hv, r.wg, whole, first, second,
-           second * 1e3 / longest, roof, whole / roof, r.flops() / whole / 1e9);
+    printf("%-12s %2d/%2d wg%d cut%-3d %.4f ms (prepare %.4f, carry %.4f, scan %.4f; %.2f us a chunk)  roof %.4f  x%.2f  %.0f TF/s\n", name, hk, hv, r.wg, cut, whole, first, middle,
+           second, second * 1e3 / (cut ? std::min<long long>(cut, longest) : longest), roof, whole / roof, r.flops() / whole / 1e9);
     finish(name);
     fflush(stdout);
 }
@@ -444,14 +509,16 @@ int main(int argc, char** argv) {
         return failed != 0;
     }
     if (what == "time") {
-        int wg = argc > 2 ? atoi(argv[2]) : 0;
-        for (int hv : {16, 32, 64}) time_case("1x32768", {32768}, 16, hv, wg, Decay::Bench, 20);
-        time_case("1x32768", {32768}, 2, 8, wg, Decay::Bench, 20);
-        time_case("1x8192", {8192}, 16, 32, wg, Decay::Bench, 20);
-        for (int hv : {16, 32, 64}) time_case("8192x4", {8192, 8192, 8192, 8192}, 16, hv, wg, Decay::Bench, 20);
-        for (int hv : {16, 32, 64}) time_case("4096x8", vector<int>(8, 4096), 16, hv, wg, Decay::Bench, 20);
-        for (int hv : {16, 64}) time_case("1024x8", vector<int>(8, 1024), 16, hv, wg, Decay::Bench, 20);
-        time_case("ragged", {3, 4091, 63, 65, 8192, 1000, 1, 2047, 5000, 129}, 16, 32, wg, Decay::Bench, 20);
+        int wg = argc > 2 ? atoi(argv[2]) : 0, cut = argc > 3 ? atoi(argv[3]) : 0;
+        const int n = 20;
+        for (int hv : {16, 32, 64}) time_case("1x32768", {32768}, 16, hv, wg, cut, Decay::Bench, n);
+        time_case("1x32768", {32768}, 2, 8, wg, cut, Decay::Bench, n);
+        time_case("1x8192", {8192}, 16, 32, wg, cut, Decay::Bench, n);
+        if (cut) return 0;
+        for (int hv : {16, 32, 64}) time_case("8192x4", {8192, 8192, 8192, 8192}, 16, hv, wg, cut, Decay::Bench, n);
+        for (int hv : {16, 64}) time_case("4096x8", vector<int>(8, 4096), 16, hv, wg, cut, Decay::Bench, n);
+        for (int hv : {16, 64}) time_case("1024x8", vector<int>(8, 1024), 16, hv, wg, cut, Decay::Bench, n);
+        time_case("ragged", {3, 4091, 63, 65, 8192, 1000, 1, 2047, 5000, 129}, 16, 32, wg, cut, Decay::Bench, n);
         return 0;
     }
     fprintf(stderr, "forward: expected check, time or table, found %s\n", what.c_str());
