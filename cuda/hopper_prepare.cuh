@@ -61,7 +61,7 @@ __device__ __forceinline__ void mma_16(float (&acc)[2][4], const float (&y)[2][4
 template <class E, int K>
 __device__ __forceinline__ void prepare(const PrepareArgs& p) {
     extern __shared__ char smem_raw[];
-    char* smem = (char*)(((uintptr_t)smem_raw + 1023) & ~(uintptr_t)1023);
+    char* smem = align_1024(smem_raw);
     using M = PrepareSmem<K>;
     constexpr int PANELS = K / 64;
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, i = lane >> 2, j = lane & 3;

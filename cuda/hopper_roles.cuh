@@ -23,6 +23,9 @@ struct Int {
 // Tells the compiler that all lanes hold the same number.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
+// The next multiple of 1024. Counted from the array, so that the compiler still knows the memory as shared.
+__device__ __forceinline__ char* align_1024(char* smem) { return smem + (-smem_addr(smem) & 1023); }
+
 // ---- mbarriers -----------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mbar_init(uint32_t bar, uint32_t arrivals) {

@@ -58,7 +58,7 @@ __device__ __forceinline__ void load_low(uint32_t to, const char* from, uint32_t
 template <class E, int K, int WG, int STAGES, bool OUT>
 __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     extern __shared__ char smem_raw[];
-    char* smem = (char*)(((uintptr_t)smem_raw + 1023) & ~(uintptr_t)1023);
+    char* smem = align_1024(smem_raw);
     using M = ScanSmem<K, WG, STAGES, OUT>;
     constexpr int PANELS = K / 64;
     const int warpgroup = uniform(threadIdx.x / WARPGROUP), tid = threadIdx.x % WARPGROUP, warp = tid >> 5, lane = tid & 31;

@@ -3,7 +3,7 @@
 //   nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 -Xcompiler -O3,-mavx2,-mfma,-pthread -o forward hopper_forward.cu bench/forward.cu
 //   ./forward check            every case against float64, stage by stage where it fails
 //   ./forward time             the shapes that predictions were made for
-//   ./forward table            9 head counts x 19 length lists
+//   ./forward one ...          a single pass, for a profiler
 //
 // Each case poisons scratch and outputs with NaN; an answer must be finite, within its bound, and the same in every bit when
 // run again.
@@ -521,6 +521,13 @@ int main(int argc, char** argv) {
         time_case("ragged", {3, 4091, 63, 65, 8192, 1000, 1, 2047, 5000, 129}, 16, 32, wg, cut, Decay::Bench, n);
         return 0;
     }
-    fprintf(stderr, "forward: expected check, time or table, found %s\n", what.c_str());
+    if (what == "one" && argc > 6) {  // length, sequences, Hk, Hv, consumers: one forward pass, for a profiler
+        Case c{"one", vector<int>(atoi(argv[3]), atoi(argv[2])), atoi(argv[4]), atoi(argv[5]), 128, 128, false, Decay::Bench, true, false, false, 0, 0, atoi(argv[6]), 0};
+        Run r(c, 99);
+        r.prepare(0), r.carry(0), r.scan(0);
+        finish("one");
+        return 0;
+    }
+    fprintf(stderr, "forward: expected check, time or one, found %s\n", what.c_str());
     return 2;
 }
