@@ -58,7 +58,8 @@ __device__ __forceinline__ void mma_16(float (&acc)[2][4], const float (&y)[2][4
     }
 }
 
-template <class E, int K>
+// I is the type of A and P.
+template <class E, class I, int K>
 __device__ __forceinline__ void prepare(const PrepareArgs& p) {
     extern __shared__ char smem_raw[];
     char* smem = align_1024(smem_raw);
@@ -122,16 +123,17 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
 
     // kk = K K^T, qk = Q K^T: rows 16 warp + i, + 8.
     float kk[32], qk[32];
+    const uint64_t tile_k = desc_k_major(uniform(sk)), tile_q = desc_k_major(uniform(sq));
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < K / 16; s++) {
-        uint32_t at = (s / 4) * PANEL + (s % 4) * 32;
-        E::mma_ss(kk, desc_k_major(sk + at), desc_k_major(sk + at), s > 0);
+        uint64_t k = desc_step(tile_k, (s / 4) * PANEL + (s % 4) * 32);
+        E::mma_ss(kk, k, k, s > 0);
     }
 #pragma unroll
     for (int s = 0; s < K / 16; s++) {
         uint32_t at = (s / 4) * PANEL + (s % 4) * 32;
-        E::mma_ss(qk, desc_k_major(sq + at), desc_k_major(sk + at), s > 0);
+        E::mma_ss(qk, desc_step(tile_q, at), desc_step(tile_k, at), s > 0);
     }
     wgmma_commit();
     // Norms: two threads per row and tensor would do; one thread per row of K (0 to 63) and of Q (64 to 127).
@@ -200,8 +202,8 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
                         make_float2(row0 > col ? b0 * g00 * y[0] : 0.f, row0 > col + 1 ? b0 * g01 * y[1] : 0.f);
                     *(float2*)(l + row1 * M::L_STRIDE + col) =
                         make_float2(row1 > col ? b1 * g10 * y[2] : 0.f, row1 > col + 1 ? b1 * g11 * y[3] : 0.f);
-                    lo[n] = E::pack(row0 >= col ? g00 * z[0] : 0.f, row0 > col ? g01 * z[1] : 0.f);
-                    hi[n] = E::pack(row1 >= col ? g10 * z[2] : 0.f, row1 > col ? g11 * z[3] : 0.f);
+                    lo[n] = I::pack(row0 >= col ? g00 * z[0] : 0.f, row0 > col ? g01 * z[1] : 0.f);
+                    hi[n] = I::pack(row1 >= col ? g10 * z[2] : 0.f, row1 > col ? g11 * z[3] : 0.f);
                 }
                 // Lane l addresses row l % 8 of block l / 8: (rows, columns) (0, 0), (8, 0), (0, 8), (8, 8).
                 int block = lane >> 3, eighth = 2 * (warp - x) + (block & 1);
@@ -269,8 +271,8 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
                 // The same blocks, (0, 0), (0, 8), (8, 0), (8, 8), stored transposed.
                 int block = lane >> 3, eighth = 2 * (b - warp) + (block >> 1);
                 stsm_trans(image + IMAGE_A + image_columns(warp) + (2 * eighth + (block & 1)) * 128 + (lane & 7) * 16,
-                           E::pack(y[b][0][0] * b0, y[b][0][1] * b0), E::pack(y[b][0][2] * b1, y[b][0][3] * b1),
-                           E::pack(y[b][1][0] * b0, y[b][1][1] * b0), E::pack(y[b][1][2] * b1, y[b][1][3] * b1));
+                           I::pack(y[b][0][0] * b0, y[b][0][1] * b0), I::pack(y[b][0][2] * b1, y[b][0][3] * b1),
+                           I::pack(y[b][1][0] * b0, y[b][1][1] * b0), I::pack(y[b][1][2] * b1, y[b][1][3] * b1));
             }
         }
         fence_proxy();

@@ -10,6 +10,9 @@
 // Off the chain, behind each link one filler for the time in which its result is scaled and rounded:
 //   O^T = vec_out o (S^T Q^T) + N^T P^T:  half of S^T Q^T behind U, half behind N, N^T P^T behind S
 //
+// E is the stored type, I the one in which A, P, W and N are multiplied: the same, or half inside bf16. Half there leaves
+// errors of 3e-3 where bf16 leaves 4.4e-3 (keys alike, cos 0.94: 4.9e-3 for 7.8e-3), for numbers of v below 65504.
+//
 // Barriers: full[s] (the producer's bytes), empty[s] (a lane of each consumer warp). Named: 8, all consumers at a ragged end.
 #pragma once
 #include "hopper_forward.cuh"
@@ -55,7 +58,7 @@ __device__ __forceinline__ void load_low(uint32_t to, const char* from, uint32_t
     for (int x = 0; x < 4; x++) bulk_load(to + x * 2048 + x * 512, from + image_columns(x), 2048 - x * 512, bar);
 }
 
-template <class E, int K, int WG, int STAGES, bool OUT>
+template <class E, class I, int K, int WG, int STAGES, bool OUT>
 __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     extern __shared__ char smem_raw[];
     char* smem = align_1024(smem_raw);
@@ -184,15 +187,17 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         };
         // d^T = S^T X^T for the tile X at `at`, columns from 16 FROM to 16 TO of S.
         auto multiply = [&](float (&d)[32], uint32_t at, auto from, auto to) {
+            const uint64_t tile = desc_k_major(at);
 #pragma unroll
             for (int x = from; x < to; x++)
-                E::template mma_rs<0>(d, sb + 4 * x, desc_k_major(at + (x / 4) * PANEL + (x % 4) * 32), x > 0);
+                E::template mma_rs<0>(d, sb + 4 * x, desc_step(tile, (x / 4) * PANEL + (x % 4) * 32), x > 0);
             wgmma_commit();
         };
         // d^T (+)= a^T X^T for the lower triangular X at `at`.
         auto multiply_low = [&](float (&d)[32], const uint32_t (&a)[16], uint32_t at, int add) {
+            const uint64_t tile = desc_blocks(at);
 #pragma unroll
-            for (int x = 0; x < 4; x++) E::template mma_rs<0>(d, a + 4 * x, desc_blocks(at + x * 2048), x > 0 || add);
+            for (int x = 0; x < 4; x++) I::template mma_rs<0>(d, a + 4 * x, desc_step(tile, x * 2048), x > 0 || add);
             wgmma_commit();
         };
         // W^T = V^T - vec_in o U^T.
@@ -212,8 +217,8 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             for (int b = 0; b < 8; b++) {
                 const float* y = u + 4 * b;
                 uint32_t lo = v[b / 2][b % 2 * 2], hi = v[b / 2][b % 2 * 2 + 1];
-                w[2 * b] = E::pack(fmaf(-c[b].x, y[0], E::lo(lo)), fmaf(-c[b].y, y[1], E::hi(lo)));
-                w[2 * b + 1] = E::pack(fmaf(-c[b].x, y[2], E::lo(hi)), fmaf(-c[b].y, y[3], E::hi(hi)));
+                w[2 * b] = I::pack(fmaf(-c[b].x, y[0], E::lo(lo)), fmaf(-c[b].y, y[1], E::hi(lo)));
+                w[2 * b + 1] = I::pack(fmaf(-c[b].x, y[2], E::lo(hi)), fmaf(-c[b].y, y[3], E::hi(hi)));
             }
         };
         // O of a chunk to memory: the warp turns its 16 columns round in its staging.
@@ -277,20 +282,21 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             // S^T <- e^(c_C) S^T + (vec_state o N^T) K; behind it O^T = vec_out o O^T + N^T P^T.
             hold(s);
             hold(ns);
+            const uint64_t rows = desc_mn_major(at + M::KT, PANEL);
             wgmma_fence();
 #pragma unroll
-            for (int x = 0; x < 4; x++) E::template mma_rs<1>(s, ns + 4 * x, desc_mn_major(at + M::KT + x * 2048, PANEL), 1);
+            for (int x = 0; x < 4; x++) E::template mma_rs<1>(s, ns + 4 * x, desc_step(rows, x * 2048), 1);
             wgmma_commit();
             if constexpr (OUT) {
 #pragma unroll
-                for (int x = 0; x < 16; x++) nb[x] = E::pack(u[2 * x], u[2 * x + 1]);
+                for (int x = 0; x < 16; x++) nb[x] = I::pack(u[2 * x], u[2 * x + 1]);
+                float2 co[8];
+#pragma unroll
+                for (int b = 0; b < 8; b++) co[b] = *(const float2*)(vec + VEC_OUT + 8 * b);
                 wgmma_wait<1>();
                 hold(o);
 #pragma unroll
-                for (int b = 0; b < 8; b++) {
-                    float2 c = *(const float2*)(vec + VEC_OUT + 8 * b);
-                    o[4 * b] *= c.x, o[4 * b + 1] *= c.y, o[4 * b + 2] *= c.x, o[4 * b + 3] *= c.y;
-                }
+                for (int b = 0; b < 8; b++) o[4 * b] *= co[b].x, o[4 * b + 1] *= co[b].y, o[4 * b + 2] *= co[b].x, o[4 * b + 3] *= co[b].y;
                 hold(o);
                 hold(nb);
                 wgmma_fence();

@@ -29,6 +29,7 @@ PREPARE(hopper_prepare_bf16_k128)
 PREPARE(hopper_prepare_bf16_k64)
 PREPARE(hopper_prepare_f16_k128)
 PREPARE(hopper_prepare_f16_k64)
+PREPARE(hopper_prepare_mix_k128)
 #define SCAN(NAME) extern "C" __global__ void NAME(const __grid_constant__ ScanArgs p, const __grid_constant__ ScanMaps maps);
 SCAN(hopper_scan_bf16_k128_w2)
 SCAN(hopper_scan_bf16_k128_w1)
@@ -39,6 +40,9 @@ SCAN(hopper_scan_f16_k128_w1)
 SCAN(hopper_scan_f16_k64_w2)
 SCAN(hopper_scan_f16_k64_w1)
 SCAN(hopper_state_bf16_k128)
+SCAN(hopper_state_mix_k128)
+SCAN(hopper_scan_mix_k128_w2)
+SCAN(hopper_scan_mix_k128_w1)
 SCAN(hopper_state_bf16_k64)
 SCAN(hopper_state_f16_k128)
 SCAN(hopper_state_f16_k64)
@@ -79,9 +83,11 @@ struct Run {
     ScanArgs sa, sta;
     CarryArgs ca;
     int wg;
+    bool mix;  // half inside bf16: environment variable MIX
 
     explicit Run(const Case& c, uint64_t seed) : c(c) {
         n = (int)c.lens.size();
+        mix = getenv("MIX") && !c.f16 && c.k == 128;
         cu.push_back(0);
         for (int s = 0; s < n; s++) {
             int step = c.cut ? c.cut * CHUNK : std::max(1, c.lens[s]), first = (int)segments.size();
@@ -147,6 +153,7 @@ struct Run {
         if (chunks.empty()) return;
         auto kernel = c.f16 ? c.k == 128 ? hopper_prepare_f16_k128 : hopper_prepare_f16_k64
                             : c.k == 128 ? hopper_prepare_bf16_k128 : hopper_prepare_bf16_k64;
+        if (mix) kernel = hopper_prepare_mix_k128;
         int bytes = c.k == 128 ? PrepareSmem<128>::bytes(c.hv / c.hk) : PrepareSmem<64>::bytes(c.hv / c.hk);
         CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
         kernel<<<(unsigned)(chunks.size() * c.hk), 128, bytes, s>>>(pa);
@@ -160,6 +167,7 @@ struct Run {
         hopper_warm<<<(jobs + 3) / 4, 128, 0, s>>>(ca);
         CHECK(cudaGetLastError());
         auto kernel = c.f16 ? c.k == 128 ? hopper_state_f16_k128 : hopper_state_f16_k64 : c.k == 128 ? hopper_state_bf16_k128 : hopper_state_bf16_k64;
+        if (mix) kernel = hopper_state_mix_k128;
         int bytes = c.k == 128 ? ScanSmem<128, 1, 3, false>::BYTES : ScanSmem<64, 1, 3, false>::BYTES;
         CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
         kernel<<<(unsigned)(jobs * (c.v / 64 + c.k / 64)), 256, bytes, s>>>(sta, maps);
@@ -174,6 +182,7 @@ struct Run {
                                          : wg == 2 ? hopper_scan_f16_k64_w2 : hopper_scan_f16_k64_w1
                             : c.k == 128 ? wg == 2 ? hopper_scan_bf16_k128_w2 : hopper_scan_bf16_k128_w1
                                          : wg == 2 ? hopper_scan_bf16_k64_w2 : hopper_scan_bf16_k64_w1;
+        if (mix) kernel = wg == 2 ? hopper_scan_mix_k128_w2 : hopper_scan_mix_k128_w1;
         int bytes = c.k == 128 ? wg == 2 ? ScanSmem<128, 2, 3, true>::BYTES : ScanSmem<128, 1, 3, true>::BYTES
                                : wg == 2 ? ScanSmem<64, 2, 3, true>::BYTES : ScanSmem<64, 1, 3, true>::BYTES;
         CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -267,7 +276,7 @@ static void check_images(const Run& r, const Host& x, int chunk, int h, double* 
         size_t byte = panel + image_columns(x) + (2 * ((i - 16 * x) / 8) + j / 8 % 2) * 128 + i % 8 * 16 + j % 8 * 2;
         uint16_t bits;
         memcpy(&bits, &image[byte], 2);
-        return from16(bits, c.f16);
+        return from16(bits, c.f16 || r.mix);
     };
     const float* vec = (const float*)&image[IMAGE_VEC];
     vector<double> cs(CHUNK), beta(CHUNK, 0.0), rk(CHUNK, 1.0), rq(CHUNK, 1.0);
@@ -369,7 +378,7 @@ static bool check(const Case& c, int repeats) {
     for (size_t i = (size_t)r.tokens * c.hv * c.v; i < x.o.size(); i++) pad_kept = pad_kept && x.o[i] != x.o[i];
     bool ok = (o.ref == 0 || o.value() <= bound) && ht.value() <= bound && differ == 0 && pad_kept;
     printf("%-4s %-22s %s K%d V%d %d/%d %-8s wg%d cut%d  o %.2e (worst head %.2e) ht %.2e | A %.1e P %.1e vec %.0e %.0e %.0e%s%s\n", ok ? "ok" : "FAIL", c.name,
-           c.f16 ? "f16 " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), r.wg, c.cut, o.value(), worst, ht.value(), images[0], images[1],
+           c.f16 ? "f16 " : r.mix ? "mix " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), r.wg, c.cut, o.value(), worst, ht.value(), images[0], images[1],
            images[2], images[3], images[4], differ ? "  RUNS DIFFER" : "", pad_kept ? "" : "  PAD WRITTEN");
     if (!ok) {
         for (size_t i = 0, shown = 0; i < jobs.size() && shown < 3; i++) {
