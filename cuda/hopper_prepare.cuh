@@ -110,10 +110,9 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
             float y = __shfl_up_sync(~0u, sum, off);
             if (lane >= off) sum += y;
         }
-        float before = sum - pair;
-        // The last difference would lose digits after a cliff: take the sum from the left.
-        float left = __shfl_up_sync(~0u, sum, 1);
-        before = lane == 0 ? 0.f : left;
+        // Not sum - pair, which would lose digits after a cliff.
+        float before = __shfl_up_sync(~0u, sum, 1);
+        if (lane == 0) before = 0.f;
         *(float2*)(gates + m * 128 + 2 * lane) = make_float2(before + x[0], sum);
         *(float2*)(gates + m * 128 + 64 + 2 * lane) = make_float2(b[0], b[1]);
     }
@@ -136,7 +135,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         E::mma_ss(qk, desc_step(tile_q, at), desc_step(tile_k, at), s > 0);
     }
     wgmma_commit();
-    // Norms: two threads per row and tensor would do; one thread per row of K (0 to 63) and of Q (64 to 127).
+    // Norms: a thread per row of K (0 to 63) and of Q (64 to 127).
     float norm = 1.f;
     if (p.l2norm) {
         float sum = 0.f;
@@ -144,7 +143,6 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         uint32_t tile = (tid < 64 ? 0 : PANELS * PANEL);
 #pragma unroll 4
         for (int u = 0; u < K / 8; u++) {
-            // Lanes start at different units: no two rows of a quarter warp in one bank.
             uint4 x = *(const uint4*)(smem + tile + swizzled((u / 8) * PANEL, row, u % 8));
             const uint32_t w[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll

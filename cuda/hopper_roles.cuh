@@ -124,7 +124,8 @@ __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" 
 
 // ---- 8 x 8 blocks of 16-bit numbers --------------------------------------------------------------------------------
 
-// Thread 4 i + j gets columns... of block m, stored as rows: element (2j, i) and (2j + 1, i).
+// Four blocks, lane l giving the address of row l % 8 of block l / 8. Plain: lane 4 i + j holds elements (i, 2j) and (i, 2j + 1)
+// of each; transposed: (2j, i) and (2j + 1, i).
 __device__ __forceinline__ void ldsm_trans(uint32_t (&r)[4], uint32_t addr) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
