@@ -274,18 +274,21 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 wgmma_wait<0>();
             hold(u);
             uint32_t nb[16], ns[16];
-#pragma unroll
-            for (int b = 0; b < 8; b++) {
-                ns[2 * b] = E::pack(cs[b].x * u[4 * b], cs[b].y * u[4 * b + 1]);
-                ns[2 * b + 1] = E::pack(cs[b].x * u[4 * b + 2], cs[b].y * u[4 * b + 3]);
-            }
             // S^T <- e^(c_C) S^T + (vec_state o N^T) K; behind it O^T = vec_out o O^T + N^T P^T.
             hold(s);
-            hold(ns);
             const uint64_t rows = desc_mn_major(at + M::KT, PANEL);
-            wgmma_fence();
 #pragma unroll
-            for (int x = 0; x < 4; x++) E::template mma_rs<1>(s, ns + 4 * x, desc_step(rows, x * 2048), 1);
+            for (int x = 0; x < 4; x++) {
+#pragma unroll
+                for (int b = 2 * x; b < 2 * x + 2; b++) {
+                    ns[2 * b] = E::pack(cs[b].x * u[4 * b], cs[b].y * u[4 * b + 1]);
+                    ns[2 * b + 1] = E::pack(cs[b].x * u[4 * b + 2], cs[b].y * u[4 * b + 3]);
+                }
+#pragma unroll
+                for (int b = 4 * x; b < 4 * x + 4; b++) asm volatile("" : "+r"(ns[b])::"memory");
+                wgmma_fence();
+                E::template mma_rs<1>(s, ns + 4 * x, desc_step(rows, x * 2048), 1);
+            }
             wgmma_commit();
             if constexpr (OUT) {
 #pragma unroll
@@ -308,16 +311,27 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             hold(s);
 
             // U, W and half of S^T Q^T of the next chunk (after the last one: of whatever is there, for nothing).
-#pragma unroll
-            for (int x = 0; x < K / 4; x++) sb[x] = E::pack(s[2 * x], s[2 * x + 1]);
             int next = st + 1;
             uint32_t next_phase = phase;
             if (next == STAGES) next = 0, next_phase ^= 1;
             if (n + 1 < chunks) arrive(n + 1, next, next_phase);
             const uint32_t at_next = base + next * M::STAGE;
-            hold(sb);
-            wgmma_fence();
-            multiply(u, at_next + M::KT, Z, ALL);
+            {
+                const uint64_t tile = desc_k_major(at_next + M::KT);
+#pragma unroll
+                for (int x = 0; x < K / 16; x += 2) {
+#pragma unroll
+                    for (int b = 4 * x; b < 4 * x + 8; b++) {
+                        sb[b] = E::pack(s[2 * b], s[2 * b + 1]);
+                        asm volatile("" : "+r"(sb[b])::"memory");
+                    }
+                    wgmma_fence();
+#pragma unroll
+                    for (int y = x; y < x + 2; y++)
+                        E::template mma_rs<0>(u, sb + 4 * y, desc_step(tile, (y / 4) * PANEL + (y % 4) * 32), y > 0);
+                }
+                wgmma_commit();
+            }
             if constexpr (OUT) {
                 wgmma_wait<1>();
                 hold(o);
