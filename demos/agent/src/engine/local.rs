@@ -76,7 +76,7 @@ impl Local {
         options.seed = args.seed.unwrap_or_else(clock_seed);
         options.cancel = Some(cancel.clone());
         let session = model.session()?;
-        Ok(Local { model, session, options, cancel, failed: false, account, name, unpacked: unpacked })
+        Ok(Local { model, session, options, cancel, failed: false, account, name, unpacked })
     }
 
     /// Which devices there are and why this one was chosen.
