@@ -26,6 +26,8 @@ mod qwen_naive;
 #[cfg(feature = "qwen")]
 mod qwen_sample;
 #[cfg(feature = "qwen")]
+mod qwen_state;
+#[cfg(feature = "qwen")]
 mod qwen_text;
 mod util;
 #[cfg(feature = "webgpu")]
