@@ -27,6 +27,8 @@ mod qwen_naive;
 mod qwen_sample;
 #[cfg(feature = "qwen")]
 mod qwen_state;
+#[cfg(feature = "store")]
+mod qwen_store;
 #[cfg(feature = "qwen")]
 mod qwen_text;
 mod util;

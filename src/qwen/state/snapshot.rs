@@ -42,7 +42,9 @@ impl Snapshot {
         backend.load(&pass)?;
         backend.run(&pass)?;
         let pages = state.pages.until(state.position());
-        Ok(Snapshot::from_parts(model, state.history.clone(), fixed, pages, answer.cloned()))
+        // One that has not begun or is over has nothing to go on with.
+        let answer = answer.filter(|a| a.next.is_some()).cloned();
+        Ok(Snapshot::from_parts(model, state.history.clone(), fixed, pages, answer))
     }
 
     pub(crate) fn from_parts(
@@ -96,7 +98,7 @@ impl Snapshot {
 
     /// True if an answer was under way: [`Session::resume`](crate::qwen::Session::resume) goes on with it.
     pub fn has_answer(&self) -> bool {
-        self.answer().is_some_and(|a| a.next.is_some())
+        self.answer().is_some()
     }
 
     /// Device memory that is its own: states and tails.
