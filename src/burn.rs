@@ -26,6 +26,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`rule`] | the operator: forward [`gdn::prefill`](crate::gdn::prefill()), backward [`gdn::backward`](crate::gdn::backward()) |
+//! | [`mix`] | the operator with all that lies between a mixer's projections, as one operation |
 //! | [`plain`] | the same recurrence in burn's own operations, and gated linear attention without the delta rule |
 //! | [`parts`] | convolution, gates, norms, rotary: one function each |
 //! | [`mixer`], [`attention`] | the two mixers: [`GatedDeltaNet`], [`GatedAttention`] |
@@ -51,6 +52,9 @@ pub mod attention;
 pub mod checkpoint;
 #[cfg(feature = "burn-gpu")]
 mod gpu;
+mod lanes;
+pub mod mix;
+mod mix_pass;
 pub mod mixer;
 pub mod model;
 pub mod parts;
@@ -67,8 +71,11 @@ use burn::tensor::DeviceKind;
 use crate::backend::Backend;
 use crate::device;
 use crate::error::{Error, Result};
+use lanes::{Lanes, SHAPES};
+use mix_pass::Mix;
 
 pub use attention::{GatedAttention, GatedAttentionConfig};
+pub use mix::{MixInputs, gated_delta_mix};
 pub use mixer::{GatedDeltaNet, GatedDeltaNetConfig, Rule};
 pub use model::{Block, Mixer, Mlp, MlpConfig, Qwen35, Qwen35Config, RmsNorm, RmsNormConfig};
 pub use rule::gated_delta_rule;
@@ -77,6 +84,7 @@ pub use rule::gated_delta_rule;
 #[derive(Clone)]
 pub struct Engine {
     backend: Arc<dyn Backend>,
+    lanes: Arc<Lanes<Mix>>,
     #[cfg(feature = "burn-gpu")]
     shared: Option<Arc<gpu::Shared>>,
 }
@@ -86,6 +94,7 @@ impl Engine {
     pub fn new(backend: Arc<dyn Backend>) -> Self {
         Engine {
             backend,
+            lanes: Arc::new(Lanes::new(SHAPES)),
             #[cfg(feature = "burn-gpu")]
             shared: None,
         }
@@ -109,7 +118,8 @@ impl Engine {
     #[cfg(feature = "burn-gpu")]
     pub fn share(kind: DeviceKind) -> Result<(Self, Device)> {
         let (shared, device) = gpu::Shared::open(kind)?;
-        Ok((Engine { backend: shared.backend(), shared: Some(Arc::new(shared)) }, device))
+        let (engine, shared) = (Engine::new(shared.backend()), Some(Arc::new(shared)));
+        Ok((Engine { shared, ..engine }, device))
     }
 
     /// The backend.
