@@ -34,19 +34,20 @@
 //! | [`checkpoint`] | [`Qwen35::save_checkpoint`]: a directory in the released layout |
 //!
 //! # How numbers travel
-//! The kernels take host slices. Per call, f32 numbers that leave burn's device for the host in the forward pass:
+//! The kernels take host slices. Per call of the rule, f32 numbers that leave burn's device for the host in the forward pass:
 //! `T (2 Hk K + Hv V + 2 Hv)` over all sequences, and those of h0; that come back: `T Hv V` and those of ht. In the backward
-//! pass the same counts go the other way, as gradients. The host copies of the inputs are kept in between. On burn's own CPU
-//! device, Flex, the inputs are read where they are and kept as the tensors they are. (Its matrix products take several
-//! threads with burn's feature `rayon`.) Arithmetic inside the operator is f32, whatever the tensors are.
+//! pass the same counts go the other way, as gradients. A whole mixer ([`gated_delta_mix`]) sends and gets `T Hv V` more each
+//! way, and its small weights. The host copies of the inputs are kept in between. (burn's matrix products on its own CPU
+//! device, Flex, take several threads with burn's feature `rayon`.) Arithmetic inside the operations is f32, whatever the
+//! tensors are.
 //!
 //! With the feature `burn-gpu`, `Engine::share` opens one GPU for burn and the kernels: nothing leaves it then. The same
 //! counts are copied within its memory, and the host waits for nothing.
 //!
 //! # Panics
 //! As everywhere in burn, wrong shapes panic in a forward pass, with the argument, what was found and what was expected. So
-//! does what the device reports (memory that is not there, a lost device), and a gate that is NaN or positive: a run that has
-//! diverged stops there. Functions that build or save return [`Result`].
+//! does what the device reports (memory that is not there, a lost device), and a gate given to the rule on the host that is NaN
+//! or positive. Functions that build or save return [`Result`].
 
 pub mod attention;
 pub mod checkpoint;
