@@ -9,6 +9,7 @@
 
 pub mod calculator;
 pub mod clock;
+pub mod content;
 pub mod files;
 pub mod grammar;
 pub mod memory;
@@ -34,7 +35,7 @@ use crate::draw::Draw;
 
 /// Every form, by name.
 fn forms() -> impl Iterator<Item = (&'static str, &'static Form)> {
-    [calculator::FORMS, clock::FORMS, files::FORMS, memory::FORMS, notes::FORMS, steps::FORMS, talk::FORMS]
+    [calculator::FORMS, clock::FORMS, content::FORMS, files::FORMS, memory::FORMS, notes::FORMS, steps::FORMS, talk::FORMS]
         .into_iter()
         .flatten()
         .copied()

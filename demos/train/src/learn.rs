@@ -17,17 +17,20 @@ use gatedelta_agent::tools::notes::replace;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 
-/// A model of the same sizes with the weights of a run's file.
+/// A model of the same sizes with the weights of a run's file, or of a directory in the released layout.
 ///
 /// # Errors
-/// If the file is not there, no run's, or one of other sizes.
-pub fn weights(file: &Path, model: Qwen35) -> Result<Qwen35> {
+/// If there is neither, or it is of other sizes.
+pub fn weights(from: &Path, model: Qwen35) -> Result<Qwen35> {
     let read = || -> Result<Qwen35> {
-        let bytes = std::fs::read(file)?;
+        if from.is_dir() {
+            return Ok(model.load_checkpoint(from)?);
+        }
+        let bytes = std::fs::read(from)?;
         let record = SafeTensors::deserialize(&bytes)?.tensor("model")?.data().to_vec();
         Ok(model.try_load_record(ModuleRecord::from_bytes(Bytes::from_bytes_vec(record))?)?)
     };
-    read().with_context(|| format!("{} gives no weights", file.display()))
+    read().with_context(|| format!("{} gives no weights", from.display()))
 }
 
 /// See the [module](self). `N` losses are kept for every step; the first is the one to look at.

@@ -50,7 +50,7 @@ pub fn train(texts: &[String], size: usize) -> Result<Value> {
     tokenizer.train(&mut TrainerWrapper::BpeTrainer(trainer), pieces).map_err(anyhow::Error::msg)?;
 
     let trained: Value = serde_json::from_str(&tokenizer.to_string(false).map_err(anyhow::Error::msg)?)?;
-    let words = trained["model"]["vocab"].as_object().map_or(0, serde_json::Map::len);
+    let words = words(&trained);
     for key in ["vocab", "merges"] {
         form["model"][key] = trained["model"][key].clone();
     }
@@ -68,10 +68,14 @@ fn between<'a>(text: &'a str, markers: &[String]) -> Vec<&'a str> {
         .fold(vec![text], |pieces, marker| pieces.iter().flat_map(|piece| piece.split(marker.as_str())).collect())
 }
 
-/// Tokens of a `tokenizer.json`.
+/// Tokens of a `tokenizer.json` that stand for text: ids from 0 on.
+pub fn words(json: &Value) -> usize {
+    json["model"]["vocab"].as_object().map_or(0, serde_json::Map::len)
+}
+
+/// Tokens of a `tokenizer.json`, markers included.
 pub fn size(json: &Value) -> usize {
-    let added = json["added_tokens"].as_array().map_or(0, Vec::len);
-    json["model"]["vocab"].as_object().map_or(0, serde_json::Map::len) + added
+    words(json) + json["added_tokens"].as_array().map_or(0, Vec::len)
 }
 
 /// Writes the files that belong to a tokenizer into `dir`, which is made if need be.

@@ -2,7 +2,8 @@
 
 use crate::data::calculator::{self, compute, result};
 use crate::data::grammar::{Slots, forms};
-use crate::data::world::{Content, File, World};
+use crate::data::content::{Entry, Sort};
+use crate::data::world::{File, World};
 use crate::data::{Action, Side, Task, clock, files, names, notes};
 use crate::draw::Draw;
 
@@ -152,39 +153,30 @@ forms! {
     }
 }
 
-/// The amounts of an account of `told`, those of `keys` or all of them, as the file has them.
-fn amounts(told: &str, keys: &[String]) -> Vec<String> {
-    match keys {
-        [] => told.lines().filter_map(|line| Some(line.split_once(": ")?.1.to_string())).collect(),
-        keys => keys.iter().map(|key| files::value(told, key).to_string()).collect(),
-    }
-}
-
 /// Read a file, then compute.
 pub fn read_compute(world: &World, draw: &mut Draw) -> Option<Task> {
-    let rows = |file: &File| match &file.content {
-        Content::Account(lines) => lines.clone(),
-        _ => Vec::new(),
-    };
-    let file = world.file(draw, |file| rows(file).len() >= 2)?;
-    let mut keys: Vec<String> = rows(file).into_iter().map(|(key, _)| key).collect();
+    let file = world.file(draw, |file| file.content.sort == Sort::Account)?;
+    let mut keys: Vec<String> = file.content.entries.iter().map(|entry| entry.key.clone()).collect();
     draw.shuffle(&mut keys);
     keys.truncate(2);
     let (path, place) = (file.path(), files::place(world, file, draw));
     let n = names::figure(draw, world.side, 3).to_string();
-    let what = *draw.pick(&[0, 0, 1, 1, 2, 3, 4, 5, 6]);
+    // What a number beside the amounts is to a total is for nobody to say.
+    let totals = if file.content.plain { 0 } else { 2 };
+    let what = [0, 0, 1, 1, 2, 3, 4, 5, 6][totals + draw.below(9 - totals)];
     let form = [&TOTAL, &TWO_LINES, &APART, &APART_FROM, &SCALED, &SHARE, &PARTED][what];
     let slots: &Slots = &[("file", place.as_str()), ("one", &keys[0]), ("two", &keys[1]), ("n", &n)];
     let request = form.request(world.side, slots, draw);
-    let second = move |told: &str| match what {
-        0 => compute(&amounts(told, &[]).join(" + ")),
-        1 => compute(&amounts(told, &keys).join(" + ")),
-        2 | 3 => compute(&amounts(told, &keys).join(" - ")),
-        4 => compute(&format!("{} * {n}", files::value(told, &keys[0]))),
-        6 => compute(&format!("{} / {n}", files::value(told, &keys[0]))),
-        _ => compute(&format!("{n} * {} / 100", files::value(told, &keys[0]))),
-    };
-    Some(Task::double(request, files::open(&path), second, result))
+    let values = file.content.values(if what == 0 { &[] } else { &keys });
+    let one = &values[0];
+    let second = compute(&match what {
+        0 | 1 => values.join(" + "),
+        2 | 3 => values.join(" - "),
+        4 => format!("{one} * {n}"),
+        6 => format!("{one} / {n}"),
+        _ => format!("{n} * {one} / 100"),
+    });
+    Some(Task::double(request, files::open(&path), move |_| second.clone(), result))
 }
 
 /// List a folder, then read the one file that fits.
@@ -264,18 +256,13 @@ fn find_read(
 
 /// Read a file, then note a line of it.
 pub fn read_note(world: &World, draw: &mut Draw) -> Option<Task> {
-    let file = world.file(draw, |file| !matches!(file.content, Content::Items(_)))?;
-    let keys: Vec<String> = match &file.content {
-        Content::Account(lines) => lines.iter().map(|(key, _)| key.clone()).collect(),
-        Content::Times(lines) => lines.iter().map(|(key, _)| format!("time for {key}")).collect(),
-        Content::Items(_) => Vec::new(),
-    };
-    let asked = draw.pick(&keys).clone();
+    let file = world.file(draw, |file| file.content.sort != Sort::Items)?;
+    let Entry { key, value, .. } = draw.pick(&file.content.entries).clone();
+    let asked = if file.content.sort == Sort::Times { format!("time for {key}") } else { key.clone() };
     let place = files::place(world, file, draw);
     let request = NOTE_LINE.request(world.side, &[("file", &place), ("key", &asked)], draw);
-    let key = asked.trim_start_matches("time for ").to_string();
-    let second = move |told: &str| Action::Call(notes::add(&format!("{key}: {}", files::value(told, &key))));
-    Some(Task::double(request, files::open(&file.path()), second, notes::saved))
+    let second = Action::Call(notes::add(&format!("{key}: {value}")));
+    Some(Task::double(request, files::open(&file.path()), move |_| second.clone(), notes::saved))
 }
 
 /// Find a note, then delete it.
