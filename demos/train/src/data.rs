@@ -184,6 +184,11 @@ impl Kind {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
     Call(Call),
+    /// A call after a word about what was found so far. What is written down once need only be copied from there.
+    Work {
+        text: String,
+        call: Call,
+    },
     /// The answer, and what an answer in other words must hold to be right.
     Say {
         text: String,
@@ -195,6 +200,15 @@ impl Action {
     pub fn call(name: &str, arguments: &[(&str, Value)]) -> Action {
         let arguments = arguments.iter().map(|(key, value)| (key.to_string(), value.clone())).collect();
         Action::Call(Call { name: name.to_string(), arguments })
+    }
+
+    /// The same call, after a word about it.
+    #[must_use]
+    pub fn after(self, text: String) -> Action {
+        match self {
+            Action::Call(call) => Action::Work { text, call },
+            other => other,
+        }
     }
 
     pub fn say<S: ToString>(text: impl Into<String>, must: &[S]) -> Action {

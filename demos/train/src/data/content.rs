@@ -1,6 +1,6 @@
 //! What files hold: accounts, times and plain items, laid out as people lay them out.
 
-use crate::data::grammar::{Slots, expand, forms};
+use crate::data::grammar::{Slots, forms};
 use crate::data::{Side, names, notes};
 use crate::draw::Draw;
 
@@ -146,10 +146,15 @@ fn line(layout: &str, amount: &str, at: usize, key: &str, value: &str, side: Sid
     let [n, day, month, count] = [at as u64, day, month, draw.range(2, 9)].map(|n| n.to_string());
     let other = names::figure(draw, side, 4).to_string();
     let word = names::word(draw, side);
-    let value = expand(amount, &[("value", value), ("other", &other), ("count", &count), ("word", &word)], draw);
-    let slots: &Slots =
-        &[("key", key), ("value", &value), ("n", &n), ("day", &day), ("month", &month), ("date", &date)];
-    expand(layout, slots, draw).trim_end().to_string()
+    // A bar is a bar here: these are no templates of wording.
+    let fill = |text: &str, slots: &Slots| {
+        slots.iter().fold(text.to_string(), |text, (name, value)| text.replace(&format!("{{{name}}}"), value))
+    };
+    let value = fill(amount, &[("value", value), ("other", &other), ("count", &count), ("word", &word)]);
+    fill(
+        layout,
+        &[("key", key), ("value", &value), ("n", &n), ("day", &day), ("month", &month), ("date", &date)],
+    )
 }
 
 fn heading(side: Side, draw: &mut Draw) -> String {

@@ -1,6 +1,8 @@
 //! Names, things, numbers: everything in a request that is no wording. Each belongs to one side by its hash, so that no name and
 //! no number of a held-out request has been in a request that was trained on.
 
+use std::collections::HashSet;
+
 use crate::data::Side;
 use crate::draw::Draw;
 
@@ -12,6 +14,12 @@ pub fn side_of(name: &str) -> Side {
     // FNV-1a, then a mix: the low bits of FNV alone are poor.
     let hash = name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01B3));
     if Draw::new(&[hash]).below(HELD_OUT as usize) == 0 { Side::HeldOut } else { Side::Train }
+}
+
+/// All names of people and cities that are no made-up ones, whichever side they belong to.
+pub fn proper() -> HashSet<&'static str> {
+    let cities = ZONES.iter().flat_map(|(_, cities)| cities.split(|c: char| !c.is_alphabetic()));
+    PEOPLE.split_whitespace().chain(cities).filter(|name| !name.is_empty()).collect()
 }
 
 /// What `make` gives once it belongs to `side`.
@@ -232,6 +240,27 @@ pub fn figure(draw: &mut Draw, side: Side, digits: u32) -> u64 {
     number(draw, side, 10u64.pow(digits - 1), 10u64.pow(digits) - 1)
 }
 
+/// A whole number below 1000 in words: `three hundred and twelve`; none for larger ones.
+pub fn spelled(number: &str) -> Option<String> {
+    const ONES: [&str; 20] = [
+        "", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen",
+        "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+    ];
+    const TENS: [&str; 10] =
+        ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"];
+    let n: usize = number.parse().ok().filter(|n| (1..1000).contains(n))?;
+    let small = |n: usize| match (n / 10, n % 10) {
+        (0 | 1, _) => ONES[n].to_string(),
+        (tens, 0) => TENS[tens].to_string(),
+        (tens, one) => format!("{}-{}", TENS[tens], ONES[one]),
+    };
+    Some(match (n / 100, n % 100) {
+        (0, rest) => small(rest),
+        (hundreds, 0) => format!("{} hundred", ONES[hundreds]),
+        (hundreds, rest) => format!("{} hundred and {}", ONES[hundreds], small(rest)),
+    })
+}
+
 /// A number of `side` that `make` gives.
 pub fn number_of(draw: &mut Draw, side: Side, make: impl Fn(&mut Draw) -> u64) -> u64 {
     let text = own(draw, side, |draw| make(draw).to_string());
@@ -300,6 +329,14 @@ const ZONES: [(&str, &str); 7] = [
     ("Atlantic", "Azores Bermuda Canary Madeira Reykjavik"),
 ];
 
+/// The city of a zone that does not exist: one word, or two with `_` between.
+pub fn town(draw: &mut Draw, side: Side) -> String {
+    own(draw, side, |draw| {
+        let second = if draw.chance(25) { format!("_{}", capital(&invented(draw, side))) } else { String::new() };
+        capital(&invented(draw, side)) + &second
+    })
+}
+
 /// Cities that many ask for by their names alone: which zone they are in is trained, so that they are of the training data.
 const KNOWN: &str = "Amsterdam Athens Berlin Brussels Cairo Chicago Copenhagen Dubai Dublin Helsinki Hong_Kong Istanbul Johannesburg \
     Lisbon London Los_Angeles Madrid Melbourne Mexico_City Moscow Nairobi New_York Paris Prague Rome Sao_Paulo Seoul Shanghai Singapore \
@@ -334,7 +371,8 @@ mod tests {
     #[test]
     fn sides_share_no_name_and_no_number() {
         type Make = fn(&mut Draw, Side) -> String;
-        let makers: [(&str, usize, Make); 14] = [
+        let makers: [(&str, usize, Make); 15] = [
+            ("town", 500, town),
             ("code", 400, code),
             ("random", 500, random),
             ("food", 100, food),
@@ -359,6 +397,17 @@ mod tests {
             assert!(train.is_disjoint(&held), "{name}");
             assert!(held.len() >= least && train.len() > held.len() / 2, "{name}: {} and {}", train.len(), held.len());
         }
+    }
+
+    #[test]
+    fn numbers_are_spelled() {
+        let spelled = |n: &str| spelled(n).unwrap_or_default();
+        assert_eq!(["7", "13", "20", "45"].map(spelled), ["seven", "thirteen", "twenty", "forty-five"]);
+        assert_eq!(
+            ["100", "312", "980"].map(spelled),
+            ["one hundred", "three hundred and twelve", "nine hundred and eighty"]
+        );
+        assert_eq!(["0", "1000", "2.5", ""].map(spelled), ["", "", "", ""]);
     }
 
     #[test]

@@ -110,6 +110,8 @@ forms! {
             "<do>delete the note that says {word}", "<do>look for the note about {word} and remove it", "<do>get rid of [my|the] note about {word}", "<do>forget the note about {word}", "the note about {word} is done, delete it", "I am done with {word}, delete the note", "<do>delete the note with {word} in it", "<do>remove my note on {word}", "delete note about {word}",
             "<do>find what I noted about {word} and throw it away", "<do>search for the note on {word} and delete it", "<do>drop the note about {word}", "the note about {word} is old, remove it", "<do>take the note about {word} off my list", "my note about {word} is not needed any more", "<do>clear the note about {word}", "<do>cross out the note about {word}",
             "there is a note about {word}, delete it", "<do>look up the note about {word} and erase it", "what I noted about {word} can be deleted", "<do>throw out my note about {word}", "<do>delete the note where I wrote about {word}",
+            "[my|the] note [about|on] {word} is [done|not needed], it can go", "[my|the] note [about|on] {word} is [old|of no use now], [you can delete it|throw it away|get rid of it|away with it]", "the old note about {word} can be [deleted|removed|thrown away]", "I have no use for [my|the] note [about|on] {word}", "[my|the] note about {word} has to go",
+            "{word} is done, [so |]delete [my|the] note about it", "[my|the] note that says {word} [can go|is old, delete it|is not needed any more]", "I need no note about {word} [now|any more], [remove|delete|drop] it", "<do>find and delete the note about {word}", "of my notes, delete the one about {word}", "the one about {word} can go, it is a note", "is there a note about {word}? Delete it",
         ],
         held: ["find my note about {word} and remove it", "please throw away the note about {word}", "delete what I noted about {word}", "search for the note about {word} and erase it", "my note about {word} is old, it can go", "I do not need my note on {word} any more"],
     }
@@ -169,13 +171,21 @@ pub fn read_compute(world: &World, draw: &mut Draw) -> Option<Task> {
     let request = form.request(world.side, slots, draw);
     let values = file.content.values(if what == 0 { &[] } else { &keys });
     let one = &values[0];
-    let second = compute(&match what {
+    let expression = match what {
         0 | 1 => values.join(" + "),
         2 | 3 => values.join(" - "),
         4 => format!("{one} * {n}"),
         6 => format!("{one} / {n}"),
         _ => format!("{n} * {one} / 100"),
-    });
+    };
+    let second = match what {
+        0 => compute(&expression),
+        _ => {
+            let used = if what <= 3 { 2 } else { 1 };
+            let found: Vec<String> = keys.iter().zip(&values).map(|(key, value)| format!("{key}: {value}")).collect();
+            compute(&expression).after(format!("{}.", found[..used].join(", ")))
+        }
+    };
     Some(Task::double(request, files::open(&path), move |_| second.clone(), result))
 }
 
@@ -198,53 +208,79 @@ pub fn list_read(world: &World, draw: &mut Draw) -> Option<Task> {
         0..=4 | 10 if !single.is_empty() => {
             let folder = *draw.pick(&single);
             let request = ONLY_FILE.request(world.side, &[("folder", folder)], draw);
-            Some(find_read(request, Some(folder.clone()), |names| names.first().map(|(name, _)| *name)))
+            Some(find_read(request, Some(folder.clone()), Which::Only))
         }
         0..=7 | 11 if !endings.is_empty() => {
             let ending = draw.pick(&endings).to_string();
             let request = ONLY_ENDING.request(world.side, &[("ending", &ending)], draw);
-            let ending = format!(".{ending}");
-            Some(find_read(request, None, move |names| {
-                names.iter().map(|(name, _)| *name).find(|name| name.ends_with(&ending))
-            }))
+            Some(find_read(request, None, Which::Ending(format!(".{ending}"))))
         }
         8 if clear(sizes.first(), sizes.get(1)) => {
-            let request = SMALLEST.request(world.side, &[], draw);
-            Some(find_read(request, None, |names| Some(names.iter().min_by_key(|(_, bytes)| *bytes)?.0)))
+            Some(find_read(SMALLEST.request(world.side, &[], draw), None, Which::Smallest))
         }
         9 if clear(sizes.iter().nth_back(1), sizes.last()) => {
-            let request = LARGEST.request(world.side, &[], draw);
-            Some(find_read(request, None, |names| Some(names.iter().max_by_key(|(_, bytes)| *bytes)?.0)))
+            Some(find_read(LARGEST.request(world.side, &[], draw), None, Which::Largest))
         }
         _ => None,
     }
 }
 
-/// The task that lists `folder` and reads the file in it that `which` picks from names and bytes.
-fn find_read(
-    request: String,
-    folder: Option<String>,
-    which: impl for<'a> Fn(&[(&'a str, u64)]) -> Option<&'a str> + Clone + 'static,
-) -> Task {
-    let path = {
-        let folder = folder.clone();
-        move |told: &str| {
-            let sized = |line: &'_ str| -> Option<(usize, u64)> {
-                let (name, size) = line.split_once(" (")?;
-                Some((name.len(), size.strip_suffix(" bytes)")?.parse().ok()?))
-            };
-            let files: Vec<(&str, u64)> =
-                told.lines().filter_map(|line| sized(line).map(|(end, bytes)| (&line[..end], bytes))).collect();
-            let name = which(&files).unwrap_or_default();
-            folder.as_ref().map_or_else(|| name.to_string(), |folder| format!("{folder}/{name}"))
+/// Which file of a folder is meant.
+#[derive(Clone)]
+enum Which {
+    Only,
+    Ending(String),
+    Smallest,
+    Largest,
+}
+
+impl Which {
+    /// Its name, out of names and bytes, and what is said on the way to it: file after file up to the one that fits.
+    fn find(&self, files: &[(&str, u64)]) -> (String, Option<String>) {
+        let name = |file: Option<&(&str, u64)>| file.map_or_else(String::new, |(name, _)| name.to_string());
+        let sizes = || files.iter().map(|(name, bytes)| format!("{name}: {bytes}")).collect::<Vec<_>>().join(", ");
+        match self {
+            Which::Only => (name(files.first()), None),
+            Which::Ending(ending) => {
+                let at = files.iter().position(|(name, _)| name.ends_with(ending)).unwrap_or_default();
+                let passed = files[..at].iter().map(|(name, _)| format!("{name}: no. ")).collect::<String>();
+                let found = name(files.get(at));
+                (found.clone(), Some(format!("{passed}{found}: yes.")))
+            }
+            Which::Smallest => {
+                let found = name(files.iter().min_by_key(|(_, bytes)| *bytes));
+                (found.clone(), Some(format!("{}. The shortest is {found}.", sizes())))
+            }
+            Which::Largest => {
+                let found = name(files.iter().max_by_key(|(_, bytes)| *bytes));
+                (found.clone(), Some(format!("{}. The longest is {found}.", sizes())))
+            }
         }
+    }
+}
+
+/// The task that lists `folder` and reads the file in it that is meant.
+fn find_read(request: String, folder: Option<String>, which: Which) -> Task {
+    let place = folder.clone();
+    let found = move |told: &str| {
+        let sized = |line: &'_ str| -> Option<(usize, u64)> {
+            let (name, size) = line.split_once(" (")?;
+            Some((name.len(), size.strip_suffix(" bytes)")?.parse().ok()?))
+        };
+        let files: Vec<(&str, u64)> =
+            told.lines().filter_map(|line| sized(line).map(|(end, bytes)| (&line[..end], bytes))).collect();
+        let (name, said) = which.find(&files);
+        (place.as_ref().map_or_else(|| name.clone(), |folder| format!("{folder}/{name}")), said)
     };
     let second = {
-        let path = path.clone();
-        move |told: &str| files::open(&path(told))
+        let found = found.clone();
+        move |told: &str| match found(told) {
+            (path, Some(said)) => files::open(&path).after(said),
+            (path, None) => files::open(&path),
+        }
     };
     let answer = move |results: &[String]| match results {
-        [listing, content] => files::show(&path(listing), content),
+        [listing, content] => files::show(&found(listing).0, content),
         _ => Action::say("", &[""]),
     };
     let mut task = Task::double(request, files::look(folder.as_deref()), second, result);

@@ -58,6 +58,14 @@ impl Row {
 /// A key and its number.
 type Entry = (Vec<i64>, Vec<i64>);
 
+/// Lines that were read.
+#[derive(Clone)]
+struct Table<'a> {
+    entries: Vec<Entry>,
+    /// What stands between key and number.
+    separator: &'a [i64],
+}
+
 impl Drills {
     /// For a tokenizer whose markers come after so many words.
     ///
@@ -104,18 +112,7 @@ impl Drills {
         self.batch(length, tokens, |row| match draw.below(8) {
             0 => self.runs(row, length, (2, 8), 0, &mut draw),
             1 => self.runs(row, length, (4, 24), length / 4, &mut draw),
-            _ => {
-                // Up to half is passed over: what is asked for is far away.
-                let far = if draw.chance(50) { draw.below(length / 2) } else { 0 };
-                while row.ids.len() < length {
-                    match draw.below(4) {
-                        0 => self.lines(row, far, &mut draw),
-                        1 => self.totals(row, far, &mut draw),
-                        2 => self.lookups(row, length, far, &mut draw),
-                        _ => self.pairs(row, far, &mut draw),
-                    }
-                }
-            }
+            _ => self.tables(row, length, &mut draw),
         })
     }
 
@@ -178,41 +175,55 @@ impl Drills {
         number
     }
 
-    /// Lines of a key and a number each, written down; then `apart` words that mean nothing.
-    fn table(&self, row: &mut Row, count: u64, apart: usize, draw: &mut Draw) -> (Vec<Entry>, &[i64]) {
+    /// Tables, each asked for at once, but for the first one, which is asked for at the end of the row.
+    fn tables(&self, row: &mut Row, length: usize, draw: &mut Draw) {
+        let kept = self.table(row, draw.range(2, (length / 48).clamp(3, 24) as u64), draw);
+        // To ask for it takes about as much as to read it.
+        let until = length - row.ids.len().min(length / 2);
+        while row.ids.len() < until {
+            let table = self.table(row, draw.range(2, 9), draw);
+            match draw.below(4) {
+                0 => self.lines(row, &table),
+                1 => self.totals(row, &table),
+                2 => self.lookups(row, table, draw),
+                _ => self.pairs(row, table, draw),
+            }
+        }
+        while row.ids.len() < length {
+            self.lookups(row, kept.clone(), draw);
+            self.pairs(row, kept.clone(), draw);
+        }
+    }
+
+    /// Lines of a key and a number each, written down.
+    fn table(&self, row: &mut Row, count: u64, draw: &mut Draw) -> Table<'_> {
         let separator = draw.pick::<Vec<i64>>(&self.separators);
-        let mut table = Vec::new();
+        let mut entries = Vec::new();
         for _ in 0..count {
             let words = draw.range(1, 4);
             let entry = (self.words(words, draw), self.number(draw));
-            row.read(&entry.0);
-            row.read(separator);
-            row.read(&entry.1);
-            row.read(&self.newline);
-            table.push(entry);
+            [&entry.0, separator, &entry.1, &self.newline].iter().for_each(|part| row.read(part));
+            entries.push(entry);
         }
-        row.read(&self.words(apart as u64, draw));
-        (table, separator)
+        Table { entries, separator }
     }
 
-    /// Lines, then the same lines once more.
-    fn lines(&self, row: &mut Row, apart: usize, draw: &mut Draw) {
-        let (table, separator) = self.table(row, draw.range(2, 8), apart, draw);
+    /// The same lines once more.
+    fn lines(&self, row: &mut Row, table: &Table) {
         row.read(&self.again);
-        for (key, number) in &table {
-            [key, separator, number, &self.newline].iter().for_each(|part| row.say(part));
+        for (key, number) in &table.entries {
+            [key, table.separator, number, &self.newline].iter().for_each(|part| row.say(part));
         }
     }
 
-    /// Lines, then their numbers with a plus between.
-    fn totals(&self, row: &mut Row, apart: usize, draw: &mut Draw) {
-        let (table, _) = self.table(row, draw.range(2, 10), apart, draw);
+    /// Their numbers with a plus between.
+    fn totals(&self, row: &mut Row, table: &Table) {
         row.read(&self.total);
-        self.sum(row, table.iter().map(|(_, number)| number));
+        self.sum(row, &table.entries);
     }
 
-    fn sum<'a>(&self, row: &mut Row, numbers: impl Iterator<Item = &'a Vec<i64>>) {
-        for (at, number) in numbers.enumerate() {
+    fn sum(&self, row: &mut Row, entries: &[Entry]) {
+        for (at, (_, number)) in entries.iter().enumerate() {
             if at > 0 {
                 row.say(&self.plus);
             }
@@ -221,29 +232,26 @@ impl Drills {
         row.say(&self.newline);
     }
 
-    /// Many lines, then their keys in another order, each to be answered with its number.
-    fn lookups(&self, row: &mut Row, length: usize, apart: usize, draw: &mut Draw) {
-        let most = (length / 32).clamp(2, 48) as u64;
-        let (mut table, separator) = self.table(row, draw.range(2, most), apart, draw);
-        draw.shuffle(&mut table);
-        for (key, number) in &table {
+    /// Their keys in another order, each to be answered with its number.
+    fn lookups(&self, row: &mut Row, mut table: Table, draw: &mut Draw) {
+        draw.shuffle(&mut table.entries);
+        for (key, number) in &table.entries {
             row.read(key);
-            row.read(separator);
+            row.read(table.separator);
             row.say(number);
             row.say(&self.newline);
         }
     }
 
-    /// Lines, then two keys at a time, to be answered with both numbers and a plus between.
-    fn pairs(&self, row: &mut Row, apart: usize, draw: &mut Draw) {
-        let (mut table, separator) = self.table(row, draw.range(2, 8), apart, draw);
-        draw.shuffle(&mut table);
-        for two in table.chunks_exact(2) {
+    /// Two keys at a time, to be answered with both numbers and a plus between.
+    fn pairs(&self, row: &mut Row, mut table: Table, draw: &mut Draw) {
+        draw.shuffle(&mut table.entries);
+        for two in table.entries.chunks_exact(2) {
             row.read(&two[0].0);
-            row.read(separator);
+            row.read(table.separator);
             row.read(&two[1].0);
             row.read(&self.both);
-            self.sum(row, two.iter().map(|(_, number)| number));
+            self.sum(row, two);
         }
     }
 }
@@ -325,7 +333,10 @@ mod tests {
 
     #[test]
     fn totals_are_those_of_the_lines() {
-        let (_, parts) = text(|drills, row, draw| drills.totals(row, 0, draw));
+        let (_, parts) = text(|drills, row, draw| {
+            let table = drills.table(row, 5, draw);
+            drills.totals(row, &table);
+        });
         let [(read, false), (said, true)] = &parts[..] else { panic!("{parts:?}") };
         let numbers: Vec<&str> = said.trim_end().split(" + ").collect();
         let lines = read.strip_suffix(" total of all: ").unwrap();
@@ -336,24 +347,29 @@ mod tests {
             rest = &rest[at + number.len() + 1..];
         }
         assert_eq!(rest, "");
-        assert!(numbers.len() >= 2);
+        assert_eq!(numbers.len(), 5);
     }
 
     #[test]
     fn lines_are_said_as_they_were_read() {
-        let (_, parts) = text(|drills, row, draw| drills.lines(row, 0, draw));
+        let (_, parts) = text(|drills, row, draw| {
+            let table = drills.table(row, 5, draw);
+            drills.lines(row, &table);
+        });
         let [(read, false), (said, true)] = &parts[..] else { panic!("{parts:?}") };
         assert_eq!(read.strip_suffix(" says:\n").unwrap(), said);
     }
 
     #[test]
     fn looked_up_is_what_stands_there() {
-        for fill in [
-            (|drills: &Drills, row: &mut Row, draw: &mut Draw| drills.lookups(row, 256, 5, draw))
-                as fn(&Drills, &mut Row, &mut Draw),
-            |drills, row, draw| drills.pairs(row, 5, draw),
-        ] {
-            let (all, parts) = text(fill);
+        for pairs in [false, true] {
+            let (all, parts) = text(|drills, row, draw| {
+                let table = drills.table(row, 5, draw);
+                match pairs {
+                    false => drills.lookups(row, table, draw),
+                    true => drills.pairs(row, table, draw),
+                }
+            });
             let said: Vec<&String> = parts.iter().filter(|(_, said)| *said).map(|(text, _)| text).collect();
             assert!(!said.is_empty(), "{all:?}");
             for number in said.iter().flat_map(|said| said.trim_end().split(" + ")) {
