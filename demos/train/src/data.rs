@@ -35,10 +35,19 @@ use crate::draw::Draw;
 
 /// Every form, by name.
 fn forms() -> impl Iterator<Item = (&'static str, &'static Form)> {
-    [calculator::FORMS, clock::FORMS, content::FORMS, files::FORMS, memory::FORMS, notes::FORMS, steps::FORMS, talk::FORMS]
-        .into_iter()
-        .flatten()
-        .copied()
+    [
+        calculator::FORMS,
+        clock::FORMS,
+        content::FORMS,
+        files::FORMS,
+        memory::FORMS,
+        notes::FORMS,
+        steps::FORMS,
+        talk::FORMS,
+    ]
+    .into_iter()
+    .flatten()
+    .copied()
 }
 
 /// Which wordings, names and numbers are used.

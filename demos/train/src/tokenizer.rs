@@ -1,8 +1,8 @@
 //! A byte-level BPE tokenizer of the generated conversations, in the form of the family: its normaliser, its splitting (digits one
 //! by one), its decoder and its added tokens are those of the agent's model; words and merges are new.
 //!
-//! Names of people and cities are left out of what it is trained on: those that training data has would become tokens of their own, and
-//! those that it lacks would be cut into pieces that were never copied. So all of them are cut alike.
+//! Names of people and cities are left out of what it is trained on: those that training data has would become tokens of their
+//! own, and those that it lacks would be cut into pieces that were never copied. So all of them are cut alike.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -166,7 +166,10 @@ mod tests {
 
     #[test]
     fn names_are_cut_alike() {
-        assert_eq!(without("Ada, (Adam) in Europe/Budapest: 3 Ada's", &["Ada", "Budapest"].into()), ", (Adam) in Europe/: 3 's");
+        assert_eq!(
+            without("Ada, (Adam) in Europe/Budapest: 3 Ada's", &["Ada", "Budapest"].into()),
+            ", (Adam) in Europe/: 3 's"
+        );
         let texts = vec!["Ada has a lamp, and Ada is in Paris. ".repeat(50)];
         let dir = tempfile::tempdir().unwrap();
         write(&train(&texts, 300).unwrap(), dir.path()).unwrap();

@@ -3,6 +3,7 @@
 pub mod batches;
 pub mod drills;
 pub mod loss;
+mod start;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -21,7 +22,7 @@ use self::drills::Drills;
 use crate::dataset::Dataset;
 use crate::learn::{Recipe, Run, rate};
 use crate::place::Place;
-use crate::{curve, learn, progress, tokenizer};
+use crate::{curve, progress, tokenizer};
 
 /// Steps between two looks at the losses.
 const READ: u64 = 10;
@@ -74,7 +75,7 @@ pub struct Settings {
     /// Start linear attention as it is drawn, not as an associative memory
     #[arg(long)]
     plain_start: bool,
-    /// Weights to begin with: a file run.safetensors, or a directory in the released layout made with the same tokenizer
+    /// Weights to begin with: a file run.safetensors, or a directory in the released layout, whose tokenizer may be another one
     #[arg(long, value_name = "PATH")]
     start: Option<PathBuf>,
     /// Steps at the start that drill looking back
@@ -215,13 +216,12 @@ impl<'a> Training<'a> {
             );
         }
         device.seed(settings.seed);
-        let model = config.init(engine, device)?;
         let model = match &settings.start {
-            Some(from) => learn::weights(from, model)?,
-            None => model,
+            Some(from) => start::model(from, &config, tokenizer, engine, device)?,
+            None => config.init(engine, device)?,
         };
         let about = settings.to_json(&config, data, about)?;
-        let run = Run::open(&settings.out, model, Recipe::language(), about)?;
+        let run = Run::open(&settings.out, model, Recipe::Language, about)?;
         let device = device.clone();
         let batches = settings.batches(data)?;
         let words = tokenizer::words(&read_json(tokenizer)?);
@@ -271,7 +271,8 @@ impl<'a> Training<'a> {
             let at = self.run.steps();
             let batch = self.batch(at);
             let kept = loss::means(&self.run.model, &batch, &self.device);
-            let loss = kept.clone().narrow(0, 0, 1) + kept.clone().narrow(0, 1, 1) * self.settings.context_weight;
+            let loss =
+                kept.clone().narrow(0, 0, 1) + kept.clone().narrow(0, 1, 1) * self.settings.context_weight_at(at);
             self.run.step(loss, kept, rate(self.settings.rate, at, self.settings.steps));
             tokens += batch.tokens();
             if (at + 1) % READ == 0 {
@@ -313,7 +314,12 @@ impl<'a> Training<'a> {
         self.run.save()?;
         let path = self.settings.out.join("loss.svg");
         let held: Vec<(u64, f32)> = self.run.held.iter().map(|(step, losses)| (*step, losses[0])).collect();
-        let svg = curve::svg("the agent's model: loss of what it writes", "loss", &self.run.curve(), &held);
+        let mut losses = self.run.curve();
+        // A drill in between shows what the step before it showed.
+        for at in (1..losses.len()).filter(|at| matches!(self.settings.step(*at as u64), Step::Drill(_))) {
+            losses[at] = losses[at - 1];
+        }
+        let svg = curve::svg("the agent's model: loss of what it writes", "loss", &losses, &held);
         replace(&path, svg.as_bytes()).with_context(|| format!("{} cannot be written", path.display()))?;
         export(&self.run.model, self.tokenizer, &self.settings.out.join("model"))
     }
@@ -367,6 +373,11 @@ impl Settings {
             "steps": self.steps, "tokens": self.tokens, "plain_start": self.plain_start, "start": self.start, "drill": self.drill, "drill_share": self.drill_share, "rate": self.rate,
             "embedding_range": self.embedding_range, "residual_scale": self.residual_scale, "context_weight": self.context_weight, "seed": self.seed,
         }))
+    }
+
+    /// What the tokens that are read count at step `at`: those of later drills are random, and there is nothing to learn of them.
+    fn context_weight_at(&self, at: u64) -> f64 {
+        if let Step::Drill(_) = self.step(at) { 0.0 } else { self.context_weight }
     }
 
     fn step(&self, at: u64) -> Step {

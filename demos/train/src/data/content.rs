@@ -15,11 +15,34 @@ forms! {
 /// are there to be passed over.
 const ENTRIES: [&[&str]; 2] = [
     &[
-        "{key} = {value}", "{key}, {value}", "{key},{value}", "{key};{value}", "{key} | {value}", "| {key} | {value} |", "{key} - {value}",
-        "{key} -- {value}", "{key}\t{value}", "{key} {value}", "- {key}: {value}", "* {key}: {value}", "- {key}, {value}", "{value} {key}",
-        "{value}: {key}", "{value}, {key}", "{key} ({value})", "\"{key}\",{value}", "{key}={value}", "{key} ... {value}", "{key} / {value}",
-        "{n}. {key}: {value}", "{n}) {key} {value}", "{n}, {key}, {value}", "{day}.{month}. {key}: {value}", "{date},{key},{value}",
-        "{key}; {date}; {value}", "{date}: {key} {value}",
+        "{key} = {value}",
+        "{key}, {value}",
+        "{key},{value}",
+        "{key};{value}",
+        "{key} | {value}",
+        "| {key} | {value} |",
+        "{key} - {value}",
+        "{key} -- {value}",
+        "{key}\t{value}",
+        "{key} {value}",
+        "- {key}: {value}",
+        "* {key}: {value}",
+        "- {key}, {value}",
+        "{value} {key}",
+        "{value}: {key}",
+        "{value}, {key}",
+        "{key} ({value})",
+        "\"{key}\",{value}",
+        "{key}={value}",
+        "{key} ... {value}",
+        "{key} / {value}",
+        "{n}. {key}: {value}",
+        "{n}) {key} {value}",
+        "{n}, {key}, {value}",
+        "{day}.{month}. {key}: {value}",
+        "{date},{key},{value}",
+        "{key}; {date}; {value}",
+        "{date}: {key} {value}",
     ],
     &["{key}; {value}", "- {key} = {value}", "{n}. {key}, {value}", "{date} {key}: {value}"],
 ];
@@ -28,8 +51,16 @@ const COMMON: &str = "{key}: {value}";
 /// What stands around an amount, where it does not stand alone.
 const AMOUNTS: [&[&str]; 2] = [
     &[
-        "{value} EUR", "{value} dollars", "{value} kg", "EUR {value}", "{value} (was {other})", "{value} (last year: {other})",
-        "{value}, before {other}", "{value} for {count}", "{value} ({word})", "{value}, see {word}",
+        "{value} EUR",
+        "{value} dollars",
+        "{value} kg",
+        "EUR {value}",
+        "{value} (was {other})",
+        "{value} (last year: {other})",
+        "{value}, before {other}",
+        "{value} for {count}",
+        "{value} ({word})",
+        "{value}, see {word}",
     ],
     &["{value} euros", "{value} (before: {other})"],
 ];
@@ -151,10 +182,7 @@ fn line(layout: &str, amount: &str, at: usize, key: &str, value: &str, side: Sid
         slots.iter().fold(text.to_string(), |text, (name, value)| text.replace(&format!("{{{name}}}"), value))
     };
     let value = fill(amount, &[("value", value), ("other", &other), ("count", &count), ("word", &word)]);
-    fill(
-        layout,
-        &[("key", key), ("value", &value), ("n", &n), ("day", &day), ("month", &month), ("date", &date)],
-    )
+    fill(layout, &[("key", key), ("value", &value), ("n", &n), ("day", &day), ("month", &month), ("date", &date)])
 }
 
 fn heading(side: Side, draw: &mut Draw) -> String {
@@ -184,7 +212,10 @@ mod tests {
                 layouts.insert(line.replace(&entry.key, "").replace(&entry.value, ""));
             }
             let keys = [content.entries[1].key.clone(), content.entries[0].key.clone()];
-            assert_eq!(content.values(&keys), [&content.entries[1].value, &content.entries[0].value].map(String::clone));
+            assert_eq!(
+                content.values(&keys),
+                [&content.entries[1].value, &content.entries[0].value].map(String::clone)
+            );
             assert_eq!(content.values(&[]).len(), content.entries.len());
         }
         assert!(longest >= 9 && layouts.len() > 40, "{longest} {}", layouts.len());

@@ -1,7 +1,7 @@
 //! Requests for files and folders.
 
-use crate::data::grammar::{Slots, forms};
 use crate::data::content::{Entry, Sort};
+use crate::data::grammar::{Slots, forms};
 use crate::data::world::{File, World};
 use crate::data::{Action, Task, names};
 use crate::draw::Draw;

@@ -50,10 +50,11 @@ const HELD_HEADS: &str = "bu cu da en fi gro hu is ju ko lu me ne os pe qui ru s
 const HELD_MIDDLES: &str = "bi cho da fe gu ke lu mo no pu ro shi te ti vu we";
 const HELD_TAILS: &str = "bert d do gan go kin l len mi nd ng po r rel s so st tz us vi";
 
-const ONSETS: &str = "b bl br c ch cl cr d dr f fl fr g gl gr h j k kl kr l m n p ph pl pr qu r s sc sch sh sk sl sm sn sp st str sw t th tr \
-    ts tw v vl w wh x y z zw b c d f g h k l m n p r s t v w";
+const ONSETS: &str = "b bl br c ch cl cr d dr f fl fr g gl gr h j k kl kr l m n p ph pl pr qu r s sc sch sh sk sl sm sn sp st \
+    str sw t th tr ts tw v vl w wh x y z zw b c d f g h k l m n p r s t v w";
 const VOWELS: &str = "a e i o u a e i o u a e i o u aa ae ai au ea ee ei eo ia ie io oa oe oi oo ou ua ue ui y";
-const CODAS: &str = "b ck ct d ft g k l ld lf lk ll lm lt m mb mp n nd ng nk nn ns nt p ph r rd rg rk rm rn rs rt s sh sk ss st t tch th tt x z";
+const CODAS: &str = "b ck ct d ft g k l ld lf lk ll lm lt m mb mp n nd ng nk nn ns nt p ph r rd rg rk rm rn rs rt s sh sk ss \
+    st t tch th tt x z";
 
 /// A word of syllables, or of sounds that follow each other as they may: there are many more of them than a model can know.
 fn invented(draw: &mut Draw, side: Side) -> String {
@@ -106,8 +107,8 @@ pub fn random(draw: &mut Draw, side: Side) -> String {
     })
 }
 
-const PEOPLE: &str = "Ada Ahmed Alice Amir Ana Anton Aya Ben Carla Chen Clara Dan Diego Dora Elena Eli Emma Erik Eva Fatima Felix Finn \
-    Grace Hana Hugo Ida Igor Ines Ivan Jack Jana Jonas Julia Kai Karl Kim Lara Lena Leo Lin Lucy Luis Maria Mark \
+const PEOPLE: &str = "Ada Ahmed Alice Amir Ana Anton Aya Ben Carla Chen Clara Dan Diego Dora Elena Eli Emma Erik Eva Fatima \
+    Felix Finn Grace Hana Hugo Ida Igor Ines Ivan Jack Jana Jonas Julia Kai Karl Kim Lara Lena Leo Lin Lucy Luis Maria Mark \
     Maya Mia Nadia Nina Noah Olga Omar Otto Paul Petra Rosa Ruth Sam Sara Sofia Tom Vera Wei Yuki Zoe";
 
 /// Somebody: a name that exists, or one that could.
@@ -121,11 +122,12 @@ pub fn person(draw: &mut Draw, side: Side) -> String {
     })
 }
 
-const KINDS: &str = "blue red green old new small big heavy light spare wooden round long short cheap soft dark bright cold warm \
-    second third silver golden paper kitchen garden office school winter summer travel music family steel glass black white yellow \
-    brown pink narrow wide tall little heated wet dry fresh sweet sour plastic leather cotton wool stone copper iron electric broken \
-    lost first last main side back front upper lower north south east west bank gym work home holiday sports car bike club hotel \
-    bathroom cellar attic balcony library spring autumn weekly monthly daily yearly private public Monday Friday Sunday";
+const KINDS: &str = "blue red green old new small big heavy light spare wooden round long short cheap soft dark bright cold \
+    warm second third silver golden paper kitchen garden office school winter summer travel music family steel glass black \
+    white yellow brown pink narrow wide tall little heated wet dry fresh sweet sour plastic leather cotton wool stone copper \
+    iron electric broken lost first last main side back front upper lower north south east west bank gym work home holiday \
+    sports car bike club hotel bathroom cellar attic balcony library spring autumn weekly monthly daily yearly private public \
+    Monday Friday Sunday";
 
 /// Which one of several things: `spare`, `garden`, a name.
 pub fn kind(draw: &mut Draw, side: Side) -> String {
@@ -135,14 +137,14 @@ pub fn kind(draw: &mut Draw, side: Side) -> String {
     })
 }
 
-const THINGS: &str = "axe backpack bench blanket bracelet briefcase bulb cable calendar candle carpet chain chest coin comb computer \
-    curtain dice dish drawer drill earring envelope folder frame freezer glass globe guitar helmet hook hose iron jacket jar jug kettle \
-    keyboard laptop lock magnet mattress microphone monitor mouse mug notebook oven paddle pencil piano picture pipe plant plug printer \
-    puzzle rack razor rug ruler sack saddle saw scale scissors screw ship sink skirt socket spade sponge stamp statue stool suitcase \
-    switch tablet tap tie tile torch toy tray trunk tyre vase violin wallet watch whistle apple bag ball bed bell bike boat book boot bottle bowl box bread brush bucket cake camera card chair clock coat \
-    cup desk door drum fan fence flag fork gate glove hammer hat key kite knife lamp ladder lemon letter map mirror \
-    nail needle pan pen phone pillow plate radio ring rope scarf shelf shirt shoe soap sofa spoon stove table tent \
-    towel wheel";
+const THINGS: &str = "axe backpack bench blanket bracelet briefcase bulb cable calendar candle carpet chain chest coin comb \
+    computer curtain dice dish drawer drill earring envelope folder frame freezer glass globe guitar helmet hook hose iron \
+    jacket jar jug kettle keyboard laptop lock magnet mattress microphone monitor mouse mug notebook oven paddle pencil piano \
+    picture pipe plant plug printer puzzle rack razor rug ruler sack saddle saw scale scissors screw ship sink skirt socket \
+    spade sponge stamp statue stool suitcase switch tablet tap tie tile torch toy tray trunk tyre vase violin wallet watch \
+    whistle apple bag ball bed bell bike boat book boot bottle bowl box bread brush bucket cake camera card chair clock coat \
+    cup desk door drum fan fence flag fork gate glove hammer hat key kite knife lamp ladder lemon letter map mirror nail \
+    needle pan pen phone pillow plate radio ring rope scarf shelf shirt shoe soap sofa spoon stove table tent towel wheel";
 
 /// `what`, or in `percent` of 100 cases some kind of it; one in eight is a word that nobody has heard before.
 fn sorted(what: &str, percent: u32, draw: &mut Draw, side: Side) -> String {
@@ -164,12 +166,12 @@ pub fn thing(draw: &mut Draw, side: Side) -> String {
     })
 }
 
-const COSTS: &str = "heating internet phone mobile parking petrol taxi hotel flights museum cinema concert doctor dentist medicine \
-    haircut clothes laundry cleaning furniture carpets curtains garden plants flowers pets toys school nursery courses gym fees stamps \
-    printing software licences batteries cables lamps pans plates breakfast snacks pizza bread meat fish vegetables wine beer savings \
-    pension loan interest fines donations rent food water power phone fuel tea coffee fruit paper tools paint wood seeds tickets lunch dinner books shoes \
-    gifts repairs train bus taxes insurance rice milk flour sugar salt eggs cheese nuts oil soap wool bricks sand \
-    nails glue";
+const COSTS: &str = "heating internet phone mobile parking petrol taxi hotel flights museum cinema concert doctor dentist \
+    medicine haircut clothes laundry cleaning furniture carpets curtains garden plants flowers pets toys school nursery \
+    courses gym fees stamps printing software licences batteries cables lamps pans plates breakfast snacks pizza bread meat \
+    fish vegetables wine beer savings pension loan interest fines donations rent food water power phone fuel tea coffee fruit \
+    paper tools paint wood seeds tickets lunch dinner books shoes gifts repairs train bus taxes insurance rice milk flour \
+    sugar salt eggs cheese nuts oil soap wool bricks sand nails glue";
 
 /// What a line of an account is for.
 pub fn cost(draw: &mut Draw, side: Side) -> String {
@@ -179,9 +181,10 @@ pub fn cost(draw: &mut Draw, side: Side) -> String {
     })
 }
 
-const FOOD: &str = "milk bread butter eggs cheese apples pears plums oranges lemons bananas grapes cherries berries nuts rice pasta flour \
-    sugar salt pepper oil vinegar honey jam tea coffee juice water wine beer fish chicken beef ham sausages beans peas carrots onions \
-    potatoes tomatoes cucumbers cabbage spinach garlic mushrooms soup yoghurt cream chocolate biscuits crisps cereal oats";
+const FOOD: &str = "milk bread butter eggs cheese apples pears plums oranges lemons bananas grapes cherries berries nuts rice \
+    pasta flour sugar salt pepper oil vinegar honey jam tea coffee juice water wine beer fish chicken beef ham sausages beans \
+    peas carrots onions potatoes tomatoes cucumbers cabbage spinach garlic mushrooms soup yoghurt cream chocolate biscuits \
+    crisps cereal oats";
 
 /// Something to eat or drink, often of some kind: `milk`, `cold tea`.
 pub fn food(draw: &mut Draw, side: Side) -> String {
@@ -191,12 +194,13 @@ pub fn food(draw: &mut Draw, side: Side) -> String {
     })
 }
 
-const STEMS: &str = "README TODO index data results scores grades shopping groceries expenses receipts invoice contract offers family \
-    birthdays contacts phones passwords addresses books films songs games travel packing flights hotels itinerary timetable schedule \
-    appointments homework lectures exam thesis chapter story poem journal draft backup archive config settings changes history users \
-    clients staff suppliers products inventory cars tools garden_plan workout training races doctor medicine bills loans taxes account address agenda boat budget camping cellar club costs diary draft events garden guests house ideas income \
-    kitchen letter list log meeting members menu notes orders party plan prices project readme recipe report rooms \
-    sales shop stock summary team todo tour trip wages week";
+const STEMS: &str = "README TODO index data results scores grades shopping groceries expenses receipts invoice contract offers \
+    family birthdays contacts phones passwords addresses books films songs games travel packing flights hotels itinerary \
+    timetable schedule appointments homework lectures exam thesis chapter story poem journal draft backup archive config \
+    settings changes history users clients staff suppliers products inventory cars tools garden_plan workout training races \
+    doctor medicine bills loans taxes account address agenda boat budget camping cellar club costs diary draft events garden \
+    guests house ideas income kitchen letter list log meeting members menu notes orders party plan prices project readme \
+    recipe report rooms sales shop stock summary team todo tour trip wages week";
 const ENDINGS: &str = "txt md csv log txt md csv log dat text list tsv ini conf json yaml rst org";
 
 /// The name of a file without its ending, or of a folder.
@@ -243,11 +247,29 @@ pub fn figure(draw: &mut Draw, side: Side, digits: u32) -> u64 {
 /// A whole number below 1000 in words: `three hundred and twelve`; none for larger ones.
 pub fn spelled(number: &str) -> Option<String> {
     const ONES: [&str; 20] = [
-        "", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen",
-        "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+        "",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+        "thirteen",
+        "fo \
+        urteen",
+        "fifteen",
+        "sixteen",
+        "seventeen",
+        "eighteen",
+        "nineteen",
     ];
-    const TENS: [&str; 10] =
-        ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"];
+    const TENS: [&str; 10] = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"];
     let n: usize = number.parse().ok().filter(|n| (1..1000).contains(n))?;
     let small = |n: usize| match (n / 10, n % 10) {
         (0 | 1, _) => ONES[n].to_string(),
@@ -303,26 +325,36 @@ pub fn time(draw: &mut Draw, side: Side) -> String {
 const ZONES: [(&str, &str); 7] = [
     (
         "Europe",
-        "Amsterdam Andorra Astrakhan Athens Belgrade Berlin Bratislava Brussels Bucharest Budapest Copenhagen Dublin Gibraltar Guernsey Helsinki Istanbul \
-        Isle_of_Man Jersey Kaliningrad Kirov Kyiv Lisbon Ljubljana London Luxembourg Madrid Malta Minsk Monaco Moscow Oslo Paris Prague Riga Rome Samara San_Marino Sarajevo Saratov Simferopol Skopje Sofia \
-        Stockholm Tallinn Tirane Ulyanovsk Vaduz Vatican Vienna Vilnius Volgograd Warsaw Zagreb Zurich",
+        "Amsterdam Andorra Astrakhan Athens Belgrade Berlin Bratislava Brussels Bucharest Budapest Copenhagen Dublin Gibraltar \
+        Guernsey Helsinki Istanbul Isle_of_Man Jersey Kaliningrad Kirov Kyiv Lisbon Ljubljana London Luxembourg Madrid Malta \
+        Minsk Monaco Moscow Oslo Paris Prague Riga Rome Samara San_Marino Sarajevo Saratov Simferopol Skopje Sofia Stockholm \
+        Tallinn Tirane Ulyanovsk Vaduz Vatican Vienna Vilnius Volgograd Warsaw Zagreb Zurich",
     ),
     (
         "Asia",
-        "Aden Almaty Amman Anadyr Aqtau Aqtobe Ashgabat Baghdad Bahrain Baku Bangkok Barnaul Beirut Bishkek Brunei Chita Colombo Damascus Dhaka Dili Dubai Dushanbe Famagusta Gaza Hebron Ho_Chi_Minh Hong_Kong Hovd Irkutsk Jakarta Jayapura Jerusalem Kabul Kamchatka Karachi \
-        Kathmandu Khandyga Kolkata Krasnoyarsk Kuala_Lumpur Kuching Kuwait Macau Magadan Makassar Manila Muscat Nicosia Novokuznetsk Novosibirsk Omsk Oral Phnom_Penh Pontianak Pyongyang Qatar Qyzylorda Riyadh Sakhalin Samarkand Seoul Shanghai Singapore Taipei Tashkent Tbilisi \
-        Tehran Thimphu Tokyo Tomsk Ulaanbaatar Urumqi Vientiane Vladivostok Yakutsk Yangon Yekaterinburg Yerevan",
+        "Aden Almaty Amman Anadyr Aqtau Aqtobe Ashgabat Baghdad Bahrain Baku Bangkok Barnaul Beirut Bishkek Brunei Chita \
+        Colombo Damascus Dhaka Dili Dubai Dushanbe Famagusta Gaza Hebron Ho_Chi_Minh Hong_Kong Hovd Irkutsk Jakarta Jayapura \
+        Jerusalem Kabul Kamchatka Karachi Kathmandu Khandyga Kolkata Krasnoyarsk Kuala_Lumpur Kuching Kuwait Macau Magadan \
+        Makassar Manila Muscat Nicosia Novokuznetsk Novosibirsk Omsk Oral Phnom_Penh Pontianak Pyongyang Qatar Qyzylorda \
+        Riyadh Sakhalin Samarkand Seoul Shanghai Singapore Taipei Tashkent Tbilisi Tehran Thimphu Tokyo Tomsk Ulaanbaatar \
+        Urumqi Vientiane Vladivostok Yakutsk Yangon Yekaterinburg Yerevan",
     ),
     (
         "America",
-        "Adak Anchorage Anguilla Antigua Araguaina Aruba Asuncion Bahia Barbados Belem Belize Boa_Vista Bogota Boise Campo_Grande Cancun Caracas Cayenne Chicago Chihuahua Costa_Rica Cuiaba Curacao Dawson Denver Detroit Dominica Edmonton El_Salvador Fortaleza Grenada Guadeloupe Guatemala Guayaquil Guyana \
-        Halifax Havana Hermosillo Inuvik Iqaluit Jamaica Juneau La_Paz Lima Los_Angeles Maceio Managua Manaus Martinique Matamoros Mazatlan Merida Mexico_City Moncton Monterrey Montevideo Montserrat Nassau New_York Nome Noronha Nuuk Ojinaga Panama Paramaribo Phoenix Porto_Velho Puerto_Rico Punta_Arenas Recife Regina Resolute Rio_Branco Santarem Santiago Santo_Domingo \
-        Sao_Paulo Sitka St_Johns Tegucigalpa Tijuana Toronto Tortola Vancouver Whitehorse Winnipeg Yakutat",
+        "Adak Anchorage Anguilla Antigua Araguaina Aruba Asuncion Bahia Barbados Belem Belize Boa_Vista Bogota Boise \
+        Campo_Grande Cancun Caracas Cayenne Chicago Chihuahua Costa_Rica Cuiaba Curacao Dawson Denver Detroit Dominica \
+        Edmonton El_Salvador Fortaleza Grenada Guadeloupe Guatemala Guayaquil Guyana Halifax Havana Hermosillo Inuvik Iqaluit \
+        Jamaica Juneau La_Paz Lima Los_Angeles Maceio Managua Manaus Martinique Matamoros Mazatlan Merida Mexico_City Moncton \
+        Monterrey Montevideo Montserrat Nassau New_York Nome Noronha Nuuk Ojinaga Panama Paramaribo Phoenix Porto_Velho \
+        Puerto_Rico Punta_Arenas Recife Regina Resolute Rio_Branco Santarem Santiago Santo_Domingo Sao_Paulo Sitka St_Johns \
+        Tegucigalpa Tijuana Toronto Tortola Vancouver Whitehorse Winnipeg Yakutat",
     ),
     (
         "Africa",
-        "Abidjan Accra Addis_Ababa Algiers Asmara Bamako Bangui Banjul Bissau Blantyre Brazzaville Bujumbura Cairo Casablanca Ceuta Conakry Dakar Dar_es_Salaam Djibouti Douala El_Aaiun Freetown Gaborone Harare Johannesburg Juba Kampala Khartoum Kigali Kinshasa Lagos Libreville Lome \
-        Luanda Lubumbashi Lusaka Malabo Maputo Maseru Mbabane Mogadishu Monrovia Nairobi Ndjamena Niamey Nouakchott Ouagadougou Sao_Tome Tripoli Tunis Windhoek",
+        "Abidjan Accra Addis_Ababa Algiers Asmara Bamako Bangui Banjul Bissau Blantyre Brazzaville Bujumbura Cairo Casablanca \
+        Ceuta Conakry Dakar Dar_es_Salaam Djibouti Douala El_Aaiun Freetown Gaborone Harare Johannesburg Juba Kampala Khartoum \
+        Kigali Kinshasa Lagos Libreville Lome Luanda Lubumbashi Lusaka Malabo Maputo Maseru Mbabane Mogadishu Monrovia Nairobi \
+        Ndjamena Niamey Nouakchott Ouagadougou Sao_Tome Tripoli Tunis Windhoek",
     ),
     ("Australia", "Adelaide Brisbane Darwin Hobart Melbourne Perth Sydney"),
     ("Pacific", "Apia Auckland Fiji Guam Honolulu Noumea Tahiti Tongatapu"),
@@ -338,9 +370,9 @@ pub fn town(draw: &mut Draw, side: Side) -> String {
 }
 
 /// Cities that many ask for by their names alone: which zone they are in is trained, so that they are of the training data.
-const KNOWN: &str = "Amsterdam Athens Berlin Brussels Cairo Chicago Copenhagen Dubai Dublin Helsinki Hong_Kong Istanbul Johannesburg \
-    Lisbon London Los_Angeles Madrid Melbourne Mexico_City Moscow Nairobi New_York Paris Prague Rome Sao_Paulo Seoul Shanghai Singapore \
-    Stockholm Sydney Tokyo Toronto Vienna Warsaw Zurich";
+const KNOWN: &str = "Amsterdam Athens Berlin Brussels Cairo Chicago Copenhagen Dubai Dublin Helsinki Hong_Kong Istanbul \
+    Johannesburg Lisbon London Los_Angeles Madrid Melbourne Mexico_City Moscow Nairobi New_York Paris Prague Rome Sao_Paulo \
+    Seoul Shanghai Singapore Stockholm Sydney Tokyo Toronto Vienna Warsaw Zurich";
 
 /// A part of the world and a city of it; together, with a slash between, the name of a time zone.
 pub fn zone(draw: &mut Draw, side: Side) -> (String, String) {

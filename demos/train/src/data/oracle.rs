@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use gatedelta::qwen::ChatTemplate;
-use gatedelta_agent::parse::Call;
 use gatedelta_agent::engine::{Answer, End, Engine, Step};
+use gatedelta_agent::parse::Call;
 use serde_json::{Value, json};
 
 use crate::data::{Act, Action};

@@ -1,8 +1,8 @@
 //! Requests that take two tools, the second one with what the first one said.
 
 use crate::data::calculator::{self, compute, result};
-use crate::data::grammar::{Slots, forms};
 use crate::data::content::{Entry, Sort};
+use crate::data::grammar::{Slots, forms};
 use crate::data::world::{File, World};
 use crate::data::{Action, Side, Task, clock, files, names, notes};
 use crate::draw::Draw;

@@ -72,9 +72,8 @@ impl Drills {
     /// # Errors
     /// If it cannot encode digits and marks, or splits a digit.
     pub fn new(tokenizer: &Tokenizer, words: usize, seed: u64) -> Result<Self> {
-        let encode = |text: &str| -> Result<Vec<i64>> {
-            Ok(tokenizer.encode(text)?.into_iter().map(i64::from).collect())
-        };
+        let encode =
+            |text: &str| -> Result<Vec<i64>> { Ok(tokenizer.encode(text)?.into_iter().map(i64::from).collect()) };
         let digit = |n: u32| -> Result<i64> {
             match encode(&n.to_string())?[..] {
                 [id] => Ok(id),
