@@ -50,7 +50,7 @@ impl From<redb::Error> for Failure {
         use std::io::ErrorKind::{InvalidData, UnexpectedEof};
         let broken = match &e {
             redb::Error::Io(e) => matches!(e.kind(), InvalidData | UnexpectedEof),
-            redb::Error::PreviousIo => false,
+            redb::Error::PreviousIo | redb::Error::DatabaseAlreadyOpen => false,
             _ => true,
         };
         Failure { why: e.to_string(), broken }
