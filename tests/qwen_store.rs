@@ -172,6 +172,9 @@ fn other_models_do_not_find_it_and_other_devices_do() {
     let expected: Vec<f64> = bits(&taken[1]).iter().map(|b| f64::from(f32::from_bits(*b))).collect();
     for device in &devices()[1..] {
         let there = load_as(device.backend.clone(), MODEL, Dtype::F32);
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path(), BIG).unwrap();
+        save(&store, &taken);
         let found = bits(&store.load(&there, &ids).unwrap().unwrap());
         let found: Vec<f32> = found.into_iter().map(f32::from_bits).collect();
         let e = error(&found, &expected);
@@ -180,6 +183,16 @@ fn other_models_do_not_find_it_and_other_devices_do() {
         let moved = there.bring(&taken[1].to_host().unwrap()).unwrap();
         let moved: Vec<f32> = bits(&moved).into_iter().map(f32::from_bits).collect();
         assert_eq!(moved, found, "{}", device.name);
+        // What goes on elsewhere is kept apart, whole, and comes back with its own bits.
+        let mut session = there.session().unwrap();
+        session.restore(&store.load(&there, &ids).unwrap().unwrap()).unwrap();
+        read(&mut session, &ids[40..60]);
+        let mixed = session.snapshot().unwrap();
+        assert!(store.save(&mixed).unwrap().bytes > 0 && store.save(&mixed).unwrap().bytes == 0);
+        assert_eq!(bits(&store.load(&there, &ids).unwrap().unwrap()), bits(&mixed), "{}", device.name);
+        let native = snapshots(&there, 1, 3);
+        save(&store, &native);
+        assert_eq!(bits(&store.load(&there, &ids).unwrap().unwrap()), bits(&native[2]), "{}", device.name);
         let back = own.bring(&moved_back(&there, &taken[1])).unwrap();
         assert_eq!(bits(&back), bits(&taken[1]), "there and back is the same");
     }

@@ -41,6 +41,8 @@ pub(crate) struct State {
     pub layers: Vec<LayerState>,
     pub pages: Pages,
     pub layout: PageLayout,
+    /// Some of it was computed on another device: what follows has not the bits that it would have had here alone.
+    pub moved: bool,
 }
 
 #[derive(Debug)]
@@ -97,7 +99,7 @@ impl State {
         };
         let layers = config.layers.iter().filter_map(layer).collect();
         let layout = page_layout(config, backend.caps(), context, kv);
-        let mut state = State { history: History::default(), layers, pages: Pages::default(), layout };
+        let mut state = State { history: History::default(), layers, pages: Pages::default(), layout, moved: false };
         state.clear(backend)?;
         Ok(state)
     }
@@ -128,6 +130,7 @@ impl State {
         backend.load(&pass)?;
         backend.run(&pass)?;
         self.history.clear();
+        self.moved = false;
         Ok(())
     }
 

@@ -134,7 +134,8 @@ pub enum Origin {
 const EVERY: u64 = 2048;
 
 impl Cache {
-    /// An empty cache that may take `budget` bytes of device memory.
+    /// An empty cache that may take `budget` bytes of device memory, beside what a [`MemoryPlan`](crate::qwen::MemoryPlan)
+    /// counts.
     pub fn new(budget: u64) -> Cache {
         let inner = Inner {
             tree: Tree::default(),

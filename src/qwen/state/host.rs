@@ -12,7 +12,7 @@ use crate::qwen::generate::Answer;
 use crate::qwen::model::Model;
 use crate::qwen::state::history::History;
 use crate::qwen::state::pages::{Page, Pages};
-use crate::qwen::state::snapshot::Snapshot;
+use crate::qwen::state::snapshot::{Snapshot, device};
 use crate::qwen::state::{self, page_layout};
 use crate::shape::Dtype;
 
@@ -25,6 +25,9 @@ pub struct HostSnapshot {
     source: String,
     history: History,
     answer: Option<Answer>,
+    /// Where it was, and whether it had come from elsewhere.
+    device: String,
+    moved: bool,
     fixed: Vec<u8>,
     rows: Vec<u8>,
 }
@@ -54,6 +57,8 @@ impl Snapshot {
             source: inner.source(),
             history: self.history().clone(),
             answer: self.answer().cloned(),
+            device: device(self.model()),
+            moved: self.moved(),
             fixed: fixed(self)?,
             rows: rows(self, 0..self.position())?,
         })
@@ -80,7 +85,8 @@ impl Model {
             return refuse(format!("a cache in {}", snapshot.kv), format!("one in {}", inner.plan.kv));
         }
         let (history, answer) = (snapshot.history.clone(), snapshot.answer.clone());
-        place(self, history, answer, &snapshot.fixed, &[(0..snapshot.history.len(), &snapshot.rows)])
+        let moved = snapshot.moved || snapshot.device != device(self);
+        place(self, history, answer, moved, &snapshot.fixed, &[(0..snapshot.history.len(), &snapshot.rows)])
     }
 }
 
@@ -127,6 +133,7 @@ pub(crate) fn place(
     model: &Model,
     history: History,
     answer: Option<Answer>,
+    moved: bool,
     fixed: &[u8],
     parts: &[(Range<u64>, &[u8])],
 ) -> Result<Snapshot> {
@@ -167,7 +174,7 @@ pub(crate) fn place(
     for (range, bytes) in parts {
         walk(model, &held, range.clone(), |view, at| backend.write(&view, &bytes[at..at + view.bytes as usize]))?;
     }
-    Ok(Snapshot::from_parts(model, history, views, pages, answer))
+    Ok(Snapshot::from_parts(model, history, views, pages, answer, moved))
 }
 
 /// Visits the rows of a range of positions: each stretch of them on the device, with the byte where it begins among the rows of

@@ -30,6 +30,8 @@ struct Taken {
     /// Up to the last token; rows beyond it belong to others.
     pages: Pages,
     answer: Option<Answer>,
+    /// See [`State::moved`].
+    moved: bool,
 }
 
 impl Snapshot {
@@ -44,7 +46,7 @@ impl Snapshot {
         let pages = state.pages.until(state.position());
         // One that has not begun or is over has nothing to go on with.
         let answer = answer.filter(|a| a.next.is_some()).cloned();
-        Ok(Snapshot::from_parts(model, state.history.clone(), fixed, pages, answer))
+        Ok(Snapshot::from_parts(model, state.history.clone(), fixed, pages, answer, state.moved))
     }
 
     pub(crate) fn from_parts(
@@ -53,8 +55,9 @@ impl Snapshot {
         fixed: Vec<View>,
         pages: Pages,
         answer: Option<Answer>,
+        moved: bool,
     ) -> Snapshot {
-        Snapshot { inner: Arc::new(Taken { model: model.clone(), history, fixed, pages, answer }) }
+        Snapshot { inner: Arc::new(Taken { model: model.clone(), history, fixed, pages, answer, moved }) }
     }
 
     /// Makes `state` what it was.
@@ -69,6 +72,7 @@ impl Snapshot {
         backend.run(&pass)?;
         state.pages = self.inner.pages.clone();
         state.history = self.inner.history.clone();
+        state.moved = self.inner.moved;
         Ok(())
     }
 
@@ -77,7 +81,7 @@ impl Snapshot {
         if Arc::ptr_eq(&self.inner.model.inner, &model.inner) {
             return Ok(());
         }
-        let found = format!("one taken on {}, of another model or another loading of it", self.device());
+        let found = format!("one on {}, of another model or another loading of it", self.model().backend().caps().name);
         Err(Error::argument("snapshot", found, "one of this session's model: Snapshot::to_host moves it"))
     }
 
@@ -106,10 +110,8 @@ impl Snapshot {
         self.inner.fixed.iter().map(|v| v.bytes).sum()
     }
 
-    /// Where it lies.
-    pub(crate) fn device(&self) -> String {
-        let caps = self.inner.model.backend().caps();
-        format!("{} ({})", caps.name, caps.driver)
+    pub(crate) fn moved(&self) -> bool {
+        self.inner.moved
     }
 
     pub(crate) fn history(&self) -> &History {
@@ -131,4 +133,11 @@ impl Snapshot {
     pub(crate) fn is(&self, other: &Snapshot) -> bool {
         Arc::ptr_eq(&self.inner, &other.inner)
     }
+}
+
+/// The device of a model by name, driver and all that decides which kernels it runs: where these are the same, the bits are.
+pub(crate) fn device(model: &Model) -> String {
+    let caps = model.backend().caps();
+    let sizes = (caps.max_binding, caps.max_buffer, caps.align, caps.workgroup_memory, caps.workgroup_threads);
+    format!("{} ({}), {:?} {sizes:?} {:?} {}", caps.name, caps.driver, caps.class, caps.subgroup, caps.f16)
 }

@@ -14,7 +14,8 @@
 //! it. The index is made again from the files if it is lost.
 //!
 //! Snapshots are those of one model: of its shape, its weights, its type of cache, and this version of the format. One that was
-//! taken on another device is found too, after those of the own one.
+//! taken on another device is found too, after those of the own one. What goes on from that has bits that neither device would
+//! have given alone: it shares nothing with other snapshots.
 //!
 //! Where the budget is passed, states go in the order in which a [`Cache`](crate::qwen::Cache) drops snapshots, and keys and
 //! values when nothing rests on them.
@@ -42,15 +43,26 @@ use crate::qwen::model::Model;
 use crate::qwen::state::cache::Usage;
 use crate::qwen::state::history::History;
 use crate::qwen::state::host;
-use crate::qwen::state::snapshot::Snapshot;
+use crate::qwen::state::snapshot::{self, Snapshot};
 use crate::qwen::state::tree::Tree;
 
 /// A directory of snapshots, open in this process alone. See the [module](self).
 pub struct Store {
     dir: PathBuf,
     inner: Mutex<Inner>,
-    /// Its lock goes when it is closed.
-    _lock: File,
+    /// Goes last.
+    _lock: Lock,
+}
+
+/// The lock of a store. It is given back and not only closed: a process that this one is about to start holds the file too.
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        if let Err(why) = self.0.unlock() {
+            log::warn!("a store stays locked until the process ends: {why}");
+        }
+    }
 }
 
 struct Inner {
@@ -101,7 +113,7 @@ impl Store {
         }
         let (index, entries) = Index::open(&dir)?;
         let inner = Inner { dir: dir.clone(), index, nodes: HashMap::new(), tree: Tree::default(), budget, clock: 1 };
-        let store = Store { dir, inner: Mutex::new(inner), _lock: lock };
+        let store = Store { dir, inner: Mutex::new(inner), _lock: Lock(lock) };
         let mut inner = store.lock();
         inner.gather(entries)?;
         inner.evict(None)?;
@@ -340,7 +352,7 @@ impl Inner {
 
     fn id(&mut self, snapshot: &Snapshot) -> Result<u128> {
         let model = self.model_key(snapshot.model())?;
-        let device = hash(snapshot.device().as_bytes());
+        let device = device_key(snapshot)?;
         let history = snapshot.history();
         let mut all = [model.to_le_bytes(), device.to_le_bytes()].concat();
         all.extend((history.len()).to_le_bytes());
@@ -357,7 +369,7 @@ impl Inner {
             self.touch(id)?;
             return Ok(0);
         }
-        let (model, device) = (self.model_key(snapshot.model())?, hash(snapshot.device().as_bytes()));
+        let (model, device) = (self.model_key(snapshot.model())?, device_key(snapshot)?);
         let history = snapshot.history();
         let (parent, begin) = match self.nodes.get(&id) {
             // Its state had gone; its rows stay where they hang.
@@ -408,8 +420,7 @@ impl Inner {
     /// Ids of the snapshots of a model that begin `ids`: longest first, of those the ones of the model's own device first.
     fn candidates(&mut self, model: &Model, ids: &[u32]) -> Result<Vec<u128>> {
         let key = self.model_key(model)?;
-        let caps = model.backend().caps();
-        let device = hash(format!("{} ({})", caps.name, caps.driver).as_bytes());
+        let device = hash(snapshot::device(model).as_bytes());
         let found = self.tree.along(ids);
         let node = |id: &u128| self.nodes.get(id);
         let mut out: Vec<u128> = found.iter().map(|f| *f.value).collect();
@@ -453,7 +464,8 @@ impl Inner {
         };
         let ranges = chain.iter().map(|n| n.record.begin..n.record.end());
         let parts: Vec<_> = ranges.zip(rows.iter().map(Vec::as_slice)).collect();
-        host::place(model, last.history.clone(), answer, &state, &parts).map_err(Trouble::Failed)
+        let moved = last.record.device != hash(snapshot::device(model).as_bytes());
+        host::place(model, last.history.clone(), answer, moved, &state, &parts).map_err(Trouble::Failed)
     }
 
     fn touch(&mut self, id: u128) -> Result<()> {
@@ -543,6 +555,16 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+/// Of the device whose rounding is in the numbers; of the numbers themselves where that is of several.
+fn device_key(snapshot: &Snapshot) -> Result<u128> {
+    let device = hash(snapshot::device(snapshot.model()).as_bytes());
+    if !snapshot.moved() {
+        return Ok(device);
+    }
+    let numbers = hash(&host::fixed(snapshot)?);
+    Ok(hash(&[device.to_le_bytes(), numbers.to_le_bytes()].concat()))
 }
 
 impl std::fmt::Debug for Store {

@@ -50,7 +50,7 @@ impl From<redb::Error> for Failure {
         use std::io::ErrorKind::{InvalidData, UnexpectedEof};
         let broken = match &e {
             redb::Error::Io(e) => matches!(e.kind(), InvalidData | UnexpectedEof),
-            redb::Error::PreviousIo => false,
+            redb::Error::PreviousIo | redb::Error::DatabaseAlreadyOpen => false,
             _ => true,
         };
         Failure { why: e.to_string(), broken }
@@ -80,7 +80,8 @@ impl Index {
     /// Does something with the database, which is opened and checked first where it is not open. Whatever goes wrong closes it.
     fn with<T>(&mut self, work: impl FnOnce(&Database) -> Result<T, redb::Error>) -> Result<T, Failure> {
         let (path, held) = (&self.path, self.db.take());
-        // A file that was tampered with may trip the database's own assertions.
+        // A damaged file trips assertions of the database. Where panics abort the process it ends here, and the file has to be
+        // removed by hand: what it held is in the other files.
         let done = catch_unwind(AssertUnwindSafe(move || {
             let db = match held {
                 Some(db) => db,

@@ -1,5 +1,7 @@
 //! What a store knows of a snapshot, as bytes. Numbers are little-endian; lengths are compared with what is there, never believed.
 
+use rayon::prelude::*;
+
 use crate::qwen::generate::Answer;
 use crate::qwen::sample::{Sampler, Sampling, SplitMix64};
 use crate::qwen::state::history::Run;
@@ -41,10 +43,21 @@ pub(super) fn hash(bytes: &[u8]) -> u128 {
 }
 
 impl Sum {
+    /// Blocks are summed in parallel, and then their sums.
     pub fn of(bytes: &[u8]) -> Sum {
-        Sum { bytes: bytes.len() as u64, hash: hash(bytes) }
+        let blocks: Vec<u128> = bytes.par_chunks(BLOCK).map(hash).collect();
+        Sum::of_blocks(bytes.len() as u64, &blocks)
+    }
+
+    /// The same from the hashes of the blocks.
+    pub fn of_blocks(bytes: u64, blocks: &[u128]) -> Sum {
+        let all: Vec<[u8; 16]> = blocks.iter().map(|sum| sum.to_le_bytes()).collect();
+        Sum { bytes, hash: hash(all.as_flattened()) }
     }
 }
+
+/// A part of the format: other blocks are other sums.
+pub(super) const BLOCK: usize = 4 << 20;
 
 impl Record {
     /// Its position: the number of its tokens.
