@@ -24,6 +24,8 @@ mod qwen;
 #[cfg(feature = "qwen")]
 mod qwen_bad;
 #[cfg(feature = "qwen")]
+mod qwen_batch;
+#[cfg(feature = "qwen")]
 mod qwen_naive;
 #[cfg(feature = "qwen")]
 mod qwen_sample;
