@@ -114,7 +114,7 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             grad_states: 128 << 20,
         },
         // Threads are lanes of vector registers: two columns a thread, all in registers and the stack, no exchange.
-        Kind::WebGpu | Kind::Cuda if caps.class == Class::Software => Tile {
+        Kind::WebGpu if caps.class == Class::Software => Tile {
             // Four groups of four tokens: their sums are what the stack holds well.
             chunk: 16,
             dv_tile: divisor(heads.v, 128),
@@ -129,7 +129,26 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             grad_scratch: 16 << 20,
             grad_states: 64 << 20,
         },
-        Kind::WebGpu | Kind::Cuda => {
+        Kind::Cuda => {
+            // The columns that kernels are compiled for: four a thread in 16 groups of rows, whatever K is.
+            let dv_tile = divisor(heads.v, 32);
+            let lanes = 4 * dv_tile;
+            Tile {
+                chunk: 32,
+                dv_tile,
+                dv_step: dv_tile,
+                prepare_lanes: 64,
+                scan_lanes: lanes,
+                step_lanes: lanes,
+                // No watchdog bounds a launch; a piece of 16 heads is 4096 tokens, enough to fill any GPU.
+                scratch: 64 << 20,
+                dv_grad: dv_tile,
+                grad_lanes: lanes,
+                grad_scratch: 64 << 20,
+                grad_states: 96 << 20,
+            }
+        }
+        Kind::WebGpu => {
             // A thread takes 4 columns, and 4 rows or a multiple: up to 16 row groups keep the registers of S below 64 for
             // every K.
             let row_groups = row_groups(heads.k, 16);
@@ -199,6 +218,8 @@ pub fn matmul(caps: &Caps, m: u64, n: u64, k: u64, dtype: Dtype) -> MatmulTile {
     match (caps.kind, caps.class) {
         // Registers and caches are the business of the CPU kernel itself; a cell is what one thread takes at a time.
         (Kind::Cpu, _) => MatmulTile { tile_m: 128, tile_n: 256, tile_k: 256, reg_m: 1, reg_n: 1 },
+        // The one tile that kernels are compiled for.
+        (Kind::Cuda, _) => MatmulTile { tile_m: 64, tile_n: 64, tile_k: 32, reg_m: 4, reg_n: 4 },
         // Threads become lanes of one vector register, and every load is taken lane by lane at some ten times the price of a
         // product: 8 x 8 sums a thread pay 16 loads for 64 products of vectors. A workgroup of more than one register
         // costs another pass over memory for all that its threads keep.
@@ -291,6 +312,8 @@ pub fn attend(caps: &Caps, rows: u64, kv_heads: u32, keys: u64, slot: u64) -> At
     let (tile_q, lanes) = match (caps.kind, rows) {
         (Kind::Cpu, _) => (32, 1),
         (_, ..=4) => (4, 64),
+        (Kind::Cuda, ..=16) => (16, 64),
+        (Kind::Cuda, _) => (32, 128),
         (_, ..=8) => (8, 64),
         (_, ..=16) => (16, 64),
         (_, 512..) if large && caps.class == Class::Discrete => (64, 256),

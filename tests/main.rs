@@ -5,8 +5,10 @@ mod attention;
 mod burn;
 #[cfg(feature = "burn-gpu")]
 mod burn_gpu;
+#[cfg(feature = "webgpu")]
 mod contract;
 mod cpu;
+mod cuda;
 mod formula;
 mod formula_grad;
 mod gdn;

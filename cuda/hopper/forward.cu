@@ -1,8 +1,8 @@
 // Entry points of the Hopper forward kernels (sm_90a), one per stored type, K and number of consumers;
 // mix: bf16 stored, half inside.
-#include "hopper_carry.cuh"
-#include "hopper_prepare.cuh"
-#include "hopper_scan.cuh"
+#include "carry.cuh"
+#include "prepare.cuh"
+#include "scan.cuh"
 
 using namespace hopper;
 

@@ -7,7 +7,7 @@
 // column), the others from top to bottom, X_bj = -D_b sum_m L_bm X_mj, by mma in TF32 (the mantissa of half, the range of f32),
 // warp j taking block column j. It works on Y_b = X_bj^T, so that results are the next product's left operand in registers.
 #pragma once
-#include "hopper_forward.cuh"
+#include "forward.cuh"
 
 namespace hopper {
 

@@ -11,8 +11,8 @@
 // `prepare` makes A, P and the vectors, for all chunks at once; `scan` walks the chunks of one sequence. With L2 norms, K and Q
 // stay as they are and their factors rk, rq go into A, P and the vectors.
 #pragma once
-#include "hopper_roles.cuh"
-#include "hopper_types.cuh"
+#include "roles.cuh"
+#include "types.cuh"
 
 namespace hopper {
 
