@@ -1,8 +1,8 @@
 // y[i, j] (+)= sum_k x[i, k] w[j, k] for many rows of x and 16-bit weights, on the matrix units.
 //
-// x stays f32: it is split in two numbers that the units take, x = high + low, and both are multiplied with w, which is exact there.
-// What is left out is 2^-17 of x (bf16) or 2^-22 (tf32, for f16 weights, whose range half would not hold). The units add up with
-// truncation: after each slice their sums go into sums that are rounded.
+// x stays f32: it is split into numbers that the units take, and each is multiplied with w, which is exact there: three of bf16 with
+// bf16 weights, whose sum is x but for 2^-25 of it; two of tf32 with f16 weights (half would not hold the range of x), but for 2^-22.
+// The units add up with truncation: after each slice their sums go into sums that are rounded.
 //
 // 4 warps share a tile of 64 x 64, each with 32 x 32 of it. Slices of 32 numbers of x and w come by copies in the background, two
 // slices ahead.
@@ -19,59 +19,55 @@ struct Shared {
     uint16_t w[STAGES][TILE * WIDTH];
 };
 
-// Two neighbours of x as high and low parts of bf16.
-__device__ __forceinline__ void split(float2 x, u32& high, u32& low) {
-    high = pack<Bf16>(x.x, x.y);
-    const float2 h = unpack<Bf16>(high);
-    low = pack<Bf16>(x.x - h.x, x.y - h.y);
-}
+// This lane's share of 16 rows of x and 16 numbers of each, as operands a[i] of one product of bf16 or of two of tf32: rows g and g + 8,
+// numbers 2 t, 2 t + 1, 2 t + 8 and 2 t + 9; x is the sum of the parts.
+template <class T>
+struct Left;
 
-__device__ __forceinline__ void split_tf32(float x, u32& high, u32& low) {
-    high = to_tf32(x);
-    low = to_tf32(x - __uint_as_float(high));
-}
+template <>
+struct Left<Bf16> {
+    u32 part[3][4];
 
-// This lane's share of 16 rows of x and 16 numbers of each: rows g and g + 8, numbers 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, as operands of
-// one product of bf16 or of two of tf32.
-struct Left {
-    u32 high[8], low[8];
+    __device__ __forceinline__ void put(u32 i, float2 x) {
+#pragma unroll
+        for (u32 p = 0; p < 3; p++) {
+            part[p][i] = pack<Bf16>(x.x, x.y);
+            const float2 taken = unpack<Bf16>(part[p][i]);
+            x = make_float2(x.x - taken.x, x.y - taken.y);
+        }
+    }
+    // d += x w^T, the smallest part first
+    __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&w)[2]) const {
+        mma_bf16(d, part[2], w);
+        mma_bf16(d, part[1], w);
+        mma_bf16(d, part[0], w);
+    }
 };
 
-template <class T>
-__device__ __forceinline__ Left left_of(const float* x, u32 g, u32 t) {
-    Left a;
+template <>
+struct Left<F16> {
+    u32 part[2][2][4];  // of the first and the second product
+
+    __device__ __forceinline__ void put(u32 i, float2 x) {
+        // Number 2 t of eight takes the place of t, 2 t + 1 that of t + 4, in x as in w.
+        const float pair[2] = {x.x, x.y};
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-        const float2 pair = *(const float2*)(x + (g + i % 2 * 8) * WIDTH + 2 * t + i / 2 * 8);
-        if constexpr (T::BRAIN) {
-            split(pair, a.high[i], a.low[i]);
-        } else {
-            // Number 2 t of eight takes the place of t, 2 t + 1 that of t + 4, in x as in w.
-            split_tf32(pair.x, a.high[i / 2 * 4 + i % 2], a.low[i / 2 * 4 + i % 2]);
-            split_tf32(pair.y, a.high[i / 2 * 4 + 2 + i % 2], a.low[i / 2 * 4 + 2 + i % 2]);
+        for (u32 j = 0; j < 2; j++) {
+            const u32 high = to_tf32(pair[j]);
+            part[i / 2][0][2 * j + i % 2] = high;
+            part[i / 2][1][2 * j + i % 2] = to_tf32(pair[j] - __uint_as_float(high));
         }
     }
-    return a;
-}
-
-template <class T>
-__device__ __forceinline__ void multiply(float (&d)[4], const Left& a, const u32 (&w)[2]) {
-    if constexpr (T::BRAIN) {
-        const u32 low[4] = {a.low[0], a.low[1], a.low[2], a.low[3]}, high[4] = {a.high[0], a.high[1], a.high[2], a.high[3]};
-        mma_bf16(d, low, w);
-        mma_bf16(d, high, w);
-    } else {
+    __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&w)[2]) const {
 #pragma unroll
         for (u32 i = 0; i < 2; i++) {
-            const float2 pair = unpack<T>(w[i]);
+            const float2 pair = unpack<F16>(w[i]);
             const u32 b[2] = {__float_as_uint(pair.x), __float_as_uint(pair.y)};
-            const u32 low[4] = {a.low[4 * i], a.low[4 * i + 1], a.low[4 * i + 2], a.low[4 * i + 3]};
-            const u32 high[4] = {a.high[4 * i], a.high[4 * i + 1], a.high[4 * i + 2], a.high[4 * i + 3]};
-            mma_tf32(d, low, b);
-            mma_tf32(d, high, b);
+            mma_tf32(d, part[i][1], b);
+            mma_tf32(d, part[i][0], b);
         }
     }
-}
+};
 
 template <class T>
 __device__ __forceinline__ void matmul(const row::matmul::Launch& l) {
@@ -137,9 +133,12 @@ __device__ __forceinline__ void matmul(const row::matmul::Launch& l) {
                 for (u32 i = 0; i < 2; i++) b[j][i] = *(const u32*)(ws + (column0 + 8 * j + g) * WIDTH + step + 8 * i + 2 * t);
 #pragma unroll
             for (u32 i = 0; i < 2; i++) {
-                const Left a = left_of<T>(xs + (row0 + 16 * i) * WIDTH + step, g, t);
+                const float* rows = xs + (row0 + 16 * i + g) * WIDTH + step + 2 * t;
+                Left<T> a;
 #pragma unroll
-                for (u32 j = 0; j < 4; j++) multiply<T>(d[i][j], a, b[j]);
+                for (u32 e = 0; e < 4; e++) a.put(e, *(const float2*)(rows + e % 2 * 8 * WIDTH + e / 2 * 8));
+#pragma unroll
+                for (u32 j = 0; j < 4; j++) a.multiply(d[i][j], b[j]);
             }
         }
 #pragma unroll
