@@ -217,11 +217,9 @@ __device__ __forceinline__ void attend(const row::attend::Launch& l) {
     }
 }
 
-#define ATTEND_KERNELS(NAME, T)                                                       \
-    ATTEND_KERNEL(NAME, T, 64) ATTEND_KERNEL(NAME, T, 128) ATTEND_KERNEL(NAME, T, 256)
-#define ATTEND_KERNEL(NAME, T, DP)                                                    \
-    KERNEL(NAME##_q4_d##DP, attend, 64) { attend<T, 4, 64, DP>(l); }                  \
-    KERNEL(NAME##_q16_d##DP, attend, 64) { attend<T, 16, 64, DP>(l); }                \
+#define ATTEND_KERNELS(NAME, T) ATTEND_KERNEL(NAME, T, 64) ATTEND_KERNEL(NAME, T, 256)
+#define ATTEND_KERNEL(NAME, T, DP)                                       \
+    KERNEL(NAME##_q4_d##DP, attend, 64) { attend<T, 4, 64, DP>(l); }     \
     KERNEL(NAME##_q32_d##DP, attend, 128) { attend<T, 32, 128, DP>(l); }
 ATTEND_KERNELS(attend_f32, F32)
 ATTEND_KERNELS(attend_f16, F16)

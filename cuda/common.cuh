@@ -12,8 +12,9 @@
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+// One block a multiprocessor is promised: without it the compiler spills to fit more.
 #define KERNEL(name, row_name, threads) \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ row::row_name::Launch l)
+    extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ row::row_name::Launch l)
 #define SHARED(Type, name) __shared__ Type name
 #endif
 

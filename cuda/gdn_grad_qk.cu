@@ -206,7 +206,6 @@ __device__ __forceinline__ void grad_qk(const row::gdn_grad_qk::Launch& l) {
 }
 
 #define QK_KERNELS(NAME, T)                                              \
-    KERNEL(NAME##_r1, gdn_grad_qk, THREADS) { grad_qk<T, 1>(l); }        \
     KERNEL(NAME##_r2, gdn_grad_qk, THREADS) { grad_qk<T, 2>(l); }        \
     KERNEL(NAME##_r4, gdn_grad_qk, THREADS) { grad_qk<T, 4>(l); }        \
     KERNEL(NAME##_r8, gdn_grad_qk, THREADS) { grad_qk<T, 8>(l); }

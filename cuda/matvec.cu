@@ -144,8 +144,8 @@ __device__ __forceinline__ void matvec(const row::matvec::Launch& l) {
     *y = l.c.add ? *y + sum : sum;
 }
 
-#define MATVEC_KERNELS(NAME, T)                                                      \
-    MATVEC_KERNEL(NAME, T, 1) MATVEC_KERNEL(NAME, T, 2) MATVEC_KERNEL(NAME, T, 4) MATVEC_KERNEL(NAME, T, 8)
+// One row of x, or up to eight.
+#define MATVEC_KERNELS(NAME, T) MATVEC_KERNEL(NAME, T, 1) MATVEC_KERNEL(NAME, T, 8)
 #define MATVEC_KERNEL(NAME, T, B)                                      \
     KERNEL(NAME##_b##B, matvec, THREADS) { matvec<T, B, 0>(l); }       \
     KERNEL(NAME##_b##B##_glu, matvec, THREADS) { matvec<T, B, 1>(l); }

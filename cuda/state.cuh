@@ -34,16 +34,15 @@ __device__ __forceinline__ void add_rows(float4& sum, float4 x, float4 s0, float
     add(sum, x.w, s3);
 }
 
+// The models' columns for each K; those of a V that 32 does not divide for the largest alone.
 #define STATE_KERNELS(NAME, ROW, BODY)              \
     STATE_KERNELS_OF(NAME##_f32, ROW, BODY, F32)    \
     STATE_KERNELS_OF(NAME##_f16, ROW, BODY, F16)    \
     STATE_KERNELS_OF(NAME##_bf16, ROW, BODY, Bf16)
 #define STATE_KERNELS_OF(NAME, ROW, BODY, T)      \
-    STATE_KERNEL(NAME, ROW, BODY, T, 64, 16)      \
     STATE_KERNEL(NAME, ROW, BODY, T, 64, 32)      \
-    STATE_KERNEL(NAME, ROW, BODY, T, 128, 16)     \
     STATE_KERNEL(NAME, ROW, BODY, T, 128, 32)     \
-    STATE_KERNEL(NAME, ROW, BODY, T, 256, 16)     \
-    STATE_KERNEL(NAME, ROW, BODY, T, 256, 32)
+    STATE_KERNEL(NAME, ROW, BODY, T, 256, 32)     \
+    STATE_KERNEL(NAME, ROW, BODY, T, 256, 16)
 #define STATE_KERNEL(NAME, ROW, BODY, T, KP, VT) \
     KERNEL(NAME##_k##KP##_v##VT, ROW, (Slice<KP, VT>::THREADS)) { BODY<T, KP, VT>(l); }

@@ -137,7 +137,7 @@ impl Entry {
             let backend: Arc<dyn Backend> = match &self.source {
                 Source::Cpu => Arc::new(Cpu::new(None)?),
                 #[cfg(feature = "cuda")]
-                Source::Cuda(found) => Arc::new(Cuda::open(found)?),
+                Source::Cuda(found) => Arc::new(Cuda::open(found, &cuda::OpenOptions::default())?),
                 #[cfg(feature = "webgpu")]
                 Source::WebGpu(found) => Arc::new(WebGpu::open(found, &OpenOptions::default())?),
                 Source::Nothing => {

@@ -312,7 +312,6 @@ pub fn attend(caps: &Caps, rows: u64, kv_heads: u32, keys: u64, slot: u64) -> At
     let (tile_q, lanes) = match (caps.kind, rows) {
         (Kind::Cpu, _) => (32, 1),
         (_, ..=4) => (4, 64),
-        (Kind::Cuda, ..=16) => (16, 64),
         (Kind::Cuda, _) => (32, 128),
         (_, ..=8) => (8, 64),
         (_, ..=16) => (16, 64),
@@ -404,9 +403,11 @@ pub fn grad_qk_lanes(caps: &Caps, k: u32, chunk: u32) -> u32 {
         Kind::Cpu => 1,
         // Two columns a thread.
         _ if caps.class == Class::Software => k / 2,
+        // Kernels are compiled for 2, 4 and 8 rows a thread.
+        Kind::Cuda => k / 4 * (1 << (256 / (k / 4)).ilog2()).min(chunk / 2),
         // A thread has 4 columns of both `[C, K]` sums, and a share of the rows that is a power of two: 4 rows for 32 tokens
         // and K = 128.
-        Kind::WebGpu | Kind::Cuda => k / 4 * (1 << (256 / (k / 4)).ilog2()).min(chunk),
+        Kind::WebGpu => k / 4 * (1 << (256 / (k / 4)).ilog2()).min(chunk),
     }
 }
 

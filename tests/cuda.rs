@@ -60,11 +60,11 @@ pub fn emulator_dir() -> Result<std::path::PathBuf, String> {
 /// The first CUDA device of this process's driver.
 #[cfg(feature = "cuda")]
 pub fn device(name: &'static str) -> Result<Device, String> {
-    use gatedelta::backend::cuda::Cuda;
+    use gatedelta::backend::cuda::{Cuda, OpenOptions};
 
     let devices = Cuda::enumerate();
     let found = devices.found.first().ok_or(devices.why_none)?;
-    Ok(Device { name, backend: std::sync::Arc::new(Cuda::open(found).map_err(|e| e.to_string())?) })
+    Ok(Device { name, backend: std::sync::Arc::new(Cuda::open(found, &OpenOptions::default()).map_err(|e| e.to_string())?) })
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -39,7 +39,7 @@ constexpr float LOG2E = 1.4426950408889634f;
 // Up to C tokens of one sequence.
 struct Chunk {
     int token;  // the first
-    int len;    // 1 to C
+    int len;    // 1 to C, or 0: an empty place
 };
 
 // A run of chunks of one sequence that one block walks.

@@ -69,6 +69,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
     const int group = p.hv / p.hk;
     const int chunk = blockIdx.x / p.hk, kh = blockIdx.x % p.hk;
     const int token = p.chunks[chunk].token, len = p.chunks[chunk].len;
+    if (len == 0) return;  // an empty place of the table
 
     const uint32_t sk = smem_addr(smem), sq = sk + PANELS * PANEL, image = smem_addr(smem + M::IMAGE);
     float* l = (float*)(smem + M::L);

@@ -4,7 +4,7 @@
 //! driver.rs   calls and failures       memory.rs   device memory, reads and writes
 //! open.rs     devices                  launch.rs   launch -> checked arguments of a compiled kernel
 //! choose.rs   row -> compiled kernel   graph.rs    a repeated pass as one CUDA graph
-//! image.rs    the compiled kernels
+//! image.rs    the compiled kernels      hopper.rs   kernels of sm_90a in the place of rows
 //! ```
 //!
 //! - Neither a toolkit nor a compiler is needed on the user's machine: `cuda/*.cu` are compiled beforehand (`cuda/build.sh`) and
@@ -15,6 +15,7 @@
 mod choose;
 mod driver;
 mod graph;
+mod hopper;
 mod image;
 mod launch;
 mod memory;
@@ -27,8 +28,9 @@ use std::time::Duration;
 use cudarc::driver::sys::{self, CUcontext, CUdevice, CUevent, CUstream};
 
 pub use choose::{Choice, choose};
+pub use hopper::{Special, special};
 pub use image::families;
-pub use open::{Devices, Found};
+pub use open::{Devices, Found, OpenOptions};
 
 use super::{Backend, Buffer, HostBytes, Readback, Timing, View};
 use crate::error::Result;
@@ -47,10 +49,12 @@ struct Shared {
     stream: CUstream,
     caps: Caps,
     arch: u32,
+    multiprocessors: u32,
     fault: driver::Fault,
     images: image::Images,
     variants: launch::Variants,
     graphs: Mutex<graph::Graphs>,
+    hopper: hopper::Hopper,
     /// Staging memory of reads, kept for the next one.
     staging: Mutex<Vec<memory::Staging>>,
     /// Tells this device's memory from another's.
@@ -99,6 +103,7 @@ impl Drop for Shared {
             for staging in lock(&self.staging).drain(..) {
                 staging.free();
             }
+            self.hopper.free();
             self.images.free();
             sys::cuStreamDestroy_v2(self.stream);
             sys::cuDevicePrimaryCtxRelease_v2(self.device);

@@ -5,7 +5,7 @@ use std::process::Command;
 
 use gatedelta::Error;
 use gatedelta::backend::Backend;
-use gatedelta::backend::cuda::{Cuda, choose};
+use gatedelta::backend::cuda::{Cuda, OpenOptions, choose};
 use gatedelta::device;
 use gatedelta::kernel;
 use gatedelta::pass::Pass;
@@ -53,7 +53,7 @@ fn opens_and_computes() {
     let devices = Cuda::enumerate();
     println!("none: {}", devices.why_none);
     let Some(found) = devices.found.first() else { return };
-    let cuda = match Cuda::open(found) {
+    let cuda = match Cuda::open(found, &OpenOptions::default()) {
         Ok(cuda) => cuda,
         Err(error) => return println!("opened: {error}"),
     };

@@ -105,7 +105,7 @@ pub fn choose(kernel: &'static Kernel, consts: &[u32]) -> Result<Choice> {
         // around the operator
         "conv" | "conv_grad" | "conv_tail_grad" => {
             let taps = c.one_of("taps", &[2, 3, 4, 5, 6, 7, 8])?;
-            choice("conv", format!("{name}_{taps}"), tune::CELL_THREADS)
+            choice("conv", format!("{name}_{}", if taps == 4 { "four" } else { "any" }), tune::CELL_THREADS)
         }
         "conv_tail" => choice("conv", name.into(), tune::CELL_THREADS),
         "gate" => choice("gates", name.into(), 256),
@@ -150,7 +150,7 @@ pub fn choose(kernel: &'static Kernel, consts: &[u32]) -> Result<Choice> {
         "matmul" => matmul(&c),
         "matvec" => {
             c.one_of("rows", &[4])?;
-            let (dtype, batch) = (c.dtype("w_type")?, c.one_of("batch", &[1, 2, 4, 8])?);
+            let (dtype, batch) = (c.dtype("w_type")?, if c.one_of("batch", &[1, 2, 4, 8])? == 1 { 1 } else { 8 });
             let glu = if c.one_of("glu", &[0, 1])? == 1 { "_glu" } else { "" };
             choice("matvec", format!("{name}_{dtype}_b{batch}{glu}"), c.lanes(128)?)
         }
@@ -159,9 +159,9 @@ pub fn choose(kernel: &'static Kernel, consts: &[u32]) -> Result<Choice> {
             choice("attention", format!("{name}_{}", c.dtype("kv_type")?), c.lanes(256)?)
         }
         "attend" => {
-            let (dim, dtype) = (c.padded("dim", 16, &[64, 128, 256])?, c.dtype("kv_type")?);
+            let (dim, dtype) = (c.padded("dim", 16, &[64, 256])?, c.dtype("kv_type")?);
             c.one_of("tile_k", &[32])?;
-            let tile = c.one_of("tile_q", &[4, 16, 32])?;
+            let tile = c.one_of("tile_q", &[4, 32])?;
             let threads = c.exactly(if tile == 32 { 128 } else { 64 })?;
             choice("attention", format!("{name}_{dtype}_q{tile}_d{dim}"), threads)
         }
@@ -192,6 +192,7 @@ fn choice(family: &'static str, name: String, threads: u32) -> Result<Choice> {
 fn state(c: &Consts) -> Result<Choice> {
     let name = c.kernel.name;
     let (dk, columns) = (c.padded("dk", 16, &[64, 128, 256])?, c.one_of("dv_tile", &[16, 32])?);
+    let dk = if columns == 16 { 256 } else { dk };
     choice(name, format!("{name}_{}_k{dk}_v{columns}", c.one_dtype()?), c.exactly(4 * columns)?)
 }
 
@@ -204,8 +205,8 @@ fn grad_qk(c: &Consts) -> Result<Choice> {
     let rows = chunk * quads / lanes.max(1);
     // Up to 32 quads the kernel has room for 4 rows a thread, beyond for 8.
     let most = if quads <= 32 { 4 } else { 8 };
-    if lanes > 256 || lanes * rows != chunk * quads || ![1, 2, 4, 8].contains(&rows) || rows > most || lanes < chunk {
-        return Err(c.refuse("lanes", lanes, "K / 4 times a power of two, 32 to 256"));
+    if lanes > 256 || lanes < chunk || lanes * rows != chunk * quads || ![2, 4, 8].contains(&rows) || rows > most {
+        return Err(c.refuse("lanes", lanes, "K / 4 times 16, 8 or 4, 32 to 256"));
     }
     choice("gdn_grad_qk", format!("{name}_{}_r{rows}", c.dtype("qk_type")?), lanes)
 }

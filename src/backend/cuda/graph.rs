@@ -107,7 +107,7 @@ impl Graph {
                 for call in calls {
                     let before = graph.nodes.last().map_or(std::ptr::null(), std::ptr::from_ref);
                     let count = graph.nodes.len().min(1);
-                    let mut args = [call.launch.as_ptr().cast_mut().cast()];
+                    let mut args = call.parameters();
                     let params = params(call, &mut args);
                     let mut node = std::ptr::null_mut();
                     let code = sys::cuGraphAddKernelNode_v2(&mut node, graph.graph, before, count, &params);
@@ -133,7 +133,7 @@ impl Graph {
             if held.grid == call.grid && held.launch == call.launch {
                 continue;
             }
-            let mut args = [call.launch.as_ptr().cast_mut().cast()];
+            let mut args = call.parameters();
             let params = params(call, &mut args);
             // SAFETY: the node belongs to the graph and launches the same kernel; the driver copies the parameters.
             let code = unsafe { sys::cuGraphExecKernelNodeSetParams_v2(self.exec, *node, &params) };
@@ -157,8 +157,8 @@ impl Graph {
     }
 }
 
-/// A call as the parameters of a node; `args` points to its launch.
-fn params(call: &Call, args: &mut [*mut std::ffi::c_void; 1]) -> CUDA_KERNEL_NODE_PARAMS {
+/// A call as the parameters of a node; `args` says where its own are.
+fn params(call: &Call, args: &mut [*mut std::ffi::c_void; 2]) -> CUDA_KERNEL_NODE_PARAMS {
     let [x, y, z] = call.grid;
     CUDA_KERNEL_NODE_PARAMS {
         func: call.variant.function,
@@ -168,7 +168,7 @@ fn params(call: &Call, args: &mut [*mut std::ffi::c_void; 1]) -> CUDA_KERNEL_NOD
         blockDimX: call.variant.threads,
         blockDimY: 1,
         blockDimZ: 1,
-        sharedMemBytes: 0,
+        sharedMemBytes: call.variant.shared_bytes,
         kernelParams: args.as_mut_ptr(),
         extra: std::ptr::null_mut(),
         kern: std::ptr::null_mut(),

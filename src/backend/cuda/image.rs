@@ -29,6 +29,7 @@ static FAMILIES: &[(&str, &[u8])] = compiled![
     "gdn_prepare",
     "gdn_scan",
     "gdn_step",
+    "hopper",
     "matmul",
     "matmul_mma",
     "matvec",

@@ -1,11 +1,12 @@
 //! Launches: arguments checked and packed as `cuda/rows.cuh` declares them, grids cut to what the device takes at once.
 
 use std::collections::HashMap;
+use std::ffi::c_void;
 use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys::{self, CUfunction, CUresult};
 
-use super::{Shared, choose, lock};
+use super::{Shared, choose, hopper, lock};
 use crate::backend::cut;
 use crate::error::{Error, Result};
 use crate::kernel::Access;
@@ -18,6 +19,8 @@ const MOST_SIDE: u32 = 65535;
 pub(super) struct Variant {
     pub(super) function: CUfunction,
     pub(super) threads: u32,
+    /// Bytes of shared memory beside those that the kernel declares.
+    pub(super) shared_bytes: u32,
 }
 
 // SAFETY: a handle of the driver, which any thread may use.
@@ -50,7 +53,7 @@ impl Variants {
             let log = format!("it takes {bytes} bytes, the row {} has {}", launch.kernel.name, 8 * packed_words(launch));
             return Err(Error::Compile { kernel: choice.name, device: device.clone(), log });
         }
-        let variant = Arc::new(Variant { function, threads: choice.threads });
+        let variant = Arc::new(Variant { function, threads: choice.threads, shared_bytes: 0 });
         row.insert(launch.consts.clone(), variant.clone());
         Ok(variant)
     }
@@ -58,11 +61,22 @@ impl Variants {
 
 /// A launch of the driver: everything in it is a number.
 pub(super) struct Call {
-    kernel: &'static str,
+    pub(super) kernel: &'static str,
     pub(super) variant: Arc<Variant>,
     pub(super) grid: [u32; 3],
-    /// The row's `Launch`.
+    /// The kernel's parameters, one after the other: of a row its `Launch`.
     pub(super) launch: Vec<u64>,
+    /// Word of `launch` where the second parameter starts, for a kernel that has one.
+    pub(super) second: Option<usize>,
+}
+
+impl Call {
+    /// Where the parameters are, as the driver wants to know it. Valid as long as the call is.
+    pub(super) fn parameters(&self) -> [*mut c_void; 2] {
+        let first = self.launch.as_ptr();
+        let second = self.second.map_or(std::ptr::null(), |at| self.launch[at..].as_ptr());
+        [first.cast_mut().cast(), second.cast_mut().cast()]
+    }
 }
 
 /// Words of 64 bits that a row's `Launch` takes: an address and a length for each argument, then numbers of 32 bits.
@@ -73,7 +87,12 @@ fn packed_words(launch: &Launch) -> usize {
 /// The driver's launches of a pass: checked and packed before anything is queued, so that a pass runs whole or not at all.
 fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
     let mut calls = Vec::with_capacity(pass.launches.len());
-    for launch in &pass.launches {
+    // Launches that others stand in for.
+    let mut done = 0;
+    for (i, launch) in pass.launches.iter().enumerate() {
+        if i < done {
+            continue;
+        }
         let kernel = launch.kernel;
         if launch.args.len() != kernel.args.len()
             || launch.params.len() != kernel.params.len()
@@ -84,8 +103,17 @@ fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
             let expected = count(kernel.args.len(), kernel.consts.len(), kernel.params.len());
             return Err(Error::argument(format!("launch of {}", kernel.name), found, expected));
         }
-        let variant = shared.variants.get(shared, launch)?;
         let addresses = addresses(shared, launch)?;
+        if shared.hopper.is_on() {
+            if let Some(special) = hopper::special(&pass.launches, i, shared.multiprocessors) {
+                let after: Vec<u64> = self::addresses(shared, &pass.launches[i + 1])?;
+                if shared.hopper.calls(shared, &special, &pass.launches[i..], &addresses, &after, &mut calls)? {
+                    done = i + special.launches;
+                    continue;
+                }
+            }
+        }
+        let variant = shared.variants.get(shared, launch)?;
         for block in cut::blocks(launch.grid, MOST_SIDE, u64::MAX) {
             let mut packed = Vec::with_capacity(packed_words(launch));
             packed.extend_from_slice(&addresses);
@@ -95,7 +123,8 @@ fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
             while let Some(low) = words.next() {
                 packed.push(u64::from(low) | u64::from(words.next().unwrap_or(0)) << 32);
             }
-            calls.push(Call { kernel: kernel.name, variant: variant.clone(), grid: block.size, launch: packed });
+            let (variant, grid) = (variant.clone(), block.size);
+            calls.push(Call { kernel: kernel.name, variant, grid, launch: packed, second: None });
         }
     }
     Ok(calls)
@@ -139,12 +168,13 @@ pub(super) fn run(shared: &Shared, pass: &Pass) -> Result<()> {
 
 fn queue(shared: &Shared, call: &Call) -> Result<()> {
     let [x, y, z] = call.grid;
-    let mut args = [call.launch.as_ptr().cast_mut().cast()];
-    // SAFETY: the kernel takes one struct by value, of the size that was compared when it was loaded; the addresses in it were
+    let mut args = call.parameters();
+    // SAFETY: the kernel takes structs by value, of the sizes that were compared when it was loaded; the addresses in them were
     // checked, and what kernels reach from them is the contract of the row, which the builder of the pass keeps.
     let code = unsafe {
-        let (function, threads, stream) = (call.variant.function, call.variant.threads, shared.stream);
-        sys::cuLaunchKernel(function, x, y, z, threads, 1, 1, 0, stream, args.as_mut_ptr(), std::ptr::null_mut())
+        let (function, threads, bytes) = (call.variant.function, call.variant.threads, call.variant.shared_bytes);
+        let none = std::ptr::null_mut();
+        sys::cuLaunchKernel(function, x, y, z, threads, 1, 1, bytes, shared.stream, args.as_mut_ptr(), none)
     };
     if code == CUresult::CUDA_SUCCESS {
         return Ok(());

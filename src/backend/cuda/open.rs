@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute, CUresult};
 
 use super::driver::{self, Fault};
-use super::{Cuda, Shared, fresh_id, graph, image, launch};
+use super::{Cuda, Shared, fresh_id, graph, hopper, image, launch};
 use crate::error::{Error, Result};
 use crate::tune::{Caps, Class, Kind};
 
@@ -26,6 +26,21 @@ pub struct Devices {
     pub why_none: String,
 }
 
+/// How to open a device.
+#[derive(Debug, Clone, Copy)]
+pub struct OpenOptions {
+    /// Use the kernels for Hopper in the place of a prefill's rows, where they apply: sm_90, q, k and v of 16 bits, heads of 64 or
+    /// 128. They have run from their own program alone and not yet from this backend, so that this is off unless the environment
+    /// variable `GATEDELTA_HOPPER` is 1.
+    pub hopper: bool,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        OpenOptions { hopper: std::env::var_os("GATEDELTA_HOPPER").is_some_and(|v| v == "1") }
+    }
+}
+
 /// A device that the driver lists.
 #[derive(Debug, Clone)]
 pub struct Found {
@@ -35,6 +50,7 @@ pub struct Found {
     pub arch: u32,
     /// The driver's version: 13000 for CUDA 13.0.
     pub version: i32,
+    multiprocessors: u32,
     ordinal: i32,
 }
 
@@ -51,7 +67,7 @@ impl Cuda {
     ///
     /// # Errors
     /// [`Error::Unsupported`] for a driver or an architecture that is too old, [`Error::Device`] if the driver refuses.
-    pub fn open(found: &Found) -> Result<Cuda> {
+    pub fn open(found: &Found, options: &OpenOptions) -> Result<Cuda> {
         let unsupported = |what: String, why: String| Error::Unsupported { what, by: found.caps.name.clone(), why };
         if found.version < LEAST_VERSION {
             let why = format!("its driver is for CUDA {}, the kernels need {}", version(found.version), version(LEAST_VERSION));
@@ -84,10 +100,12 @@ impl Cuda {
             stream,
             caps: found.caps.clone(),
             arch: found.arch,
+            multiprocessors: found.multiprocessors,
             fault,
             images: image::Images::default(),
             variants: launch::Variants::default(),
             graphs: Mutex::new(graph::Graphs::default()),
+            hopper: hopper::Hopper::new(options.hopper && found.arch == 90),
             staging: Mutex::default(),
             id: fresh_id(),
         };
@@ -162,5 +180,6 @@ fn describe(ordinal: i32, driver_version: i32) -> std::result::Result<Found, Str
         threads: 0,
         memory: Some(memory),
     };
-    Ok(Found { caps, arch, version: driver_version, ordinal })
+    let multiprocessors = number("multiprocessors", Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+    Ok(Found { caps, arch, version: driver_version, multiprocessors, ordinal })
 }
