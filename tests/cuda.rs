@@ -7,6 +7,8 @@ mod bad;
 #[cfg(feature = "cuda")]
 mod compiled;
 mod header;
+#[cfg(feature = "cuda")]
+mod special;
 
 use crate::util::Device;
 
