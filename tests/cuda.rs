@@ -66,7 +66,10 @@ pub fn device(name: &'static str) -> Result<Device, String> {
 
     let devices = Cuda::enumerate();
     let found = devices.found.first().ok_or(devices.why_none)?;
-    Ok(Device { name, backend: std::sync::Arc::new(Cuda::open(found, &OpenOptions::default()).map_err(|e| e.to_string())?) })
+    Ok(Device {
+        name,
+        backend: std::sync::Arc::new(Cuda::open(found, &OpenOptions::default()).map_err(|e| e.to_string())?),
+    })
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -62,7 +62,8 @@ fn the_compiled_kernels_are_those_of_the_sources() {
 
 #[test]
 fn together_they_are_small() {
-    let bytes: u64 = families().map(|f| std::fs::metadata(cuda().join(format!("compiled/{f}.fatbin"))).unwrap().len()).sum();
+    let bytes: u64 =
+        families().map(|f| std::fs::metadata(cuda().join(format!("compiled/{f}.fatbin"))).unwrap().len()).sum();
     assert!(bytes <= 4 << 20, "{bytes} bytes");
 }
 
@@ -97,7 +98,10 @@ fn check_resources(dir: &Path) {
                     panic!("{name} of cuda/{family}.cu is not compiled for {arch}");
                 };
                 let most = STACK.iter().find(|(start, _)| name.starts_with(start)).map_or(0, |(_, most)| *most);
-                assert!(*stack <= most && *spills == 0, "{name}, {arch}: {registers} registers, {stack} stack, {spills} spilled");
+                assert!(
+                    *stack <= most && *spills == 0,
+                    "{name}, {arch}: {registers} registers, {stack} stack, {spills} spilled"
+                );
             }
         }
     }
@@ -143,8 +147,9 @@ fn caps() -> Caps {
 /// Everything that the builders may ask for is compiled: for all head sizes, types and counts.
 #[test]
 fn every_choice_is_compiled() {
-    let compiled: BTreeMap<&str, BTreeSet<String>> =
-        families().map(|f| (f, resources(&cuda().join("compiled"), f).into_keys().map(|(name, _)| name).collect())).collect();
+    let compiled: BTreeMap<&str, BTreeSet<String>> = families()
+        .map(|f| (f, resources(&cuda().join("compiled"), f).into_keys().map(|(name, _)| name).collect()))
+        .collect();
     let caps = caps();
     let mut chosen = BTreeSet::new();
     let mut check = |kernel: &'static Kernel, consts: &[(&str, u32)]| {
@@ -206,7 +211,10 @@ fn every_choice_is_compiled() {
                 let t = tune::matvec(&caps, 64, k, dtype);
                 for (batch, glu) in [1, 2, 4, 8].into_iter().flat_map(|b| [(b, 0), (b, 1)]) {
                     let sizes = [("rows", t.rows), ("batch", batch), ("lanes", t.lanes), wide];
-                    check(&kernel::model::MATVEC, &[&[w_type, ("add", 1), ("norm", 1), ("glu", glu)][..], &sizes].concat());
+                    check(
+                        &kernel::model::MATVEC,
+                        &[&[w_type, ("add", 1), ("norm", 1), ("glu", glu)][..], &sizes].concat(),
+                    );
                 }
             }
         }
@@ -227,7 +235,8 @@ fn every_choice_is_compiled() {
     check(&kernel::model::COPY, &[("block", tune::block(&caps))]);
     check(&kernel::model::FILL, &[("block", tune::block(&caps))]);
 
-    let all: BTreeSet<String> = compiled.iter().filter(|(f, _)| **f != "hopper").flat_map(|(_, names)| names.clone()).collect();
+    let all: BTreeSet<String> =
+        compiled.iter().filter(|(f, _)| **f != "hopper").flat_map(|(_, names)| names.clone()).collect();
     let idle: Vec<&String> = all.difference(&chosen).collect();
     assert!(idle.is_empty(), "compiled and never chosen: {idle:?}");
 }

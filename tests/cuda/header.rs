@@ -50,5 +50,8 @@ fn the_header_says_what_the_table_says() {
         std::fs::write(&path, &wanted).unwrap();
     }
     let found = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(found == wanted, "cuda/rows.cuh is not what src/kernel says: GATEDELTA_WRITE=1 cargo test cuda::header renews it");
+    assert!(
+        found == wanted,
+        "cuda/rows.cuh is not what src/kernel says: GATEDELTA_WRITE=1 cargo test cuda::header renews it"
+    );
 }

@@ -48,7 +48,11 @@ impl Backend for As {
     fn alloc(&self, what: &str, bytes: u64) -> gatedelta::Result<gatedelta::backend::Buffer> {
         self.backend.alloc(what, bytes)
     }
-    fn import(&self, what: &str, bytes: gatedelta::backend::HostBytes) -> gatedelta::Result<gatedelta::backend::Buffer> {
+    fn import(
+        &self,
+        what: &str,
+        bytes: gatedelta::backend::HostBytes,
+    ) -> gatedelta::Result<gatedelta::backend::Buffer> {
         self.backend.import(what, bytes)
     }
     fn write(&self, to: &gatedelta::backend::View, bytes: &[u8]) -> gatedelta::Result<()> {
@@ -80,6 +84,10 @@ fn prefills_of_16_bits_and_released_heads_are_replaced() {
             assert_eq!(found.launches, pass.launches.len());
             assert_eq!(found.prepare, format!("hopper_prepare_{name}_k{k}"));
             assert_eq!(found.scan, format!("hopper_scan_{name}_k{k}_w{consumers}"));
+            let compiled = include_str!("../../cuda/compiled/hopper.txt");
+            for kernel in [&found.prepare, &found.scan] {
+                assert!(compiled.contains(&format!("{kernel} sm_90a ")), "{kernel}");
+            }
             // What a block of an H100 may have.
             assert!(found.prepare_bytes.max(found.scan_bytes) <= 227 << 10, "{found:?}");
         }

@@ -50,8 +50,7 @@ impl Graphs {
         if calls.len() < LEAST {
             return Ok(false);
         }
-        let shape: Vec<(usize, u32)> =
-            calls.iter().map(|c| (c.variant.function as usize, c.variant.threads)).collect();
+        let shape: Vec<(usize, u32)> = calls.iter().map(|c| (c.variant.function as usize, c.variant.threads)).collect();
         let Some(at) = self.known.iter().position(|k| k.shape == shape) else {
             if self.known.len() == MOST {
                 if let Some(graph) = self.known.remove(0).graph {
@@ -74,7 +73,9 @@ impl Graphs {
         }
         let launched = result.and_then(|()| match &known.graph {
             // SAFETY: the graph is whole, and its memory is that of the pass, whose views are alive.
-            Some(graph) => shared.fault.result("launch of a graph", unsafe { sys::cuGraphLaunch(graph.exec, shared.stream) }),
+            Some(graph) => {
+                shared.fault.result("launch of a graph", unsafe { sys::cuGraphLaunch(graph.exec, shared.stream) })
+            }
             None => Ok(()),
         });
         self.known.push(known);

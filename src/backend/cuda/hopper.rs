@@ -267,7 +267,8 @@ impl Hopper {
             let numbers = launches[1].args[i].bytes / 2;
             // The last row may be cut off behind its numbers.
             let rows = (numbers.saturating_sub(u64::from(off) + u64::from(width))) / u64::from(stride.max(1)) + 1;
-            let map = tensor_map(shared, at16(after[i], &format!("{name}_off")), rows, width.into(), stride.into(), f16)?;
+            let map =
+                tensor_map(shared, at16(after[i], &format!("{name}_off")), rows, width.into(), stride.into(), f16)?;
             launch.extend_from_slice(&map.opaque);
         }
         let threads = (special.consumers + 1) * 128;
@@ -279,7 +280,14 @@ impl Hopper {
 }
 
 /// Rows of 16-bit numbers, `stride` from one to the next, as the copy engine takes them: in boxes of `[64, 64]`, swizzled.
-fn tensor_map(shared: &Shared, address: u64, rows: u64, width: u64, stride: u64, f16: bool) -> Result<sys::CUtensorMap> {
+fn tensor_map(
+    shared: &Shared,
+    address: u64,
+    rows: u64,
+    width: u64,
+    stride: u64,
+    f16: bool,
+) -> Result<sys::CUtensorMap> {
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
     let dtype = match f16 {
         true => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,

@@ -50,7 +50,8 @@ impl Variants {
         let code = unsafe { sys::cuFuncGetParamInfo(function, 0, &mut offset, &mut bytes) };
         shared.fault.result(&format!("parameters of {}", choice.name), code)?;
         if bytes != 8 * packed_words(launch) {
-            let log = format!("it takes {bytes} bytes, the row {} has {}", launch.kernel.name, 8 * packed_words(launch));
+            let log =
+                format!("it takes {bytes} bytes, the row {} has {}", launch.kernel.name, 8 * packed_words(launch));
             return Err(Error::Compile { kernel: choice.name, device: device.clone(), log });
         }
         let variant = Arc::new(Variant { function, threads: choice.threads, shared_bytes: 0 });

@@ -239,9 +239,10 @@ pub(super) fn read(shared: &Arc<Shared>, from: &View) -> Result<Readback> {
     // SAFETY: the staging memory is as long as the copy and is kept until the event has come.
     let started = unsafe {
         let code = sys::cuMemcpyDtoHAsync_v2(staging.host.cast(), address, bytes, shared.stream);
-        shared.fault.result("read", code).and_then(|()| {
-            shared.fault.result("event of a read", sys::cuEventRecord(staging.event, shared.stream))
-        })
+        shared
+            .fault
+            .result("read", code)
+            .and_then(|()| shared.fault.result("event of a read", sys::cuEventRecord(staging.event, shared.stream)))
     };
     let reading = Reading { shared: shared.clone(), staging: Some(staging), bytes };
     started.map(|()| Readback::new(reading))

@@ -70,7 +70,11 @@ impl Cuda {
     pub fn open(found: &Found, options: &OpenOptions) -> Result<Cuda> {
         let unsupported = |what: String, why: String| Error::Unsupported { what, by: found.caps.name.clone(), why };
         if found.version < LEAST_VERSION {
-            let why = format!("its driver is for CUDA {}, the kernels need {}", version(found.version), version(LEAST_VERSION));
+            let why = format!(
+                "its driver is for CUDA {}, the kernels need {}",
+                version(found.version),
+                version(LEAST_VERSION)
+            );
             return Err(unsupported("opening the device".into(), why));
         }
         if found.arch < LEAST_ARCH {
