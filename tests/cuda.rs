@@ -8,6 +8,8 @@ mod bad;
 mod compiled;
 mod header;
 #[cfg(feature = "cuda")]
+mod replay;
+#[cfg(feature = "cuda")]
 mod special;
 
 use crate::util::Device;
