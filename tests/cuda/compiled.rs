@@ -80,7 +80,7 @@ fn resources(dir: &Path, family: &str) -> BTreeMap<(String, String), [u32; 3]> {
         .collect()
 }
 
-const ARCHITECTURES: [&str; 6] = ["sm_100", "sm_120", "sm_80", "sm_86", "sm_89", "sm_90a"];
+const ARCHITECTURES: [&str; 6] = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"];
 
 /// Bytes of stack that a kernel may have: none, but for those whose name starts like this.
 const STACK: &[(&str, u32)] = &[];
