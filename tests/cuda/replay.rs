@@ -35,7 +35,9 @@ fn what_differs_reaches_the_device() {
     };
     // Launch by launch, as a new graph, as a graph that is changed in its numbers, its memory, and not at all.
     let (one, two) = (memory(), memory());
-    for (to, first, n) in [(&one, 0, 64), (&one, 100, 64), (&one, 200, 64), (&two, 300, 64), (&two, 300, 64), (&one, 400, 32)] {
+    for (to, first, n) in
+        [(&one, 0, 64), (&one, 100, 64), (&one, 200, 64), (&two, 300, 64), (&two, 300, 64), (&one, 400, 32)]
+    {
         backend.run(&fills(backend, to, first, n)).unwrap();
         let found = words(backend, to);
         for (i, block) in found.chunks(WORDS as usize).enumerate() {

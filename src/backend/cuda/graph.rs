@@ -52,10 +52,10 @@ impl Graphs {
         }
         let shape: Vec<(usize, u32)> = calls.iter().map(|c| (c.variant.function as usize, c.variant.threads)).collect();
         let Some(at) = self.known.iter().position(|k| k.shape == shape) else {
-            if self.known.len() == MOST {
-                if let Some(graph) = self.known.remove(0).graph {
-                    graph.free();
-                }
+            if self.known.len() == MOST
+                && let Some(graph) = self.known.remove(0).graph
+            {
+                graph.free();
             }
             self.known.push(Known { shape, graph: None });
             return Ok(false);
@@ -66,10 +66,10 @@ impl Graphs {
             None => Graph::new(shared, calls).map(|graph| known.graph = Some(graph)),
         };
         // A graph whose update failed holds something in between.
-        if result.is_err() {
-            if let Some(graph) = known.graph.take() {
-                graph.free();
-            }
+        if result.is_err()
+            && let Some(graph) = known.graph.take()
+        {
+            graph.free();
         }
         let launched = result.and_then(|()| match &known.graph {
             // SAFETY: the graph is whole, and its memory is that of the pass, whose views are alive.

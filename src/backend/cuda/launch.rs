@@ -28,10 +28,13 @@ unsafe impl Send for Variant {}
 // SAFETY: as above.
 unsafe impl Sync for Variant {}
 
+/// The kernels of a row, by its consts.
+type Row = HashMap<Vec<u32>, Arc<Variant>>;
+
 /// The kernels that were asked for, by row and consts.
 #[derive(Default)]
 pub(super) struct Variants {
-    rows: Mutex<HashMap<&'static str, HashMap<Vec<u32>, Arc<Variant>>>>,
+    rows: Mutex<HashMap<&'static str, Row>>,
 }
 
 impl Variants {
@@ -105,13 +108,13 @@ fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
             return Err(Error::argument(format!("launch of {}", kernel.name), found, expected));
         }
         let addresses = addresses(shared, launch)?;
-        if shared.hopper.is_on() {
-            if let Some(special) = hopper::special(&pass.launches, i, shared.multiprocessors) {
-                let after: Vec<u64> = self::addresses(shared, &pass.launches[i + 1])?;
-                if shared.hopper.calls(shared, &special, &pass.launches[i..], &addresses, &after, &mut calls)? {
-                    done = i + special.launches;
-                    continue;
-                }
+        if shared.hopper.is_on()
+            && let Some(special) = hopper::special(&pass.launches, i, shared.multiprocessors)
+        {
+            let after = self::addresses(shared, &pass.launches[i + 1])?;
+            if shared.hopper.calls(shared, &special, &pass.launches[i..], &addresses, &after, &mut calls)? {
+                done = i + special.launches;
+                continue;
             }
         }
         let variant = shared.variants.get(shared, launch)?;
