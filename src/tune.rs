@@ -87,6 +87,42 @@ pub struct Tile {
     pub grad_scratch: u64,
     /// Bytes that the forward scans of a backward pass may save before the pieces that they were for are walked back.
     pub grad_states: u64,
+    /// When sequences are cut into segments that run at the same time; never if none.
+    pub cut: Option<Cut>,
+}
+
+/// When sequences are cut into segments that run at the same time, see [`crate::plan`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Cut {
+    /// Cells of a scan that occupy the device: pieces with as many are left whole.
+    pub cells: u32,
+    /// Chunks that a segment has at least, but for the last of a sequence.
+    pub least: u32,
+    /// Whether a head is also cut where it has not forgotten what lies before; else it is left whole there.
+    pub exact: bool,
+}
+
+impl Cut {
+    /// Segments of at most this many chunks, however well the device is occupied: for tests and measurements.
+    pub const fn every(chunks: u32) -> Cut {
+        Cut { cells: u32::MAX, least: chunks, exact: true }
+    }
+
+    /// Chunks that a segment has at least, never 0.
+    pub fn least(&self) -> u64 {
+        self.least.max(1) as u64
+    }
+
+    /// Chunks of a segment at most, for `chunks` chunks of which `longest` are of one sequence, when each segment is walked by
+    /// `cells` cells.
+    pub fn span(&self, chunks: u64, longest: u64, cells: u64) -> u64 {
+        let work = chunks.saturating_mul(cells);
+        // As the sequences are: the longest one is the time of all, the others fill the device beside it.
+        if work / longest.max(1) >= self.cells as u64 {
+            return u64::MAX;
+        }
+        work.div_ceil(self.cells.max(1) as u64).max(self.least())
+    }
 }
 
 /// The tile for these heads on this device.
@@ -112,6 +148,7 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             // The forward pass is walked twice but for what fits here: 2700 tokens of 16 heads of 128. With all else it stays
             // below 200 MB.
             grad_states: 128 << 20,
+            cut: None,
         },
         // Threads are lanes of vector registers: two columns a thread, all in registers and the stack, no exchange.
         Kind::WebGpu | Kind::Cuda if caps.class == Class::Software => Tile {
@@ -128,6 +165,7 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             grad_lanes: divisor(heads.v, 128) / 2,
             grad_scratch: 16 << 20,
             grad_states: 64 << 20,
+            cut: None,
         },
         Kind::WebGpu | Kind::Cuda => {
             // A thread takes 4 columns, and 4 rows or a multiple: up to 16 row groups keep the registers of S below 64 for
@@ -156,6 +194,7 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
                     _ => 16 << 20,
                 },
                 grad_states: 96 << 20,
+                cut: None,
             }
         }
     }
@@ -384,6 +423,15 @@ pub fn grad_qk_lanes(caps: &Caps, k: u32, chunk: u32) -> u32 {
         // A thread has 4 columns of both `[C, K]` sums, and a share of the rows that is a power of two: 4 rows for 32 tokens
         // and K = 128.
         Kind::WebGpu | Kind::Cuda => k / 4 * (1 << (256 / (k / 4)).ilog2()).min(chunk),
+    }
+}
+
+/// Threads of a `gdn_carry` workgroup for `columns` columns of the state.
+pub fn carry_lanes(caps: &Caps, heads: &Heads, columns: u32) -> u32 {
+    match caps.kind {
+        Kind::Cpu => 1,
+        // A thread takes 4 x 4 numbers of the state at a time.
+        Kind::WebGpu | Kind::Cuda => (heads.k / 4 * (columns / 4)).clamp(16, 256),
     }
 }
 

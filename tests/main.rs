@@ -7,6 +7,7 @@ mod burn;
 mod burn_gpu;
 mod contract;
 mod cpu;
+mod cut;
 mod formula;
 mod formula_grad;
 mod gdn;

@@ -177,7 +177,7 @@ impl Case {
 
     /// Scale, norm and storage.
     pub fn options(&self, store: Dtype) -> Options {
-        Options { scale: self.scale, qk_l2norm: self.qk_l2norm, store }
+        Options { scale: self.scale, qk_l2norm: self.qk_l2norm, store, ..Options::default() }
     }
 
     /// `[T, Hk, K]`.

@@ -1,0 +1,258 @@
+//! Sequences cut into segments: the same answers as whole ones, whatever the heads forget, forward and backward.
+
+use gatedelta::backend::{Backend, Buffer};
+use gatedelta::gdn::{Backward, GradIo, Gradients, Io, Outputs, Prefill};
+use gatedelta::pass::{Pass, Rows};
+use gatedelta::shape::{Dtype, HeadMap, Heads};
+use gatedelta::tune::{self, Cut, Tile};
+
+use crate::naive::{recurrence, recurrence_grad};
+use crate::util::{Batch, Random, devices, error, heads};
+
+/// How a call is to be cut.
+#[derive(Debug, Clone, Copy)]
+struct How {
+    cut: Option<Cut>,
+    /// [`Options::exact`](gatedelta::gdn::Options::exact).
+    exact: bool,
+    /// Bytes of scratch: few make many pieces.
+    scratch: u64,
+}
+
+impl How {
+    fn every(chunks: u32) -> Self {
+        How { cut: Some(Cut::every(chunks)), exact: false, scratch: 1 << 30 }
+    }
+
+    fn exact(self) -> Self {
+        How { exact: true, ..self }
+    }
+
+    /// Heads that do not forget are left whole.
+    fn or_whole(self) -> Self {
+        How { cut: self.cut.map(|cut| Cut { exact: false, ..cut }), ..self }
+    }
+
+    fn whole() -> Self {
+        How { cut: None, ..How::every(1) }
+    }
+
+    fn tile(&self, backend: &dyn Backend, heads: &Heads) -> Tile {
+        let tile = tune::tile(backend.caps(), heads);
+        Tile { cut: self.cut, scratch: self.scratch, grad_scratch: self.scratch, grad_states: 4 * self.scratch, ..tile }
+    }
+}
+
+fn put(backend: &dyn Backend, bytes: &[u8]) -> Buffer {
+    let buffer = backend.alloc("test", bytes.len().max(16) as u64).unwrap();
+    backend.write(&buffer.view(), bytes).unwrap();
+    buffer
+}
+
+fn numbers(backend: &dyn Backend, x: &[f32], store: Dtype) -> Buffer {
+    match store {
+        Dtype::F32 => put(backend, bytemuck::cast_slice(x)),
+        Dtype::F16 => put(backend, &x.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect::<Vec<_>>()),
+        Dtype::Bf16 => put(backend, &x.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect::<Vec<_>>()),
+    }
+}
+
+fn loaded(backend: &dyn Backend, buffer: &Buffer, n: usize, store: Dtype) -> Vec<f32> {
+    let bytes = backend.read(&buffer.view()).unwrap().wait().unwrap();
+    let halves = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
+    let mut x: Vec<f32> = match store {
+        Dtype::F32 => bytemuck::pod_collect_to_vec(&bytes),
+        Dtype::F16 => halves().map(|b| half::f16::from_le_bytes(b).to_f32()).collect(),
+        Dtype::Bf16 => halves().map(|b| half::bf16::from_le_bytes(b).to_f32()).collect(),
+    };
+    x.truncate(n);
+    x
+}
+
+/// o and ht, and the number of segments.
+fn forward(backend: &dyn Backend, batch: &Batch, how: How) -> (Outputs, usize) {
+    let (h, store) = (batch.shape.heads, batch.options.store);
+    let (qk, vo) = ((h.hk * h.k) as u64, (h.hv * h.v) as u64);
+    let states = batch.shape.sequences() * h.state_len() as usize;
+    let h0 = batch.h0.clone().unwrap_or_else(|| vec![0.0; states]);
+    let [q, k, v] = [&batch.q, &batch.k, &batch.v].map(|x| numbers(backend, x, store));
+    let [g, beta, state] = [&batch.g, &batch.beta, &h0].map(|x| numbers(backend, x, Dtype::F32));
+    let o = numbers(backend, &vec![f32::NAN; batch.v.len()], store);
+    let io = Io {
+        q: Rows::packed(q.view(), qk),
+        k: Rows::packed(k.view(), qk),
+        v: Rows::packed(v.view(), vo),
+        g: g.view(),
+        beta: beta.view(),
+        state: state.view(),
+        o: Rows::packed(o.view(), vo),
+    };
+    let options = gatedelta::gdn::Options { exact: how.exact, ..batch.options };
+    let prefill = Prefill::with_tile(backend, &batch.shape, &options, qk.max(vo), how.tile(backend, &h)).unwrap();
+    let mut pass = Pass::new();
+    prefill.record(&mut pass, &io).unwrap();
+    backend.run(&pass).unwrap();
+    let segments = prefill.plan().pieces.iter().map(|p| p.segments.len()).sum();
+    let (o, ht) = (loaded(backend, &o, batch.v.len(), store), loaded(backend, &state, states, Dtype::F32));
+    (Outputs { o, ht }, segments)
+}
+
+/// Gates of each head by token, for a batch with keys of length 1.
+fn with_gates(mut batch: Batch, gate: impl Fn(usize, usize) -> f32) -> Batch {
+    let hv = batch.shape.heads.hv as usize;
+    batch.g.iter_mut().enumerate().for_each(|(i, g)| *g = gate(i / hv, i % hv));
+    batch
+}
+
+/// Heads that never forget, forget at once, change their mind halfway in either direction, and cliffs of minus infinity.
+fn minds(heads: Heads, lens: &[u64], seed: u64) -> Batch {
+    let batch = Batch::random(heads, lens, true, seed);
+    let mut r = Random::new(seed + 1);
+    let noise: Vec<f32> = (0..batch.g.len()).map(|_| r.unit() as f32 + 0.5).collect();
+    let half = batch.shape.tokens() as usize / 2;
+    let hv = heads.hv as usize;
+    with_gates(batch, |t, h| {
+        let x = noise[t * hv + h];
+        match h % 6 {
+            0 => 0.0,
+            1 => -30.0 * x,
+            2 => if t < half { -1e-3 * x } else { -1.5 * x },
+            3 => if t < half { -1.5 * x } else { -1e-3 * x },
+            4 if t % 37 == 5 => f32::NEG_INFINITY,
+            4 => -1e-2 * x,
+            _ => -0.6 * x,
+        }
+    })
+}
+
+/// The bound of whole sequences.
+fn bound(store: Dtype) -> f64 {
+    crate::util::bound(store)
+}
+
+fn assert_close(what: &str, found: &[f32], expected: &[f64], bound: f64) {
+    let e = error(found, expected);
+    assert!(e <= bound, "{what}: relative error {e:.2e}, at most {bound:.0e} expected");
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+const HOWS: [fn(u32) -> How; 3] = [|n| How::every(n), |n| How::every(n).exact(), |n| How::every(n).or_whole()];
+
+#[test]
+fn heads_of_every_mind_and_ragged_batches() {
+    let shapes: [(Heads, &[u64]); 4] = [
+        (heads(1, 6, 32, 48), &[290]),
+        (heads(6, 6, 48, 16), &[0, 100, 1, 0, 190, 33, 0]),
+        (Heads::new(2, 6, 16, 64, HeadMap::Mod).unwrap(), &[64, 200]),
+        (heads(1, 6, 128, 128), &[260]),
+    ];
+    for (i, (heads, lens)) in shapes.into_iter().enumerate() {
+        let batch = minds(heads, lens, 20 + i as u64);
+        let (o, ht) = recurrence(&batch.inputs(), |_| u64::MAX);
+        for device in devices() {
+            let (_, whole) = forward(&*device.backend, &batch, How::whole());
+            for chunks in [1, 2, 3] {
+                for how in HOWS {
+                    let how = how(chunks);
+                    let (out, segments) = forward(&*device.backend, &batch, how);
+                    let what = format!("{} {heads:?} {lens:?} {how:?}", device.name);
+                    assert!(segments > whole, "{what}: {segments} segments");
+                    assert_close(&format!("{what} o"), &out.o, &o, bound(Dtype::F32));
+                    assert_close(&format!("{what} ht"), &out.ht, &ht, bound(Dtype::F32));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn transitions_equal_the_whole_to_rounding() {
+    let batch = with_gates(Batch::random(heads(1, 2, 64, 64), &[320, 90], true, 31), |_, h| [-0.01, 0.0][h]);
+    let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+    for device in devices() {
+        let (whole, _) = forward(&*device.backend, &batch, How::whole());
+        let (cut, _) = forward(&*device.backend, &batch, How::every(2).exact());
+        assert_close(&format!("{} o", device.name), &cut.o, &wide(&whole.o), 2e-6);
+        assert_close(&format!("{} ht", device.name), &cut.ht, &wide(&whole.ht), 2e-6);
+    }
+}
+
+/// A head that is left whole over every cut computes exactly what a whole sequence does.
+#[test]
+fn a_head_left_whole_gives_the_same_bits() {
+    let batch = with_gates(Batch::random(heads(1, 2, 32, 32), &[200, 0, 40], true, 32), |_, _| 0.0);
+    for device in devices() {
+        let (whole, _) = forward(&*device.backend, &batch, How::whole());
+        let (cut, _) = forward(&*device.backend, &batch, How::every(1).or_whole());
+        assert!(bits(&whole.o) == bits(&cut.o) && bits(&whole.ht) == bits(&cut.ht), "{}", device.name);
+    }
+}
+
+/// Keys so long that a warm-up would be wrong, although the gates forget: the device must see it.
+#[test]
+fn long_keys_and_large_betas_take_the_exact_path() {
+    let forgetful = |_: usize, _: usize| -0.6f32;
+    let mut long = with_gates(Batch::random(heads(1, 1, 32, 32), &[256], true, 33), forgetful);
+    long.options.qk_l2norm = false;
+    // |k| about 2.1, so that a step makes what lies along k up to 3.4 times as long.
+    long.k.iter_mut().for_each(|k| *k *= 0.37);
+    long.q.iter_mut().for_each(|q| *q *= 0.2);
+    long.beta.fill(1.0);
+    let mut large = with_gates(Batch::random(heads(1, 1, 32, 32), &[256], true, 34), forgetful);
+    large.beta.iter_mut().for_each(|b| *b = 2.5);
+    let mut negative = with_gates(Batch::random(heads(1, 1, 32, 32), &[256], true, 35), forgetful);
+    negative.beta.iter_mut().for_each(|b| *b = -0.5);
+    for (what, batch) in [("long keys", long), ("beta 2.5", large), ("beta -0.5", negative)] {
+        for device in devices() {
+            let (exact, _) = forward(&*device.backend, &batch, How::every(4).exact());
+            let (found, _) = forward(&*device.backend, &batch, How::every(4));
+            // The very arithmetic of the exact path, not something near it.
+            assert!(bits(&exact.o) == bits(&found.o), "{} {what}", device.name);
+            let (whole, _) = forward(&*device.backend, &batch, How::whole());
+            let (found, _) = forward(&*device.backend, &batch, How::every(4).or_whole());
+            assert!(bits(&whole.o) == bits(&found.o), "{} {what}, whole", device.name);
+        }
+    }
+    // And short ones do not.
+    let batch = with_gates(Batch::random(heads(1, 1, 32, 32), &[256], true, 36), |_, _| -1.5);
+    for device in devices() {
+        let (exact, _) = forward(&*device.backend, &batch, How::every(4).exact());
+        let (found, _) = forward(&*device.backend, &batch, How::every(4));
+        assert!(bits(&exact.o) != bits(&found.o), "{}: nothing was warmed up", device.name);
+    }
+}
+
+#[test]
+fn every_storage_pieces_and_the_same_bits_again() {
+    let small = |how: How| How { scratch: 60_000, ..how };
+    for store in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+        let mut batch = minds(heads(2, 4, 32, 48), &[170, 3, 0, 120], 40);
+        batch.options.store = store;
+        let (o, ht) = recurrence(&batch.inputs(), |_| u64::MAX);
+        for device in devices() {
+            for how in HOWS {
+                let how = small(how(2));
+                let (out, _) = forward(&*device.backend, &batch, how);
+                let what = format!("{} {store} {how:?}", device.name);
+                assert_close(&format!("{what} o"), &out.o, &o, bound(store));
+                assert_close(&format!("{what} ht"), &out.ht, &ht, bound(store));
+                let (again, _) = forward(&*device.backend, &batch, how);
+                assert!(bits(&out.o) == bits(&again.o) && bits(&out.ht) == bits(&again.ht), "{what}: other bits");
+            }
+        }
+    }
+}
+
+#[test]
+fn nan_is_carried_over_every_cut_by_the_exact_path() {
+    for device in devices() {
+        let mut batch = with_gates(Batch::random(heads(1, 2, 32, 32), &[200], true, 41), |_, _| -1.0);
+        batch.v[(10 * 2 + 1) * 32 + 5] = f32::NAN;
+        let (out, _) = forward(&*device.backend, &batch, How::every(1).exact());
+        assert!(out.o[(199 * 2 + 1) * 32 + 5].is_nan(), "{}: NaN was lost", device.name);
+        assert!(out.o.chunks(64).all(|o| o[..32].iter().all(|x| x.is_finite())), "{}: head 0", device.name);
+    }
+}
