@@ -36,7 +36,7 @@ use crate::backend::View;
 use crate::error::{Error, Result};
 use crate::pass::Rows;
 use crate::shape::{Dtype, Heads, Shape};
-use crate::tune::Caps;
+use crate::tune::{Caps, Cut, Tile};
 
 /// How the operator is asked to compute.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -51,9 +51,19 @@ pub struct Options {
     /// leaves out there what its gates have shrunk to less than `exp(-17)`, or `exp(-12)` where numbers have 16 bits; see
     /// [`crate::kernel::gdn_cut`].
     pub exact: bool,
+    /// Chunks of a segment at most, 0 for sequences that are never cut; the device's own choice ([`crate::tune::Cut`]) if none.
+    pub cut: Option<u32>,
 }
 
 impl Options {
+    /// The tile with the cut that is asked for.
+    fn cut(&self, tile: Tile) -> Tile {
+        match self.cut {
+            None => tile,
+            Some(chunks) => Tile { cut: (chunks > 0).then_some(Cut::every(chunks)), ..tile },
+        }
+    }
+
     fn scale_for(&self, heads: &Heads) -> Result<f32> {
         match self.scale {
             None => Ok((heads.k as f32).powf(-0.5)),

@@ -13,7 +13,7 @@
 //! decide where sequences are cut; what is done at a cut is decided by the device, head by head.
 
 use crate::error::{Error, Result};
-use crate::shape::Shape;
+use crate::shape::{Heads, Shape};
 use crate::tune::{Cut, Tile};
 
 /// Up to C consecutive tokens of one sequence.
@@ -122,6 +122,13 @@ pub const fn saved_per_chunk_head(chunk: u32, dk: u32, dv: u32) -> u64 {
 }
 
 impl Plan {
+    /// Bytes that cut pieces need beside, used again by each: walks, states and transitions, see [`crate::kernel::gdn_cut`].
+    pub fn cut_bytes(&self, heads: &Heads, align: u64) -> [u64; 3] {
+        let (slots, hv, k) = (self.cut_slots, heads.hv as u64, heads.k as u64);
+        let walks = 2 * (slots * hv * 16).next_multiple_of(align.max(16));
+        [walks, slots * heads.state_len() * 4, slots * hv * k * k * 4]
+    }
+
     /// Plans a prefill or a backward pass.
     ///
     /// # Errors

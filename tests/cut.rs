@@ -256,3 +256,101 @@ fn nan_is_carried_over_every_cut_by_the_exact_path() {
         assert!(out.o.chunks(64).all(|o| o[..32].iter().all(|x| x.is_finite())), "{}: head 0", device.name);
     }
 }
+
+/// The gradients, and the number of segments.
+fn backward(backend: &dyn Backend, batch: &Batch, d_o: &[f32], dht: &[f32], how: How) -> (Gradients, usize) {
+    let (h, store) = (batch.shape.heads, batch.options.store);
+    let (qk, vo) = ((h.hk * h.k) as u64, (h.hv * h.v) as u64);
+    let [q, k, v, d_o] = [&batch.q[..], &batch.k, &batch.v, d_o].map(|x| numbers(backend, x, store));
+    let [g, beta, dstate] = [&batch.g[..], &batch.beta, dht].map(|x| numbers(backend, x, Dtype::F32));
+    let nan = |n: usize, store: Dtype| numbers(backend, &vec![f32::NAN; n], store);
+    let (dq, dk, dv) = (nan(batch.q.len(), store), nan(batch.k.len(), store), nan(batch.v.len(), store));
+    let (dg, dbeta) = (nan(batch.g.len(), Dtype::F32), nan(batch.g.len(), Dtype::F32));
+    let h0 = batch.h0.as_ref().map(|h0| numbers(backend, h0, Dtype::F32).view());
+    let rows = |x: &Buffer, width: u64| Rows::packed(x.view(), width);
+    let io = GradIo {
+        q: rows(&q, qk),
+        k: rows(&k, qk),
+        v: rows(&v, vo),
+        g: g.view(),
+        beta: beta.view(),
+        h0,
+        d_o: rows(&d_o, vo),
+        dq: rows(&dq, qk),
+        dk: rows(&dk, qk),
+        dv: rows(&dv, vo),
+        dg: dg.view(),
+        dbeta: dbeta.view(),
+        dstate: dstate.view(),
+    };
+    let options = gatedelta::gdn::Options { exact: how.exact, ..batch.options };
+    let plan = Backward::with_tile(backend, &batch.shape, &options, qk.max(vo), how.tile(backend, &h)).unwrap();
+    let mut pass = Pass::new();
+    plan.record(&mut pass, &io).unwrap();
+    backend.run(&pass).unwrap();
+    let get = |x: &Buffer, n: usize, store: Dtype| loaded(backend, x, n, store);
+    let found = Gradients {
+        dq: get(&dq, batch.q.len(), store),
+        dk: get(&dk, batch.k.len(), store),
+        dv: get(&dv, batch.v.len(), store),
+        dg: get(&dg, batch.g.len(), Dtype::F32),
+        dbeta: get(&dbeta, batch.g.len(), Dtype::F32),
+        dh0: get(&dstate, dht.len(), Dtype::F32),
+    };
+    (found, plan.plan().pieces.iter().map(|p| p.segments.len()).sum())
+}
+
+fn named(g: &Gradients) -> [(&'static str, &[f32]); 6] {
+    [("dq", &g.dq), ("dk", &g.dk), ("dv", &g.dv), ("dg", &g.dg), ("dbeta", &g.dbeta), ("dh0", &g.dh0)]
+}
+
+#[test]
+fn gradients_of_heads_of_every_mind() {
+    let shapes: [(Heads, &[u64], u64, Dtype); 4] = [
+        (heads(1, 6, 32, 48), &[230], 1 << 30, Dtype::F32),
+        (heads(6, 6, 48, 16), &[0, 70, 1, 0, 120, 33, 0], 1 << 30, Dtype::F32),
+        // Few bytes: many pieces, in several blocks.
+        (Heads::new(2, 6, 16, 32, HeadMap::Mod).unwrap(), &[64, 150], 400_000, Dtype::F32),
+        (heads(2, 4, 32, 32), &[170], 1 << 30, Dtype::Bf16),
+    ];
+    for (i, (heads, lens, scratch, store)) in shapes.into_iter().enumerate() {
+        let mut batch = minds(heads, lens, 50 + i as u64);
+        batch.options.store = store;
+        let mut r = Random::new(60 + i as u64);
+        let (d_o, dht) = (r.normals(batch.v.len()), r.normals(lens.len() * heads.state_len() as usize));
+        let expected = recurrence_grad(&batch.inputs(), &d_o, Some(&dht));
+        let most = if store == Dtype::F32 { 1e-5 } else { 5e-3 };
+        for device in devices() {
+            for how in HOWS {
+                let how = How { scratch, ..how(2) };
+                let (_, whole) = backward(&*device.backend, &batch, &d_o, &dht, How { cut: None, ..how });
+                let (found, segments) = backward(&*device.backend, &batch, &d_o, &dht, how);
+                let what = format!("{} {heads:?} {lens:?} {how:?}", device.name);
+                assert!(segments > whole, "{what}: {segments} segments");
+                for ((name, found), (_, expected)) in named(&found).into_iter().zip(expected.named()) {
+                    assert_close(&format!("{what} {name}"), found, expected, most);
+                }
+                let (again, _) = backward(&*device.backend, &batch, &d_o, &dht, how);
+                assert!(named(&found).iter().zip(named(&again)).all(|(a, b)| bits(a.1) == bits(b.1)), "{what}: other bits");
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_through_transitions_equal_the_whole_to_rounding() {
+    let batch = with_gates(Batch::random(heads(1, 2, 64, 64), &[320, 90], true, 71), |_, h| [-0.01, 0.0][h]);
+    let mut r = Random::new(72);
+    let (d_o, dht) = (r.normals(batch.v.len()), r.normals(2 * batch.shape.heads.state_len() as usize));
+    for device in devices() {
+        let (whole, _) = backward(&*device.backend, &batch, &d_o, &dht, How::whole());
+        let (cut, _) = backward(&*device.backend, &batch, &d_o, &dht, How::every(2).exact());
+        let (walked, _) = backward(&*device.backend, &batch, &d_o, &dht, How::every(1).or_whole());
+        for (((name, whole), (_, cut)), (_, walked)) in named(&whole).into_iter().zip(named(&cut)).zip(named(&walked)) {
+            let wide: Vec<f64> = whole.iter().map(|&x| f64::from(x)).collect();
+            assert_close(&format!("{} {name}", device.name), cut, &wide, 3e-6);
+            // Head 1 forgets nothing, and head 0 nothing within a chunk.
+            assert!(bits(whole) == bits(walked), "{} {name}: a head left whole has other bits", device.name);
+        }
+    }
+}

@@ -196,6 +196,6 @@ fn sequences_are_cut_while_the_device_is_not_occupied() {
     assert_eq!(segments(4, 1, &[2048]), [1]);
     // Two alike are 8 cells; a short one beside a long one is hardly any.
     assert_eq!(segments(8, 1, &[2048, 2048]), [1, 1]);
-    assert_eq!(segments(16, 1, &[2048, 2048]), [2, 2]);
+    assert_eq!(segments(32, 1, &[2048, 2048]), [4, 4]);
     assert_eq!(segments(16, 1, &[2048, 32, 0]), [4, 1, 0]);
 }

@@ -66,22 +66,23 @@ impl CutBuffers {
         options: &Options,
         tile: &Tile,
     ) -> Result<Option<Self>> {
-        let (heads, slots) = (&shape.heads, plan.cut_slots);
-        let Some(cut) = tile.cut.filter(|_| slots > 0) else { return Ok(None) };
+        let heads = &shape.heads;
+        let Some(cut) = tile.cut.filter(|_| plan.cut_slots > 0) else { return Ok(None) };
         let exact = match (options.exact, cut.exact) {
             (true, _) => Exact::Always,
             (false, true) => Exact::Needed,
             (false, false) => Exact::Never,
         };
         let caps = backend.caps().clone();
-        let (hv, k) = (heads.hv as u64, heads.k as u64);
-        let table = (slots * hv * 16).next_multiple_of(caps.align.max(16));
-        let transitions = if exact == Exact::Never { 16 } else { slots * hv * k * k * 4 };
+        let [walks, carried, mut transitions] = plan.cut_bytes(heads, caps.align);
+        if exact == Exact::Never {
+            transitions = 16;
+        }
         Ok(Some(CutBuffers {
             exact,
             forgotten: forgotten(options.store),
-            walks: backend.alloc("walks of a cut sequence", 2 * table)?,
-            carried: backend.alloc("states of a cut sequence", slots * heads.state_len() * 4)?,
+            walks: backend.alloc("walks of a cut sequence", walks)?,
+            carried: backend.alloc("states of a cut sequence", carried)?,
             transitions: backend.alloc("transitions of a cut sequence", transitions)?,
             caps,
         }))
