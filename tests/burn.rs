@@ -262,7 +262,7 @@ fn gated_linear_attention_is_its_recurrence() {
 }
 
 /// Fills every parameter with its own random numbers: exact in bf16, and the same whatever other tests draw from burn.
-struct Fill(Random);
+pub struct Fill(pub Random);
 
 impl ModuleMapper for Fill {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
@@ -278,10 +278,10 @@ impl ModuleMapper for Fill {
 }
 
 /// Moves parameter number `at` by `step` times its own random direction, and makes all of them float64.
-struct Nudge {
-    at: usize,
-    step: f64,
-    seen: usize,
+pub struct Nudge {
+    pub at: usize,
+    pub step: f64,
+    pub seen: usize,
 }
 
 impl ModuleMapper for Nudge {
@@ -299,10 +299,10 @@ impl ModuleMapper for Nudge {
 }
 
 /// The gradient of every parameter, with its place in the model.
-struct Collect<'a> {
-    grads: &'a Gradients,
-    path: Vec<String>,
-    found: Vec<(String, Vec<f64>)>,
+pub struct Collect<'a> {
+    pub grads: &'a Gradients,
+    pub path: Vec<String>,
+    pub found: Vec<(String, Vec<f64>)>,
 }
 
 impl ModuleVisitor for Collect<'_> {
@@ -496,7 +496,7 @@ fn what_cannot_be_saved_is_an_error() {
 }
 
 /// What a panic said.
-fn said<R>(f: impl FnOnce() -> R) -> String {
+pub fn said<R>(f: impl FnOnce() -> R) -> String {
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)) {
         Ok(_) => "nothing".into(),
         Err(said) => said.downcast_ref::<String>().cloned().unwrap_or_default(),

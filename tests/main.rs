@@ -5,6 +5,8 @@ mod attention;
 mod burn;
 #[cfg(feature = "burn-gpu")]
 mod burn_gpu;
+#[cfg(feature = "burn")]
+mod burn_mix;
 mod contract;
 mod cpu;
 mod cut;

@@ -18,7 +18,7 @@ pub struct Args {
     /// A text; markers of the template in it are tokens
     #[arg(long, value_name = "FILE")]
     text: PathBuf,
-    /// The file to write: ids [T] u32, logits [T, vocab] f32, and the text as metadata
+    /// The file to write: ids `[T]` u32, logits `[T, vocab]` f32, and the text as metadata
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// As the agent's option
@@ -52,6 +52,7 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use gatedelta::qwen::Config;
     use gatedelta_agent::builtin;
     use safetensors::SafeTensors;
 
@@ -70,7 +71,8 @@ mod tests {
         let ids = file.tensor("ids").unwrap().data().to_vec();
         let logits = file.tensor("logits").unwrap();
         let tokens = ids.len() / 4;
-        assert_eq!(logits.shape(), [tokens, 512]);
+        let vocab = Config::read(&dir.path().join("config.json")).unwrap().vocab as usize;
+        assert_eq!(logits.shape(), [tokens, vocab]);
         assert!(tokens > 5 && logits.data().chunks(4).all(|x| f32::from_le_bytes(x.try_into().unwrap()).is_finite()));
         let why = run(&Args { text: path("nothing"), ..args }, &mut Vec::new()).unwrap_err().to_string();
         assert!(why.contains("nothing cannot be read"), "{why}");
