@@ -203,13 +203,7 @@ fn span(cut: &Cut, chunks: &[Chunk], shape: &Shape, tile: &Tile) -> usize {
 }
 
 /// One piece, with segments of at most `span` chunks, and its rows in the tables.
-fn piece(
-    chunks: &[Chunk],
-    range: std::ops::Range<usize>,
-    span: usize,
-    align: u64,
-    tables: &mut Vec<u32>,
-) -> Piece {
+fn piece(chunks: &[Chunk], range: std::ops::Range<usize>, span: usize, align: u64, tables: &mut Vec<u32>) -> Piece {
     let own = &chunks[range.clone()];
     let t0 = own[0].start;
     let last = own[own.len() - 1];

@@ -104,7 +104,9 @@ fn gdn_variants(caps: &Caps, heads: &Heads, out: &mut Vec<Variant>) {
                 out.push(variant(&STEP, caps, &step));
             }
         }
-        for (save, walk, grad) in [(0, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 1), (2, 0, 0), (2, 1, 0), (2, 2, 0), (2, 2, 1)] {
+        for (save, walk, grad) in
+            [(0, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 1), (2, 0, 0), (2, 1, 0), (2, 2, 0), (2, 2, 1)]
+        {
             let scan = [
                 ("chunk", tile.chunk),
                 ("dk", heads.k),

@@ -2,6 +2,7 @@
 
 use gatedelta::backend::{Backend, Buffer};
 use gatedelta::gdn::{Backward, GradIo, Gradients, Io, Outputs, Prefill};
+use gatedelta::kernel::gdn_cut::{CUT, CutConsts, CutParams};
 use gatedelta::pass::{Pass, Rows};
 use gatedelta::shape::{Dtype, HeadMap, Heads};
 use gatedelta::tune::{self, Cut, Tile};
@@ -116,8 +117,20 @@ fn minds(heads: Heads, lens: &[u64], seed: u64) -> Batch {
         match h % 6 {
             0 => 0.0,
             1 => -30.0 * x,
-            2 => if t < half { -1e-3 * x } else { -1.5 * x },
-            3 => if t < half { -1.5 * x } else { -1e-3 * x },
+            2 => {
+                if t < half {
+                    -1e-3 * x
+                } else {
+                    -1.5 * x
+                }
+            }
+            3 => {
+                if t < half {
+                    -1.5 * x
+                } else {
+                    -1e-3 * x
+                }
+            }
             4 if t % 37 == 5 => f32::NEG_INFINITY,
             4 => -1e-2 * x,
             _ => -0.6 * x,
@@ -257,6 +270,110 @@ fn nan_is_carried_over_every_cut_by_the_exact_path() {
     }
 }
 
+/// The walks that a device decides on, `[segments, Hv]` between segments and of them, for chunks of these gammas, negative where
+/// a chunk does not contract.
+fn walks(
+    backend: &dyn Backend,
+    gammas: &[[f32; 2]],
+    segments: &[[u32; 4]],
+    back: u32,
+    exact: u32,
+) -> [Vec<[u32; 4]>; 2] {
+    let (chunk, hv, n) = (16usize, 2u32, segments.len() as u32);
+    let size = 2 * chunk * chunk + 4 * chunk;
+    let mut ws = vec![f32::NAN; gammas.len() * 2 * size];
+    for (i, gamma) in gammas.iter().flatten().enumerate() {
+        let at = i * size + 2 * chunk * chunk + 3 * chunk;
+        (ws[at], ws[at + 1]) = (gamma.abs(), if *gamma < 0.0 { 0.0 } else { 1.0 });
+    }
+    let half = n * hv + 3;
+    let table = put(backend, bytemuck::cast_slice(&vec![u32::MAX; 4 * (half + n * hv) as usize]));
+    let args = [
+        &numbers(backend, &ws, Dtype::F32).view(),
+        &put(backend, bytemuck::cast_slice(segments)).view(),
+        &table.view(),
+    ];
+    let consts = CutConsts { chunk: chunk as u32, grad: 0, back, exact };
+    let params = CutParams { hv, segments: n, sequences: 3, half, forgotten: 0.01 };
+    let mut pass = Pass::new();
+    pass.launch(&CUT, consts, params, &args, [hv, 1, 1], 1000);
+    backend.run(&pass).unwrap();
+    let rows: Vec<[u32; 4]> = backend.read(&table.view()).unwrap().wait_as().unwrap();
+    let table = (n * hv) as usize;
+    assert!(rows[table..half as usize].iter().flatten().all(|&x| x == u32::MAX), "rows between the tables");
+    [rows[..table].to_vec(), rows[half as usize..].to_vec()]
+}
+
+#[test]
+fn the_device_decides_what_to_do_at_each_cut() {
+    // Sequence 0 has segments of 3, 3 and 1 chunks, sequence 1 none, sequence 2 one of 2 and one of 1.
+    let segments = [[0, 3, 3, 0], [3, 3, 4, 3], [6, 1, 0, 4], [7, 2, 5, 2], [9, 1, 2, 5]];
+    // Head 0 forgets by two chunks, but for one where it does not contract; head 1 not within sequence 0.
+    let gammas = [
+        [0.05, 1.0],
+        [0.05, 0.9],
+        [0.05, 1.0],
+        [0.05, 0.5],
+        [-0.05, 0.5],
+        [0.0, 1.0],
+        [1.0, 1.0],
+        [0.5, 0.0],
+        [0.5, 1.0],
+        [1.0, 1.0],
+    ];
+    let none = [0; 4];
+    for device in devices() {
+        let run = |back, exact| walks(&*device.backend, &gammas, &segments, back, exact);
+        let what = |rows: [Vec<[u32; 4]>; 2], head: usize| {
+            rows.map(|t| t.into_iter().skip(head).step_by(2).collect::<Vec<_>>())
+        };
+        // Forward: the last chunks of a segment. One chunk of gamma 0 is enough, whatever the next one is.
+        let whole_segments = vec![[0, 3, 3, 3], [3, 3, 4, 4], [6, 1, 0, 0], [7, 2, 5, 5], [9, 1, 2, 2]];
+        let expected = [vec![[1, 2, 0, 4], [5, 1, 0, 0], none, [7, 2, 1, 2], none], whole_segments.clone()];
+        assert_eq!(what(run(0, 1), 0), expected, "{}", device.name);
+        let expected = [vec![[0, 3, 1, 4], [3, 3, 1, 0], none, [7, 2, 0, 2], none], whole_segments.clone()];
+        assert_eq!(what(run(0, 1), 1), expected, "{}", device.name);
+        let always = vec![[0, 3, 1, 4], [3, 3, 1, 0], none, [7, 2, 1, 2], none];
+        assert_eq!(what(run(0, 2), 0), [always, whole_segments], "{}", device.name);
+        // Without transitions a walk goes on, and ends in the sequence's slot.
+        let expected = [
+            vec![[1, 2, 0, 4], [5, 1, 0, 0], none, none, none],
+            vec![[0, 3, 3, 3], [3, 3, 4, 4], [6, 1, 0, 0], [7, 3, 5, 2], none],
+        ];
+        assert_eq!(what(run(0, 0), 0), expected, "{}", device.name);
+        let expected =
+            [vec![none, none, none, [7, 2, 0, 2], none], vec![[0, 7, 3, 0], none, none, [7, 2, 5, 5], [9, 1, 2, 2]]];
+        assert_eq!(what(run(0, 0), 1), expected, "{}", device.name);
+        // Backward: the first chunks of a segment, for the one before it.
+        let expected = [
+            vec![none, [3, 3, 1, 0], [6, 1, 1, 3], none, [9, 1, 1, 2]],
+            vec![[0, 3, 0, 0], [3, 3, 3, 3], [6, 1, 4, 4], [7, 2, 2, 2], [9, 1, 5, 5]],
+        ];
+        assert_eq!(what(run(1, 1), 0), expected, "{}", device.name);
+        let expected = [vec![none; 5], vec![none, none, [0, 7, 4, 0], none, [7, 3, 5, 2]]];
+        assert_eq!(what(run(1, 0), 0), expected, "{}", device.name);
+    }
+}
+
+#[test]
+fn tables_that_the_cpu_refuses() {
+    let cpu = &devices()[0];
+    let refused = |segments: &[[u32; 4]], half: u32, word: &str| {
+        let ws = numbers(&*cpu.backend, &vec![0.0; 2 * (2 * 256 + 64)], Dtype::F32);
+        let (table, walks) = (put(&*cpu.backend, bytemuck::cast_slice(segments)), put(&*cpu.backend, &[0; 256]));
+        let params = CutParams { hv: 1, segments: segments.len() as u32, sequences: 1, half, forgotten: 0.1 };
+        let consts = CutConsts { chunk: 16, grad: 0, back: 0, exact: 1 };
+        let mut pass = Pass::new();
+        pass.launch(&CUT, consts, params, &[&ws.view(), &table.view(), &walks.view()], [1, 1, 1], 1);
+        let text = cpu.backend.run(&pass).unwrap_err().to_string();
+        assert!(text.contains("gdn_cut") && text.contains(word), "{text} lacks {word:?}");
+    };
+    refused(&[[0, 3, 0, 0]], 1, "segments[0]");
+    refused(&[[0, 1, 1, 0], [1, 1, 1, 1]], 2, "below 1 for the last of a sequence");
+    refused(&[[0, 1, 1, 0], [1, 1, 0, 1]], 1, "half");
+    refused(&[[0, 1, 1, 0], [1, 1, 0, 1]], 20, "walks");
+}
+
 /// The gradients, and the number of segments.
 fn backward(backend: &dyn Backend, batch: &Batch, d_o: &[f32], dht: &[f32], how: How) -> (Gradients, usize) {
     let (h, store) = (batch.shape.heads, batch.options.store);
@@ -331,7 +448,10 @@ fn gradients_of_heads_of_every_mind() {
                     assert_close(&format!("{what} {name}"), found, expected, most);
                 }
                 let (again, _) = backward(&*device.backend, &batch, &d_o, &dht, how);
-                assert!(named(&found).iter().zip(named(&again)).all(|(a, b)| bits(a.1) == bits(b.1)), "{what}: other bits");
+                assert!(
+                    named(&found).iter().zip(named(&again)).all(|(a, b)| bits(a.1) == bits(b.1)),
+                    "{what}: other bits"
+                );
             }
         }
     }

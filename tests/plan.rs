@@ -183,11 +183,18 @@ fn sequences_are_cut_while_the_device_is_not_occupied() {
     };
     let segments = |cells: u32, least: u32, lens: &[u64]| {
         let cut = Some(Cut { cells, least, exact: true });
-        let cu = std::iter::once(0).chain(lens.iter().scan(0, |t, &n| { *t += n; Some(*t) })).collect();
+        let cu = std::iter::once(0)
+            .chain(lens.iter().scan(0, |t, &n| {
+                *t += n;
+                Some(*t)
+            }))
+            .collect();
         let shape = Shape::new(heads, cu).unwrap();
         let tile = Tile { cut, dv_tile: 16, ..tile(32, 1 << 30) };
         let plan = check(&shape, &tile, &limits);
-        let of = |n: usize| plan.pieces[0].segments.iter().filter(|s| plan.chunks[s.first_chunk as usize].seq as usize == n).count();
+        let of = |n: usize| {
+            plan.pieces[0].segments.iter().filter(|s| plan.chunks[s.first_chunk as usize].seq as usize == n).count()
+        };
         (0..lens.len()).map(of).collect::<Vec<_>>()
     };
     // 64 chunks, 2 heads in 2 tiles: 4 cells a segment.

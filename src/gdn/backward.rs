@@ -395,16 +395,7 @@ impl GradPiece<'_> {
                 do_stride: self.d_o.stride,
                 do_off: self.d_o.off,
             },
-            &[
-                &self.q.view,
-                &self.k.view,
-                &self.d_o.view,
-                &self.ws,
-                &tables.chunks,
-                segments,
-                dstate,
-                &self.dsaved,
-            ],
+            &[&self.q.view, &self.k.view, &self.d_o.view, &self.ws, &tables.chunks, segments, dstate, &self.dsaved],
             [tables.n_segments, h.hv, h.v / tile.dv_grad],
             tables.n_chunks as u64 * h.hv as u64 * (6 * c * dk * dv + 4 * c * c * dv),
         );

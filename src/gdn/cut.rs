@@ -131,12 +131,7 @@ impl CutBuffers {
         let half = table.next_multiple_of(self.caps.align.max(16));
         pass.launch(
             &CUT,
-            CutConsts {
-                chunk: rows.tile.chunk,
-                grad: scan.grad as u32,
-                back: back as u32,
-                exact: self.exact as u32,
-            },
+            CutConsts { chunk: rows.tile.chunk, grad: scan.grad as u32, back: back as u32, exact: self.exact as u32 },
             CutParams {
                 hv,
                 segments: tables.n_segments,

@@ -191,7 +191,9 @@ impl Row for Carry<'_> {
         distinct_slots(CARRY.name, "segments", &slots, self.slots)?;
         let transitions = self.m.all().len() / (hv * dk * dk);
         match self.walks.all()[..known * hv].iter().find(|w| w[1] > 0 && w[2] == 1 && w[3] as usize >= transitions) {
-            Some(w) => Err(Error::argument(format!("{}: slot of a walk", CARRY.name), w[3], format!("below {transitions}"))),
+            Some(w) => {
+                Err(Error::argument(format!("{}: slot of a walk", CARRY.name), w[3], format!("below {transitions}")))
+            }
             None => Ok(()),
         }
     }
