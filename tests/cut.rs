@@ -207,7 +207,8 @@ fn a_head_left_whole_gives_the_same_bits() {
 /// Keys so long that a warm-up would be wrong, although the gates forget: the device must see it.
 #[test]
 fn long_keys_and_large_betas_take_the_exact_path() {
-    let forgetful = |_: usize, _: usize| -0.6f32;
+    // Just enough for 64 tokens: what a warm-up leaves out shows in the last bits.
+    let forgetful = |_: usize, _: usize| -0.27f32;
     let mut long = with_gates(Batch::random(heads(1, 1, 32, 32), &[256], true, 33), forgetful);
     long.options.qk_l2norm = false;
     // |k| about 2.1, so that a step makes what lies along k up to 3.4 times as long.
@@ -230,7 +231,7 @@ fn long_keys_and_large_betas_take_the_exact_path() {
         }
     }
     // And short ones do not.
-    let batch = with_gates(Batch::random(heads(1, 1, 32, 32), &[256], true, 36), |_, _| -1.5);
+    let batch = with_gates(Batch::random(heads(1, 1, 32, 32), &[256], true, 36), forgetful);
     for device in devices() {
         let (exact, _) = forward(&*device.backend, &batch, How::every(4).exact());
         let (found, _) = forward(&*device.backend, &batch, How::every(4));
