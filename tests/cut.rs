@@ -8,7 +8,7 @@ use gatedelta::shape::{Dtype, HeadMap, Heads};
 use gatedelta::tune::{self, Cut, Tile};
 
 use crate::naive::{recurrence, recurrence_grad};
-use crate::util::{Batch, Random, devices, error, heads};
+use crate::util::{Batch, Random, bound, devices, error, heads};
 
 /// How a call is to be cut.
 #[derive(Debug, Clone, Copy)]
@@ -136,11 +136,6 @@ fn minds(heads: Heads, lens: &[u64], seed: u64) -> Batch {
             _ => -0.6 * x,
         }
     })
-}
-
-/// The bound of whole sequences.
-fn bound(store: Dtype) -> f64 {
-    crate::util::bound(store)
 }
 
 fn assert_close(what: &str, found: &[f32], expected: &[f64], bound: f64) {

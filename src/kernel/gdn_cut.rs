@@ -104,7 +104,8 @@ fields! {
 }
 
 /// The states before all segments, one segment after the other: `S <- M S + E` where there is a transition.
-/// - walks, the first table, and segments as [`CUT`] wrote and read them; sequences `[sequences]` of (first segment, segments, 0, 0)
+/// - walks, the first table, and segments as [`CUT`] wrote and read them
+/// - sequences `[sequences]` of (first segment, segments, 0, 0)
 /// - m `[slots, Hv, K, K]` f32, by the slot of E
 /// - state `[sequences, Hv, K, V]` f32, before the first segment
 /// - carried `[slots, Hv, K, V]` f32: E on entry, the state before each segment on return; for a sequence without segments its
