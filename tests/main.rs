@@ -29,6 +29,10 @@ mod qwen_naive;
 #[cfg(feature = "qwen")]
 mod qwen_sample;
 #[cfg(feature = "qwen")]
+mod qwen_state;
+#[cfg(feature = "store")]
+mod qwen_store;
+#[cfg(feature = "qwen")]
 mod qwen_text;
 mod util;
 #[cfg(feature = "webgpu")]
