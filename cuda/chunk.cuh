@@ -10,7 +10,7 @@ constexpr u32 WS_P = C * C;             // P [C, C]
 constexpr u32 WS_U = 2 * C * C;         // u [C]
 constexpr u32 WS_O = WS_U + C;          // o [C]
 constexpr u32 WS_N = WS_U + 2 * C;      // n [C]
-constexpr u32 WS_GAMMA = WS_U + 3 * C;  // gamma_C, in [C]
+constexpr u32 WS_GAMMA = WS_U + 3 * C;  // gamma_C, then 1 if no token makes a state longer, in [C]
 constexpr u32 WS_SHORT = WS_U + 4 * C;
 constexpr u32 WS_B = WS_SHORT;          // B [C, C]
 constexpr u32 WS_G = WS_B + C * C;      // G [C, C]
@@ -30,11 +30,20 @@ __device__ __forceinline__ uint4 chunk_of(const void* chunks, u32 i) {
     return chunk;
 }
 
-// (first chunk, end, slot, 0) of a segment, the end inside a table of `bytes` bytes
-__device__ __forceinline__ uint4 segment_of(const void* segments, u32 i, uint64_t bytes) {
-    uint4 segment = ((const uint4*)segments)[i];
-    segment.y = (u32)min((uint64_t)segment.x + segment.y, bytes / 16);
-    return segment;
+// What a scan walks: chunks from a first one on, from the state in a slot, which it leaves in another.
+struct Walk {
+    u32 first, end, slot, to;
+    bool taken;
+};
+
+// The walk of a segment and head by the table of segments (kind 0: first chunk, chunks, slot, _) or by one of walks, [segments, Hv]:
+// kind 1: first chunk, chunks, slot, slot to leave the state in; 2 and 3: first chunk, chunks, transition, slot to leave it in. With 3
+// only those with a transition are taken. The end is inside a table of chunks of `bytes` bytes.
+__device__ __forceinline__ Walk walk_of(u32 kind, const void* table, u32 segment, u32 head, u32 hv, uint64_t bytes) {
+    const uint4 row = ((const uint4*)table)[kind > 0 ? (size_t)segment * hv + head : segment];
+    const u32 chunks = kind == 3 && row.z != 1 ? 0 : row.y;
+    const u32 end = (u32)min((uint64_t)row.x + chunks, bytes / 16);
+    return {row.x, end, row.z, kind == 0 ? row.z : row.w, chunks > 0};
 }
 
 // Numbers that a scan saves per (chunk, value head): S or dS' [K, V], U or X [C, V], N or Z [C, V].

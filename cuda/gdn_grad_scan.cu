@@ -2,7 +2,7 @@
 //
 //   dN = n o (K dS') + P^T dO     X = B^T dN     dS = gamma_C dS' - K^T (u o beta o X) + Q^T Z, Z = o o dO
 //
-// Threads and slices as in gdn_scan.cu.
+// walk = 1: the walk of each head; 2: the same from zero, and nothing is saved. Threads and slices as in gdn_scan.cu.
 #include "chunk.cuh"
 #include "state.cuh"
 
@@ -36,15 +36,17 @@ __device__ __forceinline__ void grad_scan(const row::gdn_grad_scan::Launch& l) {
     SHARED(Tiles, t);
     const uint3 cell = cell_of(l);
     const u32 lane = threadIdx.x, tx = lane % QUADS, ty = lane / QUADS;
-    const u32 head = cell.y, hv = l.p.hv, dk = l.c.dk, dv = l.p.dv;
+    const u32 head = cell.y, hv = l.p.hv, dk = l.c.dk, dv = l.p.dv, kind = l.c.walk;
     const u32 head_k = key_head(head, l.p.hk, hv, l.p.head_map);
     const u32 column = cell.z * VT + 4 * tx, row0 = ty * ROWS;
-    const uint4 segment = segment_of(l.m.segments, cell.x, l.bytes[4]);
-    float* state = (float*)l.m.dstate + (((size_t)segment.z * hv + head) * dk + row0) * dv + column;
+    const Walk walk = walk_of(kind, l.m.segments, cell.x, head, hv, l.bytes[4]);
+    auto state_of = [&](u32 slot) { return (float*)l.m.dstate + (((size_t)slot * hv + head) * dk + row0) * dv + column; };
 
     float4 s[ROWS];
-    State::load(s, state, row0, dk, dv);
-    for (u32 at = segment.y; at-- > segment.x;) {
+#pragma unroll
+    for (u32 r = 0; r < ROWS; r++) s[r] = four(0.f);
+    if (kind < 2 && walk.taken) State::load(s, state_of(walk.slot), row0, dk, dv);
+    for (u32 at = walk.end; at-- > walk.first;) {
         const uint4 chunk = chunk_of(l.m.chunks, at);
         const u32 len = chunk.y;
         const size_t q0 = l.p.q_off + (size_t)chunk.x * l.p.q_stride + (size_t)head_k * dk;
@@ -52,7 +54,7 @@ __device__ __forceinline__ void grad_scan(const row::gdn_grad_scan::Launch& l) {
         const size_t do0 = l.p.do_off + (size_t)chunk.x * l.p.do_stride + (size_t)head * dv + column;
         const float* ws = (const float*)l.m.ws + ((size_t)at * hv + head) * WS_LONG;
         float* saved = (float*)l.m.dsaved + ((size_t)at * hv + head) * saved_numbers(dk, dv) + column;  // dS' [K, V], X, Z [C, V]
-        State::store(s, saved + (size_t)row0 * dv, row0, dk, dv);
+        if (kind != 2) State::store(s, saved + (size_t)row0 * dv, row0, dk, dv);
 
         float4 ks[TOKENS];  // K dS' [TOKENS, 4]
 #pragma unroll
@@ -103,10 +105,10 @@ __device__ __forceinline__ void grad_scan(const row::gdn_grad_scan::Launch& l) {
             const u32 i = ty + j * GROUPS;
             float4 x = four(0.f);
             for (u32 m = i; m < len; m++) add(x, t.b[m * C + i], t.dn[m * QUADS + tx]);
-            *(float4*)(saved + (size_t)(dk + i) * dv) = x;
+            if (kind != 2) *(float4*)(saved + (size_t)(dk + i) * dv) = x;
             t.x[i * QUADS + tx] = -(t.u[i] * t.beta[i]) * x;
             const float4 z = t.of[i] * t.o[i * QUADS + tx];
-            *(float4*)(saved + (size_t)(dk + C + i) * dv) = z;
+            if (kind != 2) *(float4*)(saved + (size_t)(dk + C + i) * dv) = z;
             t.o[i * QUADS + tx] = z;
         }
         // dS = gamma_C dS' - K^T (u o beta o X) + Q^T Z
@@ -137,7 +139,7 @@ __device__ __forceinline__ void grad_scan(const row::gdn_grad_scan::Launch& l) {
             }
         }
     }
-    State::store(s, state, row0, dk, dv);
+    if (walk.taken) State::store(s, state_of(walk.to), row0, dk, dv);
 }
 
 STATE_KERNELS(gdn_grad_scan, gdn_grad_scan, grad_scan)

@@ -14,6 +14,9 @@ constexpr u32 DEPTH = 4;  // width of a staged slice of q and k, in fours
 constexpr u32 SIDE = C * DEPTH + 8;
 __device__ __forceinline__ u32 tile_at(u32 row) { return row * DEPTH + row / EDGE; }
 
+// The largest beta |rk k|^2 of a token that counts as one that makes no state longer: 2, and a little for rounding.
+constexpr float LONGEST_STEP = 2.00001f;
+
 struct Shared {
     float4 q[SIDE];  // [C, DEPTH]
     float4 k[SIDE];  // [C, DEPTH]
@@ -23,6 +26,7 @@ struct Shared {
     // Cumulated gates c = whole + frac, whole an integer and |frac| <= 1/2: differences of large c keep their digits.
     float whole[C], frac[C];
     float beta[C];
+    float square_k[C];  // |rk k|^2
 };
 
 // exp(c_i - c_j) for i >= j
@@ -114,7 +118,17 @@ __device__ __forceinline__ void solve(const row::gdn_prepare::Launch& l, Shared&
     ws[WS_U + j] = gamma * s.norm_k[j];
     ws[WS_O + j] = l.p.scale * gamma * s.norm_q[j];
     ws[WS_N + j] = valid ? decay(s, last, j) * s.norm_k[j] : 0.f;
-    ws[WS_GAMMA + j] = expf(s.whole[last] + s.frac[last]);
+    if (j != 1) {
+        ws[WS_GAMMA + j] = expf(s.whole[last] + s.frac[last]);
+    } else {
+        // No token makes a state longer. NaN fails.
+        bool contracts = true;
+        for (u32 i = 0; i < len; i++) {
+            const float step = s.beta[i] * s.square_k[i];
+            contracts = contracts && step >= 0.f && step <= LONGEST_STEP;
+        }
+        ws[WS_GAMMA + 1] = contracts ? 1.f : 0.f;
+    }
     if (l.c.grad) {
         ws[WS_RK + j] = valid ? s.norm_k[j] : 0.f;
         ws[WS_RQ + j] = valid ? s.norm_q[j] : 0.f;
@@ -132,6 +146,14 @@ __device__ __forceinline__ void prepare(const row::gdn_prepare::Launch& l) {
     if (len == 0) return;
     float kk[EDGE][EDGE], qk[EDGE][EDGE];
     products<T>(l, s, chunk, head_k, kk, qk);
+    __syncthreads();
+    if (ti == tj) {
+#pragma unroll
+        for (u32 a = 0; a < EDGE; a++) {
+            const u32 i = ti * EDGE + a;
+            s.square_k[i] = s.norm_k[i] * s.norm_k[i] * kk[a][a];
+        }
+    }
 
     for (u32 member = 0; member < l.c.group; member++) {
         const u32 head = value_head(head_k, member, l.p.hk, l.c.group, l.p.head_map);

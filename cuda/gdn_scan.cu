@@ -3,6 +3,7 @@
 //   W = V - u o (K S)     N = A W     O = o o (Q S) + P N     S <- gamma_C S + K^T (n o N)
 //
 // save = 1: S before the chunk, U = u o (K S) and N go into o instead of O. save = 2: neither.
+// walk = 1: the walk of each head; 2: the same from zero; 3: from the identity with v = 0, for heads with a transition.
 //
 // The state is in registers (state.cuh); thread (ty, tx) computes rows ty and ty + 16 of the [C, VT] products. K and Q pass
 // through shared memory in slices: of 32 columns for the products with S, of whole tokens for the update of S.
@@ -41,22 +42,25 @@ __device__ __forceinline__ void scan(const row::gdn_scan::Launch& l) {
     SHARED(Tiles, t);
     const uint3 cell = cell_of(l);
     const u32 lane = threadIdx.x, tx = lane % QUADS, ty = lane / QUADS;
-    const u32 head = cell.y, hv = l.p.hv, dk = l.c.dk, dv = l.p.dv, save = l.c.save;
+    const u32 head = cell.y, hv = l.p.hv, dk = l.c.dk, dv = l.p.dv, save = l.c.save, kind = l.c.walk;
     const u32 head_k = key_head(head, l.p.hk, hv, l.p.head_map);
     const u32 column = cell.z * VT + 4 * tx, row0 = ty * ROWS;
-    const uint4 segment = segment_of(l.m.segments, cell.x, l.bytes[4]);
-    float* state = (float*)l.m.state + (((size_t)segment.z * hv + head) * dk + row0) * dv + column;
+    const Walk walk = walk_of(kind, l.m.segments, cell.x, head, hv, l.bytes[4]);
+    auto state_of = [&](u32 slot) { return (float*)l.m.state + (((size_t)slot * hv + head) * dk + row0) * dv + column; };
 
     float4 s[ROWS];
-    State::load(s, state, row0, dk, dv);
-    for (u32 at = segment.x; at < segment.y; at++) {
+#pragma unroll
+    for (u32 r = 0; r < ROWS; r++) s[r] = four(0.f);
+    if (kind < 2 && walk.taken) State::load(s, state_of(walk.slot), row0, dk, dv);
+    if (kind == 3) State::identity(s, row0, column);
+    for (u32 at = walk.first; at < walk.end; at++) {
         const uint4 chunk = chunk_of(l.m.chunks, at);
         const u32 len = chunk.y;
         const size_t q0 = l.p.q_off + (size_t)chunk.x * l.p.q_stride + (size_t)head_k * dk;
         const size_t k0 = l.p.k_off + (size_t)chunk.x * l.p.k_stride + (size_t)head_k * dk;
         const size_t v0 = l.p.v_off + (size_t)chunk.x * l.p.v_stride + (size_t)head * dv + column;
         const size_t o0 = l.p.o_off + (size_t)chunk.x * l.p.o_stride + (size_t)head * dv + column;
-        const float* ws = (const float*)l.m.ws + ((size_t)at * hv + head) * (save == 1 ? WS_LONG : WS_SHORT);
+        const float* ws = (const float*)l.m.ws + ((size_t)at * hv + head) * (l.c.grad ? WS_LONG : WS_SHORT);
         float* saved = (float*)l.m.o + ((size_t)at * hv + head) * saved_numbers(dk, dv) + column;  // with save = 1
         if (save == 1) State::store(s, saved + (size_t)row0 * dv, row0, dk, dv);
 
@@ -104,7 +108,8 @@ __device__ __forceinline__ void scan(const row::gdn_scan::Launch& l) {
         for (u32 j = 0; j < TOKENS; j++) {
             const u32 i = ty + j * GROUPS;
             const float4 u = i < len ? t.u[i] * ks[j] : four(0.f);
-            t.w[i * QUADS + tx] = i < len ? load4<T>(l.m.v, v0 + (size_t)i * l.p.v_stride) - u : four(0.f);
+            const bool has_v = i < len && kind != 3;
+            t.w[i * QUADS + tx] = (has_v ? load4<T>(l.m.v, v0 + (size_t)i * l.p.v_stride) : four(0.f)) - u;
             if (save == 1) *(float4*)(saved + (size_t)(dk + i) * dv) = u;
         }
         __syncthreads();
@@ -155,7 +160,7 @@ __device__ __forceinline__ void scan(const row::gdn_scan::Launch& l) {
             }
         }
     }
-    State::store(s, state, row0, dk, dv);
+    if (walk.taken) State::store(s, state_of(walk.to), row0, dk, dv);
 }
 
 STATE_KERNELS(gdn_scan, gdn_scan, scan)

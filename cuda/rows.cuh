@@ -124,6 +124,62 @@ struct Launch {
 };
 }
 
+namespace row::gdn_cut {
+struct Memory {
+    const void* ws;
+    const void* segments;
+    void* walks;
+};
+struct Consts {
+    uint32_t chunk;
+    uint32_t grad;
+    uint32_t back;
+    uint32_t exact;
+};
+struct Params {
+    uint32_t hv;
+    uint32_t segments;
+    uint32_t sequences;
+    uint32_t half;
+    float forgotten;
+};
+struct Launch {
+    Memory m;
+    uint64_t bytes[3];
+    uint32_t base[3];
+    Consts c;
+    Params p;
+};
+}
+
+namespace row::gdn_carry {
+struct Memory {
+    const void* walks;
+    const void* m;
+    const void* sequences;
+    const void* segments;
+    const void* state;
+    void* carried;
+};
+struct Consts {
+    uint32_t dk;
+    uint32_t dv_tile;
+    uint32_t back;
+    uint32_t lanes;
+};
+struct Params {
+    uint32_t hv;
+    uint32_t dv;
+};
+struct Launch {
+    Memory m;
+    uint64_t bytes[6];
+    uint32_t base[3];
+    Consts c;
+    Params p;
+};
+}
+
 namespace row::gdn_scan {
 struct Memory {
     const void* q;
@@ -142,6 +198,8 @@ struct Consts {
     uint32_t qk_type;
     uint32_t v_type;
     uint32_t save;
+    uint32_t walk;
+    uint32_t grad;
     uint32_t lanes;
 };
 struct Params {
@@ -291,6 +349,7 @@ struct Consts {
     uint32_t dv_tile;
     uint32_t qk_type;
     uint32_t v_type;
+    uint32_t walk;
     uint32_t lanes;
 };
 struct Params {

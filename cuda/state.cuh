@@ -19,6 +19,14 @@ struct Slice {
 #pragma unroll
         for (u32 r = 0; r < ROWS; r++) s[r] = row0 + r < dk ? *(const float4*)(state + (size_t)r * dv) : four(0.f);
     }
+    // From the identity; its last rows and columns may lie outside K.
+    static __device__ __forceinline__ void identity(float4 (&s)[ROWS], u32 row0, u32 column) {
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++) {
+            const u32 at = row0 + r - column;
+            s[r] = make_float4(at == 0 ? 1.f : 0.f, at == 1 ? 1.f : 0.f, at == 2 ? 1.f : 0.f, at == 3 ? 1.f : 0.f);
+        }
+    }
     static __device__ __forceinline__ void store(const float4 (&s)[ROWS], float* state, u32 row0, u32 dk, u32 dv) {
 #pragma unroll
         for (u32 r = 0; r < ROWS; r++)

@@ -31,7 +31,7 @@
 //! | [`parts`] | convolution, gates, norms, rotary: one function each |
 //! | [`mixer`], [`attention`] | the two mixers: [`GatedDeltaNet`], [`GatedAttention`] |
 //! | [`model`] | [`RmsNorm`], [`Mlp`], [`Block`], [`Qwen35`] |
-//! | [`checkpoint`] | [`Qwen35::save_checkpoint`]: a directory in the released layout |
+//! | [`checkpoint`] | [`Qwen35::save_checkpoint`], [`Qwen35::load_checkpoint`]: a directory in the released layout |
 //!
 //! # How numbers travel
 //! The kernels take host slices. Per call of the rule, f32 numbers that leave burn's device for the host in the forward pass:

@@ -87,6 +87,45 @@ pub struct Tile {
     pub grad_scratch: u64,
     /// Bytes that the forward scans of a backward pass may save before the pieces that they were for are walked back.
     pub grad_states: u64,
+    /// When sequences are cut into segments that run at the same time; never if none.
+    pub cut: Option<Cut>,
+}
+
+/// When sequences are cut into segments that run at the same time, see [`crate::plan`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Cut {
+    /// Cells of a scan that occupy the device. Pieces with more than half as many are left whole, or with more than a third
+    /// as many if heads are to be cut exactly.
+    pub cells: u32,
+    /// Chunks that a segment has at least, but for the last of a sequence.
+    pub least: u32,
+    /// Whether a head is also cut where it has not forgotten what lies before; else it is left whole there.
+    pub exact: bool,
+}
+
+impl Cut {
+    /// Segments of at most this many chunks, however well the device is occupied: for tests and measurements.
+    pub const fn every(chunks: u32) -> Cut {
+        Cut { cells: u32::MAX, least: chunks, exact: true }
+    }
+
+    /// Chunks that a segment has at least, never 0.
+    pub fn least(&self) -> u64 {
+        self.least.max(1) as u64
+    }
+
+    /// Chunks of a segment at most, for `chunks` chunks of which `longest` are of one sequence, when each segment is walked by
+    /// `cells` cells.
+    pub fn span(&self, chunks: u64, longest: u64, cells: u64) -> u64 {
+        let work = chunks.saturating_mul(cells);
+        // A segment costs a warm-up more than its own walk, or with a transition 1.4 times as much more.
+        let worth = if self.exact { 3 } else { 2 };
+        // As the sequences are: the longest one is the time of all, the others fill the device beside it.
+        if work / longest.max(1) * worth > self.cells as u64 {
+            return u64::MAX;
+        }
+        work.div_ceil(self.cells.max(1) as u64).max(self.least())
+    }
 }
 
 /// The tile for these heads on this device.
@@ -112,6 +151,10 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             // The forward pass is walked twice but for what fits here: 2700 tokens of 16 heads of 128. With all else it stays
             // below 200 MB.
             grad_states: 128 << 20,
+            // A cell keeps a thread busy by itself. Few heads of one sequence leave threads idle only where there are more of
+            // them than the heads have tiles: one head on two cores takes 14 ms whole and 28 ms cut, and backward the same
+            // either way. 32 chunks are 1024 tokens: what comes with a segment is a few percent of it.
+            cut: Some(Cut { cells: caps.threads, least: 32, exact: true }),
         },
         // Threads are lanes of vector registers: two columns a thread, all in registers and the stack, no exchange.
         Kind::WebGpu if caps.class == Class::Software => Tile {
@@ -128,6 +171,8 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             grad_lanes: divisor(heads.v, 128) / 2,
             grad_scratch: 16 << 20,
             grad_states: 64 << 20,
+            // Two heads on two cores take 38 ms whole and 86 ms cut, one head 32 and 51.
+            cut: None,
         },
         Kind::Cuda => {
             // The columns that kernels are compiled for: four a thread in 16 groups of rows, whatever K is.
@@ -146,6 +191,8 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
                 grad_lanes: lanes,
                 grad_scratch: 64 << 20,
                 grad_states: 96 << 20,
+                // Not measured; where CUDA has the rows, Hopper gains with 16 heads: see cuda/hopper/NOTES.md.
+                cut: None,
             }
         }
         Kind::WebGpu => {
@@ -175,6 +222,13 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
                     _ => 16 << 20,
                 },
                 grad_states: 96 << 20,
+                cut: match (caps.kind, caps.class) {
+                    // 128 cells of 16/32 take hardly longer than 64 of 16/16 on an H100 (31.2 and 27.8 ms): up to there more
+                    // cells cost next to nothing. WebGPU does not tell how many processors a GPU has; smaller ones are
+                    // occupied by fewer, so no more is taken for granted.
+                    (Kind::WebGpu, Class::Discrete) => Some(Cut { cells: 128, least: 16, exact: true }),
+                    _ => None,
+                },
             }
         }
     }
@@ -335,9 +389,10 @@ pub fn attend(caps: &Caps, rows: u64, kv_heads: u32, keys: u64, slot: u64) -> At
 
 /// Positions in a page of the cache of keys and values whose positions take `kv_row` bytes each.
 pub fn kv_page(caps: &Caps, kv_row: u64) -> u64 {
-    // 8 MiB of keys: small enough to grow a short conversation by, large enough that 32k positions are a few launches.
+    // 2 MiB of keys: little enough to grow a short conversation by, or to copy where two part; enough that 32k positions are
+    // a few launches, as each page is as long as all before it.
     let most = caps.max_binding.min(caps.max_buffer) / kv_row.max(1);
-    ((8 << 20) / kv_row.max(1)).next_power_of_two().clamp(256, 1 << 20).min(most.max(1))
+    ((2 << 20) / kv_row.max(1)).next_power_of_two().clamp(256, 1 << 20).min(most.max(1))
 }
 
 /// Numbers that one cell of an elementwise kernel covers.
@@ -408,6 +463,15 @@ pub fn grad_qk_lanes(caps: &Caps, k: u32, chunk: u32) -> u32 {
         // A thread has 4 columns of both `[C, K]` sums, and a share of the rows that is a power of two: 4 rows for 32 tokens
         // and K = 128.
         Kind::WebGpu => k / 4 * (1 << (256 / (k / 4)).ilog2()).min(chunk),
+    }
+}
+
+/// Threads of a `gdn_carry` workgroup for `columns` columns of the state.
+pub fn carry_lanes(caps: &Caps, heads: &Heads, columns: u32) -> u32 {
+    match caps.kind {
+        Kind::Cpu => 1,
+        // A thread takes 4 x 4 numbers of the state at a time.
+        Kind::WebGpu | Kind::Cuda => (heads.k / 4 * (columns / 4)).clamp(16, 256),
     }
 }
 

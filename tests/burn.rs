@@ -449,6 +449,11 @@ fn a_checkpoint_runs_in_the_runtime_and_gives_the_same_logits() {
             println!("{} {dtype}: {e:.1e}", device.name);
             assert!(e <= 1e-4, "{} {dtype}: {e:e}", device.name);
         }
+        // Read back by another model, it computes the same up to the rounding of what is stored.
+        let again = self::model(&engine, tied, 4).load_checkpoint(&dir).unwrap();
+        let found: Vec<f32> = again.forward(ids.clone()).try_into_vec_as().unwrap();
+        let e = error(&found, &wide(model.forward(ids.clone())));
+        assert!(e <= if dtype == Dtype::F32 { 0.0 } else { 1e-4 }, "{dtype}: {e:e}");
         let bytes = std::fs::read(dir.join("model.safetensors")).unwrap();
         let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
         assert_eq!(header.metadata().as_ref().unwrap()["format"], "pt");
@@ -484,6 +489,12 @@ fn what_cannot_be_saved_is_an_error() {
     let e = linear.save_checkpoint(dir.path(), Dtype::F32).unwrap_err();
     assert!(matches!(e, Error::Unsupported { .. }), "{e}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    let e = model(&engine, true, 3).load_checkpoint(dir.path()).unwrap_err();
+    assert!(matches!(&e, Error::Load { why, .. } if why.contains("no .safetensors file")), "{e}");
+    let tied = tempfile::tempdir().unwrap();
+    model(&engine, true, 3).save_checkpoint(tied.path(), Dtype::F32).unwrap();
+    let e = model(&engine, false, 3).load_checkpoint(tied.path()).unwrap_err();
+    assert!(matches!(&e, Error::Load { why, .. } if why.contains("lm_head.weight")), "{e}");
     // A directory where the file should go: what was there stays, and nothing half-written does.
     std::fs::create_dir_all(dir.path().join("model.safetensors/x")).unwrap();
     let e = model(&engine, true, 3).save_checkpoint(dir.path(), Dtype::F32).unwrap_err();

@@ -11,6 +11,7 @@ mod burn_mix;
 mod contract;
 mod cpu;
 mod cuda;
+mod cut;
 mod formula;
 mod formula_grad;
 mod gdn;
@@ -29,6 +30,10 @@ mod qwen_bad;
 mod qwen_naive;
 #[cfg(feature = "qwen")]
 mod qwen_sample;
+#[cfg(feature = "qwen")]
+mod qwen_state;
+#[cfg(feature = "store")]
+mod qwen_store;
 #[cfg(feature = "qwen")]
 mod qwen_text;
 mod util;

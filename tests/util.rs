@@ -252,6 +252,7 @@ fn case(path: &Path) -> Case {
                 scale: Some(meta["scale"].parse().unwrap()),
                 qk_l2norm: meta["qk_l2norm"] == "true",
                 store: Dtype::F32,
+                ..Options::default()
             },
         },
         o: wide("o"),

@@ -134,7 +134,7 @@ impl std::fmt::Display for MemoryPlan {
 }
 
 /// Bytes for people.
-fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     let mib = bytes as f64 / (1 << 20) as f64;
     match mib {
         _ if mib >= 1024.0 => format!("{:.2} GiB", mib / 1024.0),
@@ -258,7 +258,8 @@ impl Sizes {
             gates: t * heads.hv as u64 * 4,
             part: (1..=t).map(part).max().unwrap_or(0),
             logits: logit_rows * vocab * 4,
-            recurrence: 2 * (plan.scratch + plan.tables.len() as u64 * 4),
+            recurrence: 2
+                * (plan.scratch + plan.tables.len() as u64 * 4 + plan.cut_bytes(heads, caps.align).iter().sum::<u64>()),
         })
     }
 

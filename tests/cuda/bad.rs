@@ -157,9 +157,9 @@ fn consts_without_a_kernel_are_named() {
     refused(&kernel::gdn::PREPARE, &[16, 32, 1, 0, 1, 0, 64], "kernel gdn_prepare with chunk = 16");
     refused(&kernel::gdn::PREPARE, &[32, 24, 1, 0, 1, 0, 64], "kernel gdn_prepare with dk = 24");
     refused(&kernel::gdn::PREPARE, &[32, 32, 1, 3, 1, 0, 64], "kernel gdn_prepare with qk_type = 3");
-    refused(&kernel::gdn::SCAN, &[32, 272, 32, 0, 0, 0, 128], "kernel gdn_scan with dk = 272");
-    refused(&kernel::gdn::SCAN, &[32, 64, 32, 0, 1, 0, 128], "kernel gdn_scan with v_type = f16");
-    refused(&kernel::gdn::SCAN, &[32, 64, 32, 0, 0, 0, 64], "kernel gdn_scan with lanes = 64");
+    refused(&kernel::gdn::SCAN, &[32, 272, 32, 0, 0, 0, 0, 0, 128], "kernel gdn_scan with dk = 272");
+    refused(&kernel::gdn::SCAN, &[32, 64, 32, 0, 1, 0, 0, 0, 128], "kernel gdn_scan with v_type = f16");
+    refused(&kernel::gdn::SCAN, &[32, 64, 32, 0, 0, 0, 0, 0, 64], "kernel gdn_scan with lanes = 64");
     refused(&kernel::gdn::CONV, &[9, 1, 1], "kernel conv with taps = 9");
     assert!(matches!(choose(&kernel::gdn::CONV, &[4]), Err(Error::Argument { .. })));
 }

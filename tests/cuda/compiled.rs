@@ -170,17 +170,26 @@ fn every_choice_is_compiled() {
             let columns = |n: u32| ("dv_tile", n);
             let lanes = |n: u32| ("lanes", n);
             check(&kernel::gdn::PREPARE, &[chunk, dk, ("group", 2), qk, l2, ("grad", 1), lanes(t.prepare_lanes)]);
-            check(&kernel::gdn::SCAN, &[chunk, dk, columns(t.dv_tile), qk, vt, ("save", 1), lanes(t.scan_lanes)]);
+            check(
+                &kernel::gdn::SCAN,
+                &[chunk, dk, columns(t.dv_tile), qk, vt, ("save", 1), ("walk", 0), ("grad", 1), lanes(t.scan_lanes)],
+            );
             check(&kernel::gdn::STEP, &[dk, columns(t.dv_step), qk, vt, l2, ("store", 1), lanes(t.step_lanes)]);
-            check(&kernel::gdn_grad::GRAD_SCAN, &[chunk, dk, columns(t.dv_grad), qk, vt, lanes(t.grad_lanes)]);
+            check(
+                &kernel::gdn_grad::GRAD_SCAN,
+                &[chunk, dk, columns(t.dv_grad), qk, vt, ("walk", 1), lanes(t.grad_lanes)],
+            );
             check(&kernel::gdn_grad::GRAD_CHUNK, &[chunk, dk, dv, vt, lanes(tune::grad_chunk_lanes(&caps))]);
             let qk_lanes = tune::grad_qk_lanes(&caps, k, t.chunk);
             check(&kernel::gdn_grad::GRAD_QK, &[chunk, dk, dv, ("group", 2), qk, l2, lanes(qk_lanes)]);
         }
+        let carry_lanes = ("lanes", tune::carry_lanes(&caps, &heads, t.dv_tile));
+        check(&kernel::gdn_cut::CARRY, &[dk, ("dv_tile", t.dv_tile), ("back", 0), carry_lanes]);
         check(&kernel::gdn::MIX_STEP, &[dk, dv, ("lanes", tune::mix_lanes(&caps, &heads))]);
         check(&kernel::gdn::GATED_NORM, &[dv, ("lanes", tune::head_lanes(&caps, v))]);
         check(&kernel::grad::GATED_NORM_GRAD, &[dv, ("lanes", tune::norm_grad_lanes(&caps, v))]);
     }
+    check(&kernel::gdn_cut::CUT, &[("chunk", 32), ("grad", 0), ("back", 0), ("exact", 1)]);
     check(&kernel::gdn_grad::GRAD_GATES, &[("chunk", 32)]);
     for taps in 2..=8 {
         check(&kernel::gdn::CONV, &[("taps", taps), ("silu", 1), ("store_tail", 0)]);

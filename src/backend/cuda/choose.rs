@@ -125,6 +125,19 @@ pub fn choose(kernel: &'static Kernel, consts: &[u32]) -> Result<Choice> {
             c.one_of("chunk", &[CHUNK])?;
             state(&c)
         }
+        "gdn_cut" => {
+            c.one_of("chunk", &[CHUNK])?;
+            choice("gdn_cut", name.into(), tune::CELL_THREADS)
+        }
+        "gdn_carry" => {
+            c.padded("dk", 16, &[256])?;
+            c.padded("dv_tile", 16, &[256])?;
+            let lanes = c.get("lanes")?;
+            match (1..=256).contains(&lanes) {
+                true => choice("gdn_cut", name.into(), lanes),
+                false => Err(c.refuse("lanes", lanes, "1 to 256")),
+            }
+        }
         "gdn_step" => state(&c),
         "gdn_mix_step" => {
             c.padded("dk", 16, &[256])?;

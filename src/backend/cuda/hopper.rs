@@ -67,7 +67,9 @@ pub fn special(launches: &[Launch], at: usize, multiprocessors: u32) -> Option<S
         Dtype::Bf16 => "bf16",
     };
     let (k, v) = (p.get("dk"), s.get("dv"));
-    let fits = p.get("grad") == 0 && s.get("save") == 0 && s.get("v_type") == p.get("qk_type") && p.get("chunk") == 32;
+    let fits = [p.get("grad"), s.get("grad"), s.get("save"), s.get("walk")] == [0; 4]
+        && s.get("v_type") == p.get("qk_type")
+        && p.get("chunk") == 32;
     if !fits || ![64, 128].contains(&k) || ![64, 128].contains(&v) {
         return None;
     }

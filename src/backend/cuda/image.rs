@@ -22,6 +22,7 @@ static FAMILIES: &[(&str, &[u8])] = compiled![
     "attention",
     "conv",
     "gates",
+    "gdn_cut",
     "gdn_grad_chunk",
     "gdn_grad_qk",
     "gdn_grad_scan",
