@@ -1,11 +1,13 @@
 // What lets segments of one sequence run at the same time: what each head does at each cut, and the states before the segments.
-#include "chunk.cuh"
+#include "common.cuh"
 
 // One head: a warm-up over as many chunks as it takes to forget, a transition, or the walk goes on. Threads share out the segments;
 // where walks go on they read what the others decided.
 KERNEL(gdn_cut, gdn_cut, 64) {
     const u32 head = cell_of(l).x, hv = l.p.hv, count = l.p.segments;
     const bool back = l.c.back != 0;
+    // ws of any chunk length: see gdn_prepare.
+    const size_t c = l.c.chunk, ws_numbers = l.c.grad ? 5 * c * c + 9 * c : 2 * c * c + 4 * c, ws_gamma = 2 * c * c + 3 * c;
     const uint4* segments = (const uint4*)l.m.segments;  // [segments]: first chunk, chunks, slot, slot backward
     uint4* walks = (uint4*)l.m.walks;                    // two of [segments, Hv]
     // Segment i in the order that segments are walked in.
@@ -19,7 +21,7 @@ KERNEL(gdn_cut, gdn_cut, 64) {
         float kept = 1.f;
         for (u32 n = 1; n <= segment.y; n++) {
             const u32 chunk = back ? segment.x + n - 1 : segment.x + segment.y - n;
-            const float* gamma = (const float*)l.m.ws + ((size_t)chunk * hv + head) * (l.c.grad ? WS_LONG : WS_SHORT) + WS_GAMMA;
+            const float* gamma = (const float*)l.m.ws + ((size_t)chunk * hv + head) * ws_numbers + ws_gamma;
             if (gamma[1] != 1.f) return 0;
             kept *= gamma[0];
             // NaN is never forgotten.
@@ -55,7 +57,7 @@ KERNEL(gdn_cut, gdn_cut, 64) {
                 walk.w = slot_of(last) < l.p.sequences ? slot_of(last) : slot;
             }
         }
-        walks[((size_t)l.p.half + s) * hv + head] = walk;
+        walks[l.p.half + (size_t)s * hv + head] = walk;
     }
 }
 

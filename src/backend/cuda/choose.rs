@@ -125,10 +125,7 @@ pub fn choose(kernel: &'static Kernel, consts: &[u32]) -> Result<Choice> {
             c.one_of("chunk", &[CHUNK])?;
             state(&c)
         }
-        "gdn_cut" => {
-            c.one_of("chunk", &[CHUNK])?;
-            choice("gdn_cut", name.into(), tune::CELL_THREADS)
-        }
+        "gdn_cut" => choice("gdn_cut", name.into(), tune::CELL_THREADS),
         "gdn_carry" => {
             c.padded("dk", 16, &[256])?;
             c.padded("dv_tile", 16, &[256])?;
