@@ -7,8 +7,11 @@ mod burn;
 mod burn_gpu;
 #[cfg(feature = "burn")]
 mod burn_mix;
+#[cfg(feature = "webgpu")]
 mod contract;
 mod cpu;
+mod cuda;
+mod cut;
 mod formula;
 mod formula_grad;
 mod gdn;

@@ -136,7 +136,7 @@ pub(crate) fn prefill(backend: &dyn Backend, config: &Config, tokens: u64) -> Re
     if tokens <= STEP_TOKENS {
         return Ok(None);
     }
-    let options = gdn::Options { scale: None, qk_l2norm: true, store: Dtype::F32 };
+    let options = gdn::Options { qk_l2norm: true, ..gdn::Options::default() };
     let shape = Shape::one(config.linear, tokens);
     Ok(Some(gdn::Prefill::new(backend, &shape, &options, config.conv_channels() as u64)?))
 }

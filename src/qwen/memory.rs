@@ -258,7 +258,8 @@ impl Sizes {
             gates: t * heads.hv as u64 * 4,
             part: (1..=t).map(part).max().unwrap_or(0),
             logits: logit_rows * vocab * 4,
-            recurrence: 2 * (plan.scratch + plan.tables.len() as u64 * 4),
+            recurrence: 2
+                * (plan.scratch + plan.tables.len() as u64 * 4 + plan.cut_bytes(heads, caps.align).iter().sum::<u64>()),
         })
     }
 

@@ -1,8 +1,9 @@
 // Entry points of the Hopper forward kernels (sm_90a), one per stored type, K and number of consumers;
 // mix: bf16 stored, half inside.
-#include "hopper_carry.cuh"
-#include "hopper_prepare.cuh"
-#include "hopper_scan.cuh"
+#include "carry.cuh"
+#include "prepare.cuh"
+#include "scan.cuh"
+#include "tables.cuh"
 
 using namespace hopper;
 
@@ -38,3 +39,4 @@ SCAN(hopper_state_f16_k64, F16, F16, 64, 1, false)
 extern "C" __global__ void __launch_bounds__(128) hopper_warm(const __grid_constant__ CarryArgs p) { warm(p); }
 extern "C" __global__ void __launch_bounds__(256) hopper_carry_k128(const __grid_constant__ CarryArgs p) { carry<128>(p); }
 extern "C" __global__ void __launch_bounds__(128) hopper_carry_k64(const __grid_constant__ CarryArgs p) { carry<64>(p); }
+extern "C" __global__ void __launch_bounds__(128) hopper_tables(const __grid_constant__ TablesArgs p) { tables(p); }

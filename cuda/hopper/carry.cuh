@@ -3,11 +3,11 @@
 //
 //   warm    per segment and head: how many chunks back the gates' sum falls below the threshold. Nothing grows (|I - beta k k^T|
 //           <= 1) while beta |k|^2 <= 2; where a token of the sequence so far exceeds that, all chunks and M are taken.
-//   state   (hopper_scan.cuh) runs those chunks from zeros: S_own; and, where they are all, from the identity: M
+//   state   (scan.cuh) runs those chunks from zeros: S_own; and, where they are all, from the identity: M
 //   carry   walks the segments of a sequence and puts the states before them together, in f32 (products in TF32)
 #pragma once
-#include "hopper_forward.cuh"
-#include "hopper_prepare.cuh"
+#include "forward.cuh"
+#include "prepare.cuh"
 
 namespace hopper {
 

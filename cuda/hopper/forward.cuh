@@ -11,8 +11,8 @@
 // `prepare` makes A, P and the vectors, for all chunks at once; `scan` walks the chunks of one sequence. With L2 norms, K and Q
 // stay as they are and their factors rk, rq go into A, P and the vectors.
 #pragma once
-#include "hopper_roles.cuh"
-#include "hopper_types.cuh"
+#include "roles.cuh"
+#include "types.cuh"
 
 namespace hopper {
 
@@ -39,7 +39,7 @@ constexpr float LOG2E = 1.4426950408889634f;
 // Up to C tokens of one sequence.
 struct Chunk {
     int token;  // the first
-    int len;    // 1 to C
+    int len;    // 1 to C, or 0: an empty place
 };
 
 // A run of chunks of one sequence that one block walks.

@@ -7,7 +7,7 @@
 // column), the others from top to bottom, X_bj = -D_b sum_m L_bm X_mj, by mma in TF32 (the mantissa of half, the range of f32),
 // warp j taking block column j. It works on Y_b = X_bj^T, so that results are the next product's left operand in registers.
 #pragma once
-#include "hopper_forward.cuh"
+#include "forward.cuh"
 
 namespace hopper {
 
@@ -69,6 +69,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
     const int group = p.hv / p.hk;
     const int chunk = blockIdx.x / p.hk, kh = blockIdx.x % p.hk;
     const int token = p.chunks[chunk].token, len = p.chunks[chunk].len;
+    if (len == 0) return;  // an empty place of the table
 
     const uint32_t sk = smem_addr(smem), sq = sk + PANELS * PANEL, image = smem_addr(smem + M::IMAGE);
     float* l = (float*)(smem + M::L);

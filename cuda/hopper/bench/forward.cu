@@ -1,15 +1,15 @@
 // Tests and times the Hopper forward kernels: a program of its own, beside the crate.
 //
-//   nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 -Xcompiler -O3,-mavx2,-mfma,-pthread -o forward hopper_forward.cu bench/forward.cu
+//   nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 -Xcompiler -O3,-mavx2,-mfma,-pthread -o forward forward.cu bench/forward.cu
 //   ./forward check            every case against float64, stage by stage where it fails
 //   ./forward time             the shapes that predictions were made for
 //   ./forward one ...          a single pass, for a profiler
 //
 // Each case poisons scratch and outputs with NaN; an answer must be finite, within its bound, and the same in every bit when
 // run again.
-#include "../hopper_carry.cuh"
-#include "../hopper_prepare.cuh"
-#include "../hopper_scan.cuh"
+#include "../carry.cuh"
+#include "../prepare.cuh"
+#include "../scan.cuh"
 #include "support.h"
 
 #include <algorithm>

@@ -2,14 +2,14 @@
 
 /// A block of cells: where it starts in the grid, and its size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Block {
-    pub(super) base: [u32; 3],
-    pub(super) size: [u32; 3],
+pub(crate) struct Block {
+    pub(crate) base: [u32; 3],
+    pub(crate) size: [u32; 3],
 }
 
 /// The blocks of `grid`, in order, each at most `most_side` along a dimension and `most_cells` in all. Together they cover
 /// every cell once.
-pub(super) fn blocks(grid: [u32; 3], most_side: u32, most_cells: u64) -> impl Iterator<Item = Block> {
+pub(crate) fn blocks(grid: [u32; 3], most_side: u32, most_cells: u64) -> impl Iterator<Item = Block> {
     let side = block_size(grid, most_side.max(1), most_cells.max(1));
     let [nx, ny, nz] = [0, 1, 2].map(|d| (grid[d] as u64).div_ceil(side[d] as u64));
     (0..nx.saturating_mul(ny).saturating_mul(nz)).map(move |i| {

@@ -15,7 +15,7 @@
 //
 // Barriers: full[s] (the producer's bytes), empty[s] (a lane of each consumer warp). Named: 8, all consumers at a ragged end.
 #pragma once
-#include "hopper_forward.cuh"
+#include "forward.cuh"
 
 namespace hopper {
 
