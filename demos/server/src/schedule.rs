@@ -199,14 +199,20 @@ impl<E: Engine> Worker<E> {
             }
             self.sweep();
             self.admit();
+            // Before anybody hears of its first token.
+            self.tell();
             let read = self.read_one();
             let wrote = self.write_all();
-            self.metrics.slots(self.running.iter().flatten().count(), self.waiting.len());
+            self.tell();
             if !read && !wrote {
                 let idle = self.running.iter().all(Option::is_none);
                 self.wait(if idle { IDLE } else { PATIENCE });
             }
         }
+    }
+
+    fn tell(&self) {
+        self.metrics.slots(self.running.iter().flatten().count(), self.waiting.len());
     }
 
     fn take_orders(&mut self) {
