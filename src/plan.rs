@@ -8,7 +8,7 @@
 //!   its scratch fits the tile's budget, so memory does not grow with T.
 //!
 //! A sequence has one segment per piece, and slot n belongs to sequence n, unless the piece is *cut*: where its sequences are
-//! too few to occupy the device (the tile's [`Cut`](crate::tune::Cut)), the longer ones have several segments that run at the
+//! too few to occupy the device (the tile's [`Cut`]), the longer ones have several segments that run at the
 //! same time, each from a slot of its own. How their states come about is told in [`crate::kernel::gdn_cut`]. Lengths alone
 //! decide where sequences are cut; what is done at a cut is decided by the device, head by head.
 
