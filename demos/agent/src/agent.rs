@@ -278,6 +278,6 @@ impl Output {
 }
 
 /// A tool's answer without the markers of the chat format, which would end its turn and begin another.
-fn defuse(text: &str) -> String {
+pub fn defuse(text: &str) -> String {
     text.replace("<|", "< |").replace("</tool_response", "< /tool_response")
 }

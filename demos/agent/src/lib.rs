@@ -98,9 +98,14 @@ fn run(args: &Args, sink: &mut dyn Sink) -> Result<ExitCode> {
     Ok(if summary.reason == Reason::Interrupted { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
 }
 
-type Tools = (Vec<Arc<dyn Tool>>, Option<Arc<Folder>>);
+/// Tools, and the folder that they see.
+pub type Tools = (Vec<Arc<dyn Tool>>, Option<Arc<Folder>>);
 
-fn tools(args: &Args) -> Result<Tools> {
+/// The tools that the command line asks for.
+///
+/// # Errors
+/// If the folder cannot be opened.
+pub fn tools(args: &Args) -> Result<Tools> {
     if args.no_tools {
         return Ok((Vec::new(), None));
     }
