@@ -110,7 +110,7 @@ impl Worker {
             stop: stop.clone(),
             tokens: tokens.clone(),
             agent: None,
-            choice: None,
+            loaded: None,
         };
         let thread = std::thread::Builder::new().name("model".into()).spawn(move || {
             while let Ok(order) = orders.recv() {
@@ -210,7 +210,7 @@ struct Desk {
     tokens: Arc<AtomicU64>,
     agent: Option<Agent<Counted>>,
     /// What is loaded.
-    choice: Option<Choice>,
+    loaded: Option<Box<Loaded>>,
 }
 
 impl Desk {
@@ -228,17 +228,17 @@ impl Desk {
     /// Loads what was chosen, else what was there before, else the model inside the program on the best device.
     fn load(&mut self, choice: Choice) {
         self.news.tell(Update::Loading(0, 0));
-        let before = self.choice.clone().unwrap_or_default();
+        let before = self.loaded.as_ref().map(|loaded| loaded.choice.clone()).unwrap_or_default();
         // Two models at once may be one too many, but a directory that is none needs no memory to be refused.
         if let Some(dir) = choice.model.as_ref().filter(|dir| !dir.join("config.json").is_file()) {
             let what = if dir.is_dir() { "has no config.json" } else { "is not there" };
             let why = "expected the directory of a checkpoint: config.json, safetensors, tokenizer.json";
             self.news.tell(Update::Refused(format!("The model {} cannot be used: it {what}; {why}.", dir.display())));
-            if self.agent.is_some() {
-                return;
+            if let Some(loaded) = &self.loaded {
+                return self.news.tell(Update::Loaded(loaded.clone()));
             }
         } else {
-            (self.agent, self.choice) = (None, None);
+            (self.agent, self.loaded) = (None, None);
             match self.open(&choice) {
                 Ok(()) => return,
                 Err(why) => self.news.tell(Update::Refused(format!("{why:#}"))),
@@ -287,8 +287,9 @@ impl Desk {
             max_tokens: args.max_tokens.unwrap_or(TOKENS),
         };
         self.agent = Some(Agent::new(Counted { local, tokens: self.tokens.clone() }, toolbox, options));
-        self.choice = Some(choice.clone());
-        self.news.tell(Update::Loaded(Box::new(loaded)));
+        let loaded = Box::new(loaded);
+        self.loaded = Some(loaded.clone());
+        self.news.tell(Update::Loaded(loaded));
         Ok(())
     }
 
