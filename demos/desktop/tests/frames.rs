@@ -67,7 +67,7 @@ fn the_window_moves_while_the_model_works() {
         let Some([rest, busy]) = frames(device) else { return };
         rest.tell(&format!("{device}, at rest"));
         busy.tell(&format!("{device}, answering"));
-        assert!(busy.0.len() > 10, "{device}: {} frames", busy.0.len());
+        assert!(busy.0.len() > 5, "{device}: {} frames", busy.0.len());
         // Other tests run beside this one: where they slow down even a window at rest, frames may take some times as long as there.
         let bound = Duration::from_millis(50).max(rest.within(0.95) * 4);
         assert!(busy.within(0.95) <= bound, "{device}: {:?}, expected at most {bound:?}", busy.within(0.95));
