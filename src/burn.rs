@@ -26,31 +26,36 @@
 //! | module | what it is |
 //! |---|---|
 //! | [`rule`] | the operator: forward [`gdn::prefill`](crate::gdn::prefill()), backward [`gdn::backward`](crate::gdn::backward()) |
+//! | [`mix`] | the operator with all that lies between a mixer's projections, as one operation |
 //! | [`plain`] | the same recurrence in burn's own operations, and gated linear attention without the delta rule |
 //! | [`parts`] | convolution, gates, norms, rotary: one function each |
 //! | [`mixer`], [`attention`] | the two mixers: [`GatedDeltaNet`], [`GatedAttention`] |
 //! | [`model`] | [`RmsNorm`], [`Mlp`], [`Block`], [`Qwen35`] |
-//! | [`checkpoint`] | [`Qwen35::save_checkpoint`]: a directory in the released layout |
+//! | [`checkpoint`] | [`Qwen35::save_checkpoint`], [`Qwen35::load_checkpoint`]: a directory in the released layout |
 //!
 //! # How numbers travel
-//! The kernels take host slices. Per call, f32 numbers that leave burn's device for the host in the forward pass:
+//! The kernels take host slices. Per call of the rule, f32 numbers that leave burn's device for the host in the forward pass:
 //! `T (2 Hk K + Hv V + 2 Hv)` over all sequences, and those of h0; that come back: `T Hv V` and those of ht. In the backward
-//! pass the same counts go the other way, as gradients. The host copies of the inputs are kept in between. On burn's own CPU
-//! device, Flex, the inputs are read where they are and kept as the tensors they are. (Its matrix products take several
-//! threads with burn's feature `rayon`.) Arithmetic inside the operator is f32, whatever the tensors are.
+//! pass the same counts go the other way, as gradients. A whole mixer ([`gated_delta_mix`]) sends and gets `T Hv V` more each
+//! way, and its small weights. The host copies of the inputs are kept in between. (burn's matrix products on its own CPU
+//! device, Flex, take several threads with burn's feature `rayon`.) Arithmetic inside the operations is f32, whatever the
+//! tensors are.
 //!
 //! With the feature `burn-gpu`, `Engine::share` opens one GPU for burn and the kernels: nothing leaves it then. The same
 //! counts are copied within its memory, and the host waits for nothing.
 //!
 //! # Panics
 //! As everywhere in burn, wrong shapes panic in a forward pass, with the argument, what was found and what was expected. So
-//! does what the device reports (memory that is not there, a lost device), and a gate that is NaN or positive: a run that has
-//! diverged stops there. Functions that build or save return [`Result`].
+//! does what the device reports (memory that is not there, a lost device), and a gate given to the rule on the host that is NaN
+//! or positive. Functions that build or save return [`Result`].
 
 pub mod attention;
 pub mod checkpoint;
 #[cfg(feature = "burn-gpu")]
 mod gpu;
+mod lanes;
+pub mod mix;
+mod mix_pass;
 pub mod mixer;
 pub mod model;
 pub mod parts;
@@ -67,8 +72,11 @@ use burn::tensor::DeviceKind;
 use crate::backend::Backend;
 use crate::device;
 use crate::error::{Error, Result};
+use lanes::{Lanes, SHAPES};
+use mix_pass::Mix;
 
 pub use attention::{GatedAttention, GatedAttentionConfig};
+pub use mix::{MixInputs, gated_delta_mix};
 pub use mixer::{GatedDeltaNet, GatedDeltaNetConfig, Rule};
 pub use model::{Block, Mixer, Mlp, MlpConfig, Qwen35, Qwen35Config, RmsNorm, RmsNormConfig};
 pub use rule::gated_delta_rule;
@@ -77,6 +85,7 @@ pub use rule::gated_delta_rule;
 #[derive(Clone)]
 pub struct Engine {
     backend: Arc<dyn Backend>,
+    lanes: Arc<Lanes<Mix>>,
     #[cfg(feature = "burn-gpu")]
     shared: Option<Arc<gpu::Shared>>,
 }
@@ -86,6 +95,7 @@ impl Engine {
     pub fn new(backend: Arc<dyn Backend>) -> Self {
         Engine {
             backend,
+            lanes: Arc::new(Lanes::new(SHAPES)),
             #[cfg(feature = "burn-gpu")]
             shared: None,
         }
@@ -109,7 +119,8 @@ impl Engine {
     #[cfg(feature = "burn-gpu")]
     pub fn share(kind: DeviceKind) -> Result<(Self, Device)> {
         let (shared, device) = gpu::Shared::open(kind)?;
-        Ok((Engine { backend: shared.backend(), shared: Some(Arc::new(shared)) }, device))
+        let (engine, shared) = (Engine::new(shared.backend()), Some(Arc::new(shared)));
+        Ok((Engine { shared, ..engine }, device))
     }
 
     /// The backend.

@@ -41,6 +41,8 @@
 //! # The model
 //!
 //! With the feature `qwen`, the module `qwen` loads a Qwen3.5-family checkpoint as released, plans its memory, and generates.
+//! What a sequence has read is a value there: snapshots, forks, rewinding, a cache that finds them by prefix, and with the feature
+//! `store` a place for them on disk.
 //!
 //! # Training
 //!
@@ -54,7 +56,7 @@
 //! | module | what it is |
 //! |---|---|
 //! | `burn` | layers that train: the operator with its gradients, the model around it, its checkpoints |
-//! | `qwen` | the runtime: configuration, weights, tokenizer, template, sessions, sampling |
+//! | `qwen` | the runtime: configuration, weights, tokenizer, template, sessions and their state, sampling |
 //! | [`device`] | which device is used and why; the self-test that it must pass |
 //! | [`gdn`] | the operator: prefill, decode, verify, backward, as launches over device memory and from host slices |
 //! | [`ops`] | the other operations of the model and their gradients, as launches |

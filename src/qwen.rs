@@ -33,6 +33,7 @@
 //! | [`sample`] | from logits to a token |
 //! | [`memory`] | what fits, before anything is allocated |
 //! | [`model`], [`session`], [`generate`] | loading, reading, answering |
+//! | [`state`] | what a sequence carries, as a value: snapshots, forks, rewinding, the cache that finds them |
 
 pub mod config;
 pub mod files;
@@ -44,9 +45,10 @@ mod pyvalue;
 mod random;
 pub mod sample;
 pub mod session;
-mod state;
+pub mod state;
 pub mod template;
 pub mod tokenizer;
+mod turns;
 mod weights;
 
 pub use config::{Config, GenerationConfig, LayerKind};
@@ -55,5 +57,10 @@ pub use memory::MemoryPlan;
 pub use model::{LoadOptions, Model};
 pub use sample::{Sampler, Sampling, SplitMix64};
 pub use session::Session;
+pub use state::cache::{Cache, Evicted, Kept, Origin, Reason, Restored, Usage};
+pub use state::host::HostSnapshot;
+pub use state::snapshot::Snapshot;
+#[cfg(feature = "store")]
+pub use state::store::Store;
 pub use template::ChatTemplate;
 pub use tokenizer::{TextStream, Tokenizer};

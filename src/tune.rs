@@ -313,9 +313,10 @@ pub fn attend(caps: &Caps, rows: u64, kv_heads: u32, keys: u64, slot: u64) -> At
 
 /// Positions in a page of the cache of keys and values whose positions take `kv_row` bytes each.
 pub fn kv_page(caps: &Caps, kv_row: u64) -> u64 {
-    // 8 MiB of keys: small enough to grow a short conversation by, large enough that 32k positions are a few launches.
+    // 2 MiB of keys: little enough to grow a short conversation by, or to copy where two part; enough that 32k positions are
+    // a few launches, as each page is as long as all before it.
     let most = caps.max_binding.min(caps.max_buffer) / kv_row.max(1);
-    ((8 << 20) / kv_row.max(1)).next_power_of_two().clamp(256, 1 << 20).min(most.max(1))
+    ((2 << 20) / kv_row.max(1)).next_power_of_two().clamp(256, 1 << 20).min(most.max(1))
 }
 
 /// Numbers that one cell of an elementwise kernel covers.

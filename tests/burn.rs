@@ -262,7 +262,7 @@ fn gated_linear_attention_is_its_recurrence() {
 }
 
 /// Fills every parameter with its own random numbers: exact in bf16, and the same whatever other tests draw from burn.
-struct Fill(Random);
+pub struct Fill(pub Random);
 
 impl ModuleMapper for Fill {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
@@ -278,10 +278,10 @@ impl ModuleMapper for Fill {
 }
 
 /// Moves parameter number `at` by `step` times its own random direction, and makes all of them float64.
-struct Nudge {
-    at: usize,
-    step: f64,
-    seen: usize,
+pub struct Nudge {
+    pub at: usize,
+    pub step: f64,
+    pub seen: usize,
 }
 
 impl ModuleMapper for Nudge {
@@ -299,10 +299,10 @@ impl ModuleMapper for Nudge {
 }
 
 /// The gradient of every parameter, with its place in the model.
-struct Collect<'a> {
-    grads: &'a Gradients,
-    path: Vec<String>,
-    found: Vec<(String, Vec<f64>)>,
+pub struct Collect<'a> {
+    pub grads: &'a Gradients,
+    pub path: Vec<String>,
+    pub found: Vec<(String, Vec<f64>)>,
 }
 
 impl ModuleVisitor for Collect<'_> {
@@ -449,6 +449,11 @@ fn a_checkpoint_runs_in_the_runtime_and_gives_the_same_logits() {
             println!("{} {dtype}: {e:.1e}", device.name);
             assert!(e <= 1e-4, "{} {dtype}: {e:e}", device.name);
         }
+        // Read back by another model, it computes the same up to the rounding of what is stored.
+        let again = self::model(&engine, tied, 4).load_checkpoint(&dir).unwrap();
+        let found: Vec<f32> = again.forward(ids.clone()).try_into_vec_as().unwrap();
+        let e = error(&found, &wide(model.forward(ids.clone())));
+        assert!(e <= if dtype == Dtype::F32 { 0.0 } else { 1e-4 }, "{dtype}: {e:e}");
         let bytes = std::fs::read(dir.join("model.safetensors")).unwrap();
         let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
         assert_eq!(header.metadata().as_ref().unwrap()["format"], "pt");
@@ -484,6 +489,12 @@ fn what_cannot_be_saved_is_an_error() {
     let e = linear.save_checkpoint(dir.path(), Dtype::F32).unwrap_err();
     assert!(matches!(e, Error::Unsupported { .. }), "{e}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    let e = model(&engine, true, 3).load_checkpoint(dir.path()).unwrap_err();
+    assert!(matches!(&e, Error::Load { why, .. } if why.contains("no .safetensors file")), "{e}");
+    let tied = tempfile::tempdir().unwrap();
+    model(&engine, true, 3).save_checkpoint(tied.path(), Dtype::F32).unwrap();
+    let e = model(&engine, false, 3).load_checkpoint(tied.path()).unwrap_err();
+    assert!(matches!(&e, Error::Load { why, .. } if why.contains("lm_head.weight")), "{e}");
     // A directory where the file should go: what was there stays, and nothing half-written does.
     std::fs::create_dir_all(dir.path().join("model.safetensors/x")).unwrap();
     let e = model(&engine, true, 3).save_checkpoint(dir.path(), Dtype::F32).unwrap_err();
@@ -496,7 +507,7 @@ fn what_cannot_be_saved_is_an_error() {
 }
 
 /// What a panic said.
-fn said<R>(f: impl FnOnce() -> R) -> String {
+pub fn said<R>(f: impl FnOnce() -> R) -> String {
     match std::panic::catch_unwind(std::panic::AssertUnwindSafe(f)) {
         Ok(_) => "nothing".into(),
         Err(said) => said.downcast_ref::<String>().cloned().unwrap_or_default(),

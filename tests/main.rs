@@ -5,6 +5,8 @@ mod attention;
 mod burn;
 #[cfg(feature = "burn-gpu")]
 mod burn_gpu;
+#[cfg(feature = "burn")]
+mod burn_mix;
 mod contract;
 mod cpu;
 mod formula;
@@ -25,6 +27,10 @@ mod qwen_bad;
 mod qwen_naive;
 #[cfg(feature = "qwen")]
 mod qwen_sample;
+#[cfg(feature = "qwen")]
+mod qwen_state;
+#[cfg(feature = "store")]
+mod qwen_store;
 #[cfg(feature = "qwen")]
 mod qwen_text;
 mod util;

@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::path::Path;
 
-use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::Tensor;
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Tensor, TensorData};
 use safetensors::tensor::TensorView;
 
 use super::{Qwen35, Rule};
 use crate::error::{Error, Result};
+use crate::qwen::files::Checkpoint;
 use crate::shape::Dtype;
 
 impl Qwen35 {
@@ -51,6 +52,86 @@ impl Qwen35 {
             partial.iter().for_each(|path| drop(std::fs::remove_file(path)));
         }
         saved
+    }
+
+    /// The same model with the weights of a directory that [`Qwen35::save_checkpoint`] wrote, widened to f32.
+    ///
+    /// # Errors
+    /// [`Error::Load`] naming the directory or the file, and the tensor where one is missing, of another shape, or of a type
+    /// that is neither f32 nor f16 nor bf16.
+    pub fn load_checkpoint(self, dir: impl AsRef<Path>) -> Result<Self> {
+        let checkpoint = Checkpoint::open(dir.as_ref())?;
+        let mut reading = Reading { checkpoint, path: Vec::new(), failed: None };
+        let model = self.map(&mut reading);
+        reading.failed.map_or(Ok(model), Err)
+    }
+}
+
+/// Gives the weights of a model the numbers that their released names have.
+struct Reading {
+    checkpoint: Checkpoint,
+    /// As in [`Weights`].
+    path: Vec<(String, String)>,
+    /// The first thing that went wrong.
+    failed: Option<Error>,
+}
+
+impl ModuleMapper for Reading {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.path.push((name.to_owned(), container.to_owned()));
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if self.failed.is_some() {
+            return param;
+        }
+        match self.read(&param.val()) {
+            Ok(tensor) => {
+                let id = param.id;
+                param.transform_for_load(tensor, id)
+            }
+            Err(why) => {
+                self.failed = Some(why);
+                param
+            }
+        }
+    }
+}
+
+impl Reading {
+    /// The tensor that takes the place of `old`.
+    fn read<const D: usize>(&self, old: &Tensor<D>) -> Result<Tensor<D>> {
+        let name = released(&self.path);
+        let stored = self.checkpoint.tensor(&name)?;
+        let mut shape = old.dims();
+        if is_linear(&self.path) {
+            shape.swap(D - 2, D - 1);
+        }
+        let failed = |why: String| Error::load(stored.file.as_path(), format!("{name}: {why}"));
+        if stored.shape != shape {
+            return Err(failed(format!("shape {:?}, expected {shape:?}", stored.shape)));
+        }
+        let numbers = numbers(stored.dtype, stored.bytes.bytes())
+            .ok_or_else(|| failed(format!("type {:?}, expected F32, F16 or BF16", stored.dtype)))?;
+        let tensor = Tensor::from_data(TensorData::new(numbers, shape), &old.device());
+        Ok(if is_linear(&self.path) { tensor.transpose() } else { tensor })
+    }
+}
+
+/// Stored numbers as f32; none of a type that is not read.
+fn numbers(dtype: safetensors::Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+    let two = |one: fn([u8; 2]) -> f32| bytes.chunks_exact(2).map(|b| one([b[0], b[1]])).collect();
+    match dtype {
+        safetensors::Dtype::F32 => {
+            Some(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect())
+        }
+        safetensors::Dtype::F16 => Some(two(|b| half::f16::from_le_bytes(b).to_f32())),
+        safetensors::Dtype::BF16 => Some(two(|b| half::bf16::from_le_bytes(b).to_f32())),
+        _ => None,
     }
 }
 
@@ -114,9 +195,7 @@ impl ModuleVisitor for Weights {
 impl Weights {
     fn store<const D: usize>(&self, tensor: Tensor<D>) -> Result<Stored> {
         let name = released(&self.path);
-        // burn keeps the matrix of a Linear as [in, out].
-        let is_linear = self.path.last().is_some_and(|(_, container)| container == "Struct:Linear");
-        let tensor = if is_linear { tensor.transpose() } else { tensor };
+        let tensor = if is_linear(&self.path) { tensor.transpose() } else { tensor };
         let shape = tensor.dims().to_vec();
         let failed = |why: String| Error::Device { device: "burn".into(), why: format!("{name}: {why}") };
         let numbers = tensor.try_into_vec_as::<f32>().map_err(|e| failed(format!("{e:?}")))?;
@@ -132,6 +211,11 @@ impl Weights {
 
 fn bytes<const N: usize>(numbers: &[f32], one: impl Fn(f32) -> [u8; N]) -> Vec<u8> {
     numbers.iter().flat_map(|&x| one(x)).collect()
+}
+
+/// Whether a weight is the matrix of a Linear, which burn keeps as `[in, out]`.
+fn is_linear(path: &[(String, String)]) -> bool {
+    path.last().is_some_and(|(_, container)| container == "Struct:Linear")
 }
 
 /// The released name of a weight.

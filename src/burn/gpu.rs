@@ -7,7 +7,7 @@
 //! Both sides submit to one queue, which orders them: burn's pending work is flushed before a call, and what burn queues later
 //! comes after it.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use burn::tensor::{DType, Device, DeviceKind, Shape as Dims};
 use burn_cubecl::cubecl::server::ServerError;
@@ -15,37 +15,21 @@ use burn_cubecl::cubecl::wgpu::{AutoCompiler, WgpuResource, WgpuServer};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 
+use super::lanes::{Lanes, Part, SHAPES, Way, Work, room, whole};
+use crate::backend::Backend;
 use crate::backend::webgpu::{Exchange, HostBuffer, WebGpu};
-use crate::backend::{Backend, View};
 use crate::error::{Error, Result};
 use crate::gdn::{Backward, GradIo, Io, Options, Prefill};
 use crate::pass::{Pass, Rows};
 use crate::shape::Shape;
-
-/// Shapes that are kept ready: batches of training come in a few lengths, in any order.
-const LANES: usize = 12;
 
 /// A device that burn and the kernels share.
 pub(super) struct Shared {
     /// As burn names it, without autodiff.
     device: Device,
     gpu: WebGpu,
-    /// The last one is the one used last. Locked from a call's first copy to its last.
-    lanes: Mutex<Vec<Lane>>,
+    rule: Lanes<DeltaRule>,
 }
-
-/// The operator of one shape with its memory. All layers use the same: their calls follow each other on the queue.
-struct Lane {
-    shape: Shape,
-    options: Options,
-    io: Io,
-    forward: Pass,
-    /// Made by the first backward pass.
-    backward: Option<(GradIo, Pass)>,
-}
-
-/// Where numbers of a tensor lie: from this one on, so many.
-type Part<'a> = (&'a CubeTensor, u64, &'a View);
 
 impl Shared {
     /// Has burn open its device of this kind.
@@ -55,7 +39,7 @@ impl Shared {
         let options = Device::wgpu_options().device_kind(kind);
         let (device, setup) = options.init_with_setup().map_err(|e| refused(e.to_string()))?;
         let gpu = WebGpu::from_device(setup.device, setup.queue, setup.adapter.get_info())?;
-        Ok((Shared { device: device.clone(), gpu, lanes: Mutex::default() }, device))
+        Ok((Shared { device: device.clone(), gpu, rule: Lanes::new(SHAPES) }, device))
     }
 
     /// The kernels' side.
@@ -70,13 +54,11 @@ impl Shared {
 
     /// `[o | ht]` of q, k, v, g, beta and h0.
     pub fn forward(&self, shape: &Shape, options: &Options, x: [CubeTensor; 6]) -> Result<CubeTensor> {
-        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-        let lane = self.lane(&mut lanes, shape, options)?;
-        let x = x.map(into_contiguous);
-        let (o, ht) = (&lane.io.o.view, &lane.io.state);
-        let out = empty(&x[0], [((o.bytes + ht.bytes) / 4) as usize].into());
-        self.call(&pour(&lane.io, &x), &lane.forward, &[(&out, 0, o), (&out, o.bytes, ht)])?;
-        Ok(out)
+        let work = DeltaRule { shape: shape.clone(), options: *options };
+        let (t, _, _, vo, states) = sizes(shape);
+        let packed = [(t * vo + states) as usize].into();
+        let out = self.rule.forward(&self.gpu, &work, |way| self.call(way, x.into(), &[packed]))?;
+        out.into_iter().next().ok_or_else(|| Error::argument("results", 0, 1))
     }
 
     /// Gradients of the six, given that of `[o | ht]`.
@@ -87,62 +69,37 @@ impl Shared {
         x: [CubeTensor; 6],
         d: CubeTensor,
     ) -> Result<[CubeTensor; 6]> {
-        let mut lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
-        let lane = self.lane(&mut lanes, shape, options)?;
-        let (io, pass) = match &mut lane.backward {
-            Some(made) => made,
-            none => none.insert(gradients(&self.gpu, &lane.shape, &lane.options, &lane.io)?),
-        };
-        let (x, d) = (x.map(into_contiguous), into_contiguous(d));
-        let mut inputs = pour(&lane.io, &x);
-        inputs.extend([(&d, 0, &io.d_o.view), (&d, io.d_o.view.bytes, &io.dstate)]);
-        let out = x.each_ref().map(|x| empty(x, x.meta.shape().clone()));
-        let views = [&io.dq.view, &io.dk.view, &io.dv.view, &io.dg, &io.dbeta, &io.dstate];
-        let outputs: Vec<Part<'_>> = out.iter().zip(views).map(|(x, view)| (x, 0, view)).collect();
-        self.call(&inputs, pass, &outputs)?;
-        Ok(out)
+        let work = DeltaRule { shape: shape.clone(), options: *options };
+        let shapes = x.each_ref().map(|x| x.meta.shape().clone());
+        let all = x.into_iter().chain([d]).collect();
+        let out = self.rule.backward(&self.gpu, &work, |way| self.call(way, all, &shapes))?;
+        out.try_into().map_err(|_| Error::argument("results", "another number", 6))
     }
 
-    /// Copies in, runs, copies out.
-    fn call(&self, inputs: &[Part<'_>], pass: &Pass, outputs: &[Part<'_>]) -> Result<()> {
+    /// Copies in, runs, copies out: results of these shapes.
+    pub fn call(&self, way: &Way, inputs: Vec<CubeTensor>, results: &[Dims]) -> Result<Vec<CubeTensor>> {
         let trouble = |e: ServerError| Error::Device { device: self.gpu.caps().name.clone(), why: e.to_string() };
         let resource =
-            |(x, ..): &Part<'_>| x.client.get_resource::<WgpuServer<AutoCompiler>>(x.handle.clone()).map_err(trouble);
+            |x: &CubeTensor| x.client.get_resource::<WgpuServer<AutoCompiler>>(x.handle.clone()).map_err(trouble);
+        let inputs: Vec<CubeTensor> = inputs.into_iter().map(into_contiguous).collect();
+        let first = inputs.first().ok_or_else(|| Error::argument("arguments", 0, "at least 1"))?;
+        let out: Vec<CubeTensor> = results.iter().map(|shape| empty(first, shape.clone())).collect();
         // Held to the end: what they refer to is not given out again before the copies are queued.
         let sources = inputs.iter().map(resource).collect::<Result<Vec<_>>>()?;
-        let targets = outputs.iter().map(resource).collect::<Result<Vec<_>>>()?;
-        if let Some((x, ..)) = inputs.first() {
-            x.client.flush().map_err(trouble)?;
-        }
-        let copies: Vec<_> = sources
+        let targets = out.iter().map(resource).collect::<Result<Vec<_>>>()?;
+        first.client.flush().map_err(trouble)?;
+        let into = |part: &'_ Part| (host(sources[part.tensor].resource(), part.at * 4), part.view.clone());
+        let copies: Vec<_> = way.inputs.iter().map(into).collect();
+        let copies: Vec<_> = copies.iter().map(|(from, view)| Exchange::In(*from, view)).collect();
+        self.gpu.exchange(&copies)?;
+        self.gpu.run(&way.pass)?;
+        let copies: Vec<_> = way
+            .outputs
             .iter()
-            .zip(inputs)
-            .map(|(from, (_, at, to))| Exchange::In(host(from.resource(), *at), to))
+            .map(|part| Exchange::Out(&part.view, host(targets[part.tensor].resource(), part.at * 4)))
             .collect();
         self.gpu.exchange(&copies)?;
-        self.gpu.run(pass)?;
-        let copies: Vec<_> = targets
-            .iter()
-            .zip(outputs)
-            .map(|(to, (_, at, from))| Exchange::Out(from, host(to.resource(), *at)))
-            .collect();
-        self.gpu.exchange(&copies)
-    }
-
-    /// The lane of this shape, made if need be.
-    fn lane<'a>(&self, lanes: &'a mut Vec<Lane>, shape: &Shape, options: &Options) -> Result<&'a mut Lane> {
-        let lane = match lanes.iter().position(|lane| lane.shape == *shape && lane.options == *options) {
-            Some(at) => lanes.remove(at),
-            None => {
-                if lanes.len() == LANES {
-                    lanes.remove(0);
-                }
-                Lane::new(&self.gpu, shape, options)?
-            }
-        };
-        let at = lanes.len();
-        lanes.push(lane);
-        Ok(&mut lanes[at])
+        Ok(out)
     }
 }
 
@@ -151,63 +108,76 @@ fn host(resource: &WgpuResource, at: u64) -> HostBuffer<'_> {
     HostBuffer { buffer: &resource.buffer, offset: resource.offset + at }
 }
 
-/// Where q, k, v, g, beta and h0 go.
-fn pour<'a>(io: &'a Io, x: &'a [CubeTensor; 6]) -> Vec<Part<'a>> {
-    let views = [&io.q.view, &io.k.view, &io.v.view, &io.g, &io.beta, &io.state];
-    x.iter().zip(views).map(|(x, view)| (x, 0, view)).collect()
-}
-
 /// An f32 tensor beside another one, with undefined content.
 fn empty(beside: &CubeTensor, shape: Dims) -> CubeTensor {
     let handle = beside.client.empty(shape.num_elements() * 4);
     CubeTensor::new_contiguous(beside.client.clone(), beside.device.clone(), shape, handle, DType::F32)
 }
 
-/// Memory for so many f32 numbers.
-fn room(gpu: &WebGpu, what: &str, numbers: u64) -> Result<View> {
-    gpu.alloc(what, (numbers * 4).max(16))?.slice(0, numbers * 4)
+/// The operator of one shape.
+#[derive(Clone, PartialEq)]
+struct DeltaRule {
+    shape: Shape,
+    options: Options,
 }
 
-impl Lane {
-    fn new(gpu: &WebGpu, shape: &Shape, options: &Options) -> Result<Lane> {
-        let (t, hv, qk, vo, states) = sizes(shape);
+/// Arguments: q, k, v, g, beta, h0.
+fn inputs(io: &Io) -> Vec<Part> {
+    let views = [&io.q.view, &io.k.view, &io.v.view, &io.g, &io.beta, &io.state];
+    views.iter().enumerate().map(|(i, view)| whole(i, view)).collect()
+}
+
+impl Work for DeltaRule {
+    type Memory = Io;
+
+    /// One result: `[o | ht]`.
+    fn forward(&self, backend: &dyn Backend) -> Result<(Io, Way)> {
+        let (t, hv, qk, vo, states) = sizes(&self.shape);
+        let room = |what: &str, numbers| room(backend, what, numbers);
         let io = Io {
-            q: Rows::packed(room(gpu, "q", t * qk)?, qk),
-            k: Rows::packed(room(gpu, "k", t * qk)?, qk),
-            v: Rows::packed(room(gpu, "v", t * vo)?, vo),
-            g: room(gpu, "g", t * hv)?,
-            beta: room(gpu, "beta", t * hv)?,
-            state: room(gpu, "state", states)?,
-            o: Rows::packed(room(gpu, "o", t * vo)?, vo),
+            q: Rows::packed(room("q", t * qk)?, qk),
+            k: Rows::packed(room("k", t * qk)?, qk),
+            v: Rows::packed(room("v", t * vo)?, vo),
+            g: room("g", t * hv)?,
+            beta: room("beta", t * hv)?,
+            state: room("state", states)?,
+            o: Rows::packed(room("o", t * vo)?, vo),
         };
-        let mut forward = Pass::new();
-        Prefill::new(gpu, shape, options, qk.max(vo))?.record(&mut forward, &io)?;
-        Ok(Lane { shape: shape.clone(), options: *options, io, forward, backward: None })
+        let mut pass = Pass::new();
+        Prefill::new(backend, &self.shape, &self.options, qk.max(vo))?.record(&mut pass, &io)?;
+        let outputs = vec![whole(0, &io.o.view), Part { tensor: 0, at: t * vo, view: io.state.clone() }];
+        let way = Way { inputs: inputs(&io), outputs, pass };
+        Ok((io, way))
     }
-}
 
-/// The backward pass over the inputs of `io`.
-fn gradients(gpu: &WebGpu, shape: &Shape, options: &Options, io: &Io) -> Result<(GradIo, Pass)> {
-    let (t, hv, qk, vo, states) = sizes(shape);
-    let io = GradIo {
-        q: io.q.clone(),
-        k: io.k.clone(),
-        v: io.v.clone(),
-        g: io.g.clone(),
-        beta: io.beta.clone(),
-        // Each call brings it again.
-        h0: Some(io.state.clone()),
-        d_o: Rows::packed(room(gpu, "d_o", t * vo)?, vo),
-        dq: Rows::packed(room(gpu, "dq", t * qk)?, qk),
-        dk: Rows::packed(room(gpu, "dk", t * qk)?, qk),
-        dv: Rows::packed(room(gpu, "dv", t * vo)?, vo),
-        dg: room(gpu, "dg", t * hv)?,
-        dbeta: room(gpu, "dbeta", t * hv)?,
-        dstate: room(gpu, "dstate", states)?,
-    };
-    let mut pass = Pass::new();
-    Backward::new(gpu, shape, options, qk.max(vo))?.record(&mut pass, &io)?;
-    Ok((io, pass))
+    /// Arguments: those, then the gradient of the result. Results: the gradients of the six.
+    fn backward(&self, backend: &dyn Backend, io: &Io) -> Result<Way> {
+        let (t, hv, qk, vo, states) = sizes(&self.shape);
+        let room = |what: &str, numbers| room(backend, what, numbers);
+        let d = GradIo {
+            q: io.q.clone(),
+            k: io.k.clone(),
+            v: io.v.clone(),
+            g: io.g.clone(),
+            beta: io.beta.clone(),
+            // Each call brings it again.
+            h0: Some(io.state.clone()),
+            d_o: Rows::packed(room("d_o", t * vo)?, vo),
+            dq: Rows::packed(room("dq", t * qk)?, qk),
+            dk: Rows::packed(room("dk", t * qk)?, qk),
+            dv: Rows::packed(room("dv", t * vo)?, vo),
+            dg: room("dg", t * hv)?,
+            dbeta: room("dbeta", t * hv)?,
+            dstate: room("dstate", states)?,
+        };
+        let mut pass = Pass::new();
+        Backward::new(backend, &self.shape, &self.options, qk.max(vo))?.record(&mut pass, &d)?;
+        let mut inputs = inputs(io);
+        inputs.extend([whole(6, &d.d_o.view), Part { tensor: 6, at: t * vo, view: d.dstate.clone() }]);
+        let views = [&d.dq.view, &d.dk.view, &d.dv.view, &d.dg, &d.dbeta, &d.dstate];
+        let outputs = views.iter().enumerate().map(|(i, view)| whole(i, view)).collect();
+        Ok(Way { inputs, outputs, pass })
+    }
 }
 
 /// T, Hv, Hk K, Hv V and numbers of all states.

@@ -5,6 +5,7 @@ use burn::module::{Initializer, Module, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Distribution, Tensor};
 
+use super::mix::{self, MixInputs, gated_delta_mix};
 use super::rule::{gated_delta_rule, heads};
 use super::{Engine, expect_shape, parts, plain, stop};
 use crate::error::{Error, Result};
@@ -190,20 +191,39 @@ impl GatedDeltaNet {
         if let Err(error) = expect_shape("x", &x.dims(), &[b, t, hidden]) {
             stop("GatedDeltaNet", &error);
         }
-        let [hk, hv, dk, dv] = self.heads;
-        let qkv = self.conv1d.forward(self.in_proj_qkv.forward(x.clone()));
+        let parts = MixInputs {
+            qkv: self.in_proj_qkv.forward(x.clone()),
+            ab: Tensor::cat(vec![self.in_proj_a.forward(x.clone()), self.in_proj_b.forward(x.clone())], 2),
+            z: self.in_proj_z.forward(x),
+            conv: self.conv1d.weight.val(),
+            a_log: self.a_log.val(),
+            dt_bias: self.dt_bias.val(),
+            norm: self.norm.weight.val(),
+        };
+        let y = if self.rule == Rule::Delta && mix::fits(&self.engine, self.heads, &parts) {
+            gated_delta_mix(&self.engine, self.heads, parts, self.norm.eps)
+        } else {
+            self.in_pieces(parts)
+        };
+        self.out_proj.forward(y)
+    }
+
+    /// The same as [`gated_delta_mix`], the pieces around the rule in burn's operations.
+    fn in_pieces(&self, x: MixInputs) -> Tensor<3> {
+        let ([b, t, _], [hk, hv, dk, dv]) = (x.qkv.dims(), self.heads);
+        let qkv = parts::causal_conv_silu(x.qkv, x.conv);
         let part = |from: usize, h: usize, d: usize| qkv.clone().narrow(2, from, h * d).reshape([b, t, h, d]);
         let qkv = [part(0, hk, dk), part(hk * dk, hk, dk), part(2 * hk * dk, hv, dv)];
-        let (to_beta, to_decay) = (self.in_proj_b.forward(x.clone()), self.in_proj_a.forward(x.clone()));
-        let gates = parts::gates(to_decay, to_beta, self.a_log.val(), self.dt_bias.val());
+        let ab = |from: usize| x.ab.clone().narrow(2, from, hv);
+        let gates = parts::gates(ab(0), ab(hv), x.a_log, x.dt_bias);
         let options = Options { qk_l2norm: true, ..Options::default() };
         let (o, _) = match self.rule {
             Rule::Delta => gated_delta_rule(&self.engine, qkv, gates, None, &options),
             Rule::Plain => plain::recurrence(qkv, gates, None, &options),
             Rule::Linear => plain::gated_linear(qkv, gates, None, &options),
         };
-        let z = self.in_proj_z.forward(x).reshape([b, t, hv, dv]);
-        self.out_proj.forward(self.norm.forward(o, z).reshape([b, t, hv * dv]))
+        let z = x.z.reshape([b, t, hv, dv]);
+        parts::gated_rms_norm(o, z, x.norm, self.norm.eps).reshape([b, t, hv * dv])
     }
 
     /// What happens to the state at a token.

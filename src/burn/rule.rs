@@ -108,14 +108,14 @@ pub(super) fn heads(hk: usize, hv: usize, k: usize, v: usize) -> Result<Heads> {
 }
 
 /// f32 on this device: burn's own differentiable conversions bring gradients back.
-fn at<const D: usize>(place: &Device, x: Tensor<D>) -> Tensor<D> {
+pub(super) fn at<const D: usize>(place: &Device, x: Tensor<D>) -> Tensor<D> {
     let x = if x.dtype() == DType::F32 { x } else { x.cast(FloatDType::F32) };
     let place = in_context_of(place.clone(), &x.device());
     if x.device() == place { x } else { x.to_device(&place) }
 }
 
 /// A device with autodiff as the other one has it.
-fn in_context_of(device: Device, other: &Device) -> Device {
+pub(super) fn in_context_of(device: Device, other: &Device) -> Device {
     let device = device.without_autodiff();
     match other.gradient_checkpointing_strategy() {
         None => device,
@@ -175,7 +175,7 @@ impl Call {
 }
 
 /// The numbers of a packed f32 tensor, where they are.
-fn numbers<'a>(what: &str, x: &'a FlexTensor) -> Result<&'a [f32]> {
+pub(super) fn numbers<'a>(what: &str, x: &'a FlexTensor) -> Result<&'a [f32]> {
     x.as_slice().ok_or_else(|| Error::argument(what, format!("{:?} in strides", x.dtype()), "packed f32"))
 }
 

@@ -73,7 +73,7 @@ impl Checkpoint {
 }
 
 /// The files that hold the weights.
-fn shards(dir: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn shards(dir: &Path) -> Result<Vec<PathBuf>> {
     if !dir.is_dir() {
         return Err(Error::load(dir, "not a directory"));
     }

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::qwen::model::Model;
 use crate::qwen::sample::{Sampler, Sampling};
 use crate::qwen::session::{Got, Session, Want};
+use crate::qwen::state::cache::Reason;
 use crate::qwen::tokenizer::TextStream;
 
 /// How an answer is made and when it ends.
@@ -106,17 +107,29 @@ impl Timings {
     }
 }
 
+/// What an answer is drawn with, beside the sequence: with both it goes on as if nothing had happened.
+#[derive(Debug, Clone)]
+pub(crate) struct Answer {
+    pub sampler: Sampler,
+    /// The token that was drawn last and is not read yet; none before the first and after the end.
+    pub next: Option<u32>,
+    /// The position of its first token.
+    pub begin: u64,
+    /// Tokens given out.
+    pub given: u64,
+}
+
 /// An answer in the making. Each item is computed when it is asked for; dropping it leaves the session at the last token read.
 #[derive(Debug)]
 pub struct Generation<'a> {
     session: &'a mut Session,
     prompt: Vec<u32>,
+    /// Ends of the pieces of the prompt, with the snapshots that are due there.
+    cuts: std::vec::IntoIter<(usize, Option<Reason>)>,
     options: GenerateOptions,
-    sampler: Sampler,
     text: Option<TextStream>,
     timings: Timings,
     phase: Phase,
-    tokens: u64,
 }
 
 #[derive(Debug)]
@@ -133,31 +146,77 @@ enum Phase {
 impl<'a> Generation<'a> {
     pub(crate) fn new(session: &'a mut Session, ids: &[u32], options: &GenerateOptions) -> Result<Self> {
         let sampler = Sampler::new(options.sampling, options.seed)?;
+        let cuts = session.cuts(ids);
+        let begin = (session.ids().len() + ids.len()) as u64;
+        session.answer = Some(Answer { sampler, next: None, begin, given: 0 });
+        Ok(Self::at(session, ids.to_vec(), cuts, options, Phase::Prompt(0)))
+    }
+
+    pub(crate) fn resume(session: &'a mut Session, options: &GenerateOptions) -> Result<Self> {
+        let position = session.ids().len() as u64;
+        let under_way = session.answer.as_ref().and_then(|a| Some((a.next?, a.begin, a.given)));
+        let Some((next, begin, given)) =
+            under_way.filter(|(_, begin, given)| [position, position + 1].contains(&(begin + given)))
+        else {
+            return Err(Error::argument(
+                "session",
+                "no answer under way",
+                "one that was stopped or restored in an answer",
+            ));
+        };
+        let phase = if begin + given > position { Phase::Given(next) } else { Phase::Drawn(next) };
+        let shown = session.ids().get(begin as usize..).unwrap_or_default().to_vec();
+        let mut out = Self::at(session, Vec::new(), Vec::new(), options, phase);
+        // What is held back of the text depends on what was given out.
+        let shown = shown.into_iter().chain((begin + given > position).then_some(next));
+        if let Some(text) = &mut out.text {
+            shown.for_each(|id| drop(text.push(id)));
+        }
+        Ok(out)
+    }
+
+    fn at(
+        session: &'a mut Session,
+        prompt: Vec<u32>,
+        cuts: Vec<(usize, Option<Reason>)>,
+        options: &GenerateOptions,
+        phase: Phase,
+    ) -> Self {
         let text = session.model().tokenizer().ok().map(|t| t.stream(options.special));
-        Ok(Generation {
-            session,
-            prompt: ids.to_vec(),
-            options: options.clone(),
-            sampler,
-            text,
-            timings: Timings::default(),
-            phase: Phase::Prompt(0),
-            tokens: 0,
-        })
+        let (options, cuts) = (options.clone(), cuts.into_iter());
+        Generation { session, prompt, cuts, options, text, timings: Timings::default(), phase }
+    }
+
+    /// The session, between two items: its snapshots hold the answer under way.
+    pub fn session(&self) -> &Session {
+        self.session
     }
 
     /// Reads ids and draws the token after them.
     fn draw(&mut self, ids: &[u32]) -> Result<u32> {
-        let greedy = self.sampler.sampling().is_greedy();
-        match self.session.append(ids, if greedy { Want::Argmax } else { Want::Logits })? {
-            Got::Argmax(id) => Ok(id),
+        let missing = || Error::argument("logits", "none", "those of the last token");
+        let greedy = self.session.answer.as_ref().is_some_and(|a| a.sampler.sampling().is_greedy());
+        let got = self.session.append(ids, if greedy { Want::Argmax } else { Want::Logits })?;
+        let answer = self.session.answer.as_mut().ok_or_else(missing)?;
+        answer.next = None;
+        let id = match got {
+            Got::Argmax(id) => id,
             Got::Logits(logits) => {
-                let id = self.sampler.sample(&logits)?;
-                self.sampler.accept(id);
-                Ok(id)
+                let id = answer.sampler.sample(&logits)?;
+                answer.sampler.accept(id);
+                id
             }
-            Got::Nothing => Err(Error::argument("logits", "none", "those of the last token")),
+            Got::Nothing => return Err(missing()),
+        };
+        if !self.options.stop_ids.contains(&id) {
+            answer.next = Some(id);
         }
+        Ok(id)
+    }
+
+    /// Tokens given out.
+    fn given(&self) -> u64 {
+        self.session.answer.as_ref().map_or(0, |a| a.given)
     }
 
     fn step(&mut self) -> Result<Event> {
@@ -169,13 +228,16 @@ impl<'a> Generation<'a> {
         match self.phase {
             Phase::Prompt(done) => {
                 let total = self.prompt.len();
-                let end = total.min(done + self.session.piece_tokens());
+                let (end, reason) = self.cuts.next().unwrap_or((total, None));
                 let piece = self.prompt[done..end].to_vec();
                 self.phase = if end < total {
                     self.session.append(&piece, Want::State)?;
+                    self.session.keep(reason);
                     Phase::Prompt(end)
                 } else {
-                    Phase::Drawn(self.draw(&piece)?)
+                    let id = self.draw(&piece)?;
+                    self.session.keep(Some(Reason::Prompt));
+                    Phase::Drawn(id)
                 };
                 self.timings.prompt += begin.elapsed();
                 self.timings.prompt_tokens = end as u64;
@@ -183,13 +245,16 @@ impl<'a> Generation<'a> {
             }
             Phase::Drawn(id) => Ok(self.give(id)),
             Phase::Given(id) => {
-                if self.options.max_tokens.is_some_and(|most| self.tokens >= most) {
+                if self.options.max_tokens.is_some_and(|most| self.given() >= most) {
                     return Ok(self.done(Finish::Length));
                 }
                 if self.session.is_full() {
                     return Ok(self.done(Finish::Context));
                 }
                 let next = self.draw(&[id])?;
+                if self.session.is_due() {
+                    self.session.keep(Some(Reason::Every));
+                }
                 self.timings.decode += begin.elapsed();
                 self.timings.decoded_tokens += 1;
                 Ok(self.give(next))
@@ -200,13 +265,15 @@ impl<'a> Generation<'a> {
 
     /// Hands out a drawn token, or ends with it.
     fn give(&mut self, id: u32) -> Event {
-        if self.options.max_tokens == Some(0) {
+        if self.options.max_tokens.is_some_and(|most| self.given() >= most) {
             return self.done(Finish::Length);
         }
         if self.options.stop_ids.contains(&id) {
             return self.done(Finish::Stop(id));
         }
-        self.tokens += 1;
+        if let Some(answer) = &mut self.session.answer {
+            answer.given += 1;
+        }
         self.phase = Phase::Given(id);
         // A vocabulary is often padded: a drawn id may have no token, and then no text.
         let text = self.text.as_mut().and_then(|t| t.push(id).ok()).unwrap_or_default();
@@ -215,6 +282,9 @@ impl<'a> Generation<'a> {
 
     fn done(&mut self, finish: Finish) -> Event {
         self.phase = Phase::Over;
+        if !matches!(finish, Finish::Failed(_)) && self.given() > 0 {
+            self.session.keep(Some(Reason::Answer));
+        }
         let text = self.text.as_mut().map(|t| t.finish()).unwrap_or_default();
         Event::Done { text, finish, timings: self.timings }
     }

@@ -61,6 +61,20 @@ impl Scratch {
     }
 }
 
+/// Where passes work: one per model, since a device runs one pass at a time. It holds nothing from one to the next.
+#[derive(Debug)]
+pub(crate) struct Workspace {
+    pub scratch: Scratch,
+    /// The recurrence over whole pieces, once there was one.
+    pub piece: Option<gdn::Prefill>,
+}
+
+impl Workspace {
+    pub fn new(backend: &dyn Backend, sizes: &Sizes) -> Result<Workspace> {
+        Ok(Workspace { scratch: Scratch::new(backend, sizes)?, piece: None })
+    }
+}
+
 /// Everything that a pass over `tokens` tokens is recorded from.
 pub(crate) struct Recorder<'a> {
     pub config: &'a Config,
@@ -112,7 +126,7 @@ impl Recorder<'_> {
                 (Mixer::Linear(w), LayerState::Linear { state, tail }) => {
                     self.linear(pass, layer, w, &inputs, state, tail)?;
                 }
-                (Mixer::Full(w), LayerState::Full { pages }) => self.full(pass, layer, w, &inputs, pages)?,
+                (Mixer::Full(w), LayerState::Full(i)) => self.full(pass, layer, w, &inputs, &self.state.kv(*i))?,
                 // Weights and state are made from the same list of layers.
                 _ => {}
             }

@@ -134,7 +134,7 @@ impl std::fmt::Display for MemoryPlan {
 }
 
 /// Bytes for people.
-fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     let mib = bytes as f64 / (1 << 20) as f64;
     match mib {
         _ if mib >= 1024.0 => format!("{:.2} GiB", mib / 1024.0),

@@ -1,17 +1,19 @@
 //! A loaded model, and what is needed to load it.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::qwen::config::{Config, GenerationConfig};
 use crate::qwen::files::Checkpoint;
+use crate::qwen::layer::Workspace;
 use crate::qwen::memory::{MemoryPlan, Sizes};
 use crate::qwen::random::RandomSource;
 use crate::qwen::session::Session;
 use crate::qwen::template::{self, ChatTemplate};
 use crate::qwen::tokenizer::Tokenizer;
+use crate::qwen::turns::Turns;
 use crate::qwen::weights::{FileSource, Source, Weights};
 use crate::shape::Dtype;
 use crate::tune::Caps;
@@ -37,11 +39,19 @@ pub(crate) struct Inner {
     pub backend: Arc<dyn Backend>,
     pub plan: MemoryPlan,
     pub sizes: Sizes,
+    /// Shared by all sessions; made with the first.
+    pub workspace: Mutex<Option<Workspace>>,
+    pub turns: Option<Turns>,
     generation: GenerationConfig,
     tokenizer: Option<Tokenizer>,
     template: Option<ChatTemplate>,
     stop_ids: Vec<u32>,
-    dir: PathBuf,
+    pub dir: PathBuf,
+    /// The seed of random weights.
+    pub random: Option<(u64, Dtype)>,
+    /// Of all that makes a stored snapshot one of this model, once it was needed.
+    #[cfg(feature = "store")]
+    pub key: std::sync::OnceLock<u128>,
 }
 
 impl std::fmt::Debug for Inner {
@@ -102,6 +112,7 @@ impl Model {
             let why = format!("it has no token {id}, which ends an answer of this model: it belongs to another one");
             return Err(Error::load(tokenizer_path, why));
         }
+        inner.turns = tokenizer.as_ref().and_then(Turns::new);
         inner.generation = generation;
         inner.tokenizer = tokenizer;
         inner.template = template;
@@ -122,7 +133,8 @@ impl Model {
         options: &LoadOptions,
     ) -> Result<Model> {
         config.check()?;
-        let inner = Inner::new(config, &RandomSource { seed, dtype }, backend, options, &mut |_, _| {})?;
+        let mut inner = Inner::new(config, &RandomSource { seed, dtype }, backend, options, &mut |_, _| {})?;
+        inner.random = Some((seed, dtype));
         Ok(Model { inner: Arc::new(inner) })
     }
 
@@ -179,6 +191,14 @@ impl Model {
 }
 
 impl Inner {
+    /// Where the weights came from, in words.
+    pub fn source(&self) -> String {
+        match self.random {
+            Some((seed, dtype)) => format!("drawn from seed {seed} as {dtype}"),
+            None => self.dir.display().to_string(),
+        }
+    }
+
     /// Plans, then brings the weights to the device.
     fn new(
         config: Config,
@@ -200,11 +220,16 @@ impl Inner {
             backend,
             plan,
             sizes,
+            workspace: Mutex::new(None),
+            turns: None,
             generation: GenerationConfig::default(),
             tokenizer: None,
             template: None,
             stop_ids: Vec::new(),
             dir: PathBuf::new(),
+            random: None,
+            #[cfg(feature = "store")]
+            key: std::sync::OnceLock::new(),
         })
     }
 }

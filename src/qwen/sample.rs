@@ -53,7 +53,7 @@ impl Sampling {
 }
 
 /// Draws the tokens of one answer. The same seed, options and logits give the same tokens.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Sampler {
     sampling: Sampling,
     random: SplitMix64,
@@ -61,6 +61,14 @@ pub struct Sampler {
     seen: Vec<u32>,
     /// Candidates, kept from call to call for their memory.
     kept: Vec<(f32, u32)>,
+}
+
+impl Clone for Sampler {
+    /// What matters for the tokens to come; the memory of the candidates does not.
+    fn clone(&self) -> Self {
+        let Sampler { sampling, random, seen, .. } = self;
+        Sampler { sampling: *sampling, random: random.clone(), seen: seen.clone(), kept: Vec::new() }
+    }
 }
 
 impl Sampler {
@@ -71,6 +79,18 @@ impl Sampler {
     pub fn new(sampling: Sampling, seed: u64) -> Result<Self> {
         sampling.check()?;
         Ok(Sampler { sampling, random: SplitMix64::new(seed), seen: Vec::new(), kept: Vec::new() })
+    }
+
+    /// One in the middle of an answer; `seen` ascends.
+    #[cfg(feature = "store")]
+    pub(crate) fn from_parts(sampling: Sampling, random: SplitMix64, seen: Vec<u32>) -> Self {
+        Sampler { sampling, random, seen, kept: Vec::new() }
+    }
+
+    /// Its random numbers, and the ids of the answer so far.
+    #[cfg(feature = "store")]
+    pub(crate) fn parts(&self) -> (&SplitMix64, &[u32]) {
+        (&self.random, &self.seen)
     }
 
     /// The options.
@@ -163,6 +183,12 @@ impl SplitMix64 {
     /// The stream of `seed`.
     pub fn new(seed: u64) -> Self {
         SplitMix64 { state: seed }
+    }
+
+    /// What [`SplitMix64::new`] makes the rest of the stream of.
+    #[cfg(feature = "store")]
+    pub(crate) fn state(&self) -> u64 {
+        self.state
     }
 
     /// The same stream, `n` numbers further on.

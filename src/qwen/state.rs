@@ -1,7 +1,26 @@
-//! What a sequence carries from token to token.
+//! What a sequence carries from token to token, as a value: taken, kept, brought back, shared.
 //!
-//! States, convolution tails, cache and position belong together: restoring one without the others is wrong. They are in one
+//! ```text
+//! state.rs     the state of one sequence on the device        snapshot.rs  the same at one moment, whole or not at all
+//! history.rs   its tokens and the pieces they were read in    tree.rs      values by the tokens that lead to them
+//! pages.rs     keys and values, shared until someone writes   cache.rs     snapshots within a budget, found by prefix
+//! host.rs      snapshots in host memory, to move them         store.rs     snapshots on disk (feature `store`)
+//! ```
+//!
+//! States, convolution tails, cache and tokens belong together: restoring one without the others is wrong. They are in one
 //! type so that whoever copies it copies all of it.
+//!
+//! What depends on the length of the text, keys and values, is shared and never copied whole; what does not, states and tails,
+//! is copied, on the device. Both are views of device memory, so a batch may hold the states of its sequences side by side.
+
+pub mod cache;
+pub(crate) mod history;
+pub mod host;
+pub(crate) mod pages;
+pub mod snapshot;
+#[cfg(feature = "store")]
+pub mod store;
+mod tree;
 
 use crate::backend::{Backend, View};
 use crate::error::Result;
@@ -9,16 +28,21 @@ use crate::ops::{self, KvPage};
 use crate::pass::Pass;
 use crate::qwen::config::{Config, LayerKind};
 use crate::qwen::memory::{attention_shape, pages};
+use crate::qwen::state::history::History;
+use crate::qwen::state::pages::{PageLayout, Pages};
 use crate::shape::Dtype;
+use crate::tune::Caps;
 
 /// The state of one sequence.
 #[derive(Debug)]
 pub(crate) struct State {
-    /// Ids that the state has seen; their number is the next position.
-    pub ids: Vec<u32>,
+    /// Tokens that the state has seen; their number is the next position.
+    pub history: History,
     pub layers: Vec<LayerState>,
-    /// First position and length of every page up to the context; layers own the first few.
-    pages: Vec<(u64, u64)>,
+    pub pages: Pages,
+    pub layout: PageLayout,
+    /// Some of it was computed on another device: what follows has not the bits that it would have had here alone.
+    pub moved: bool,
 }
 
 #[derive(Debug)]
@@ -29,9 +53,36 @@ pub(crate) enum LayerState {
         /// `[1, taps - 1, channels]` f32, oldest first, before convolution
         tail: View,
     },
-    Full {
-        pages: Vec<KvPage>,
-    },
+    /// Its number among the full-attention layers.
+    Full(usize),
+}
+
+/// Bytes of state and tail of every Gated DeltaNet layer.
+pub(crate) fn fixed_bytes(config: &Config) -> impl Iterator<Item = u64> {
+    let tail = (config.conv_taps as u64 - 1) * config.conv_channels() as u64 * 4;
+    let count = config.count(LayerKind::Linear) as usize;
+    let layer = [config.linear.state_len() * 4, tail];
+    std::iter::repeat_n(layer, count).flatten()
+}
+
+/// How a model lays out keys and values for sequences of up to `context` positions.
+pub(crate) fn page_layout(config: &Config, caps: &Caps, context: u64, kv: Dtype) -> PageLayout {
+    PageLayout {
+        pages: pages(config, caps, context, kv),
+        layers: config.count(LayerKind::Full) as usize,
+        row: attention_shape(config, kv).kv_row(),
+    }
+}
+
+/// Device memory for states and tails, of undefined content.
+pub(crate) fn alloc_fixed(config: &Config, backend: &dyn Backend) -> Result<Vec<View>> {
+    let names = ["state", "convolution tail"].into_iter().cycle();
+    fixed_bytes(config).zip(names).map(|(bytes, what)| Ok(backend.alloc(what, bytes)?.view())).collect()
+}
+
+/// Records the copy of states and tails from one place to another of the same model.
+pub(crate) fn copy_fixed(caps: &Caps, pass: &mut Pass, from: &[View], to: &[View]) -> Result<()> {
+    from.iter().zip(to).try_for_each(|(from, to)| ops::copy(caps, pass, from, 0, to, 0, from.bytes / 4))
 }
 
 impl State {
@@ -40,25 +91,31 @@ impl State {
     /// # Errors
     /// What the backend reports.
     pub fn new(config: &Config, backend: &dyn Backend, context: u64, kv: Dtype) -> Result<State> {
-        let tail_bytes = (config.conv_taps as u64 - 1) * config.conv_channels() as u64 * 4;
-        let layer = |kind: &LayerKind| {
-            Ok(match kind {
-                LayerKind::Linear => LayerState::Linear {
-                    state: backend.alloc("state", config.linear.state_len() * 4)?.view(),
-                    tail: backend.alloc("convolution tail", tail_bytes)?.view(),
-                },
-                LayerKind::Full => LayerState::Full { pages: Vec::new() },
-            })
+        let mut fixed = alloc_fixed(config, backend)?.into_iter();
+        let mut full = 0..;
+        let layer = |kind: &LayerKind| match kind {
+            LayerKind::Linear => Some(LayerState::Linear { state: fixed.next()?, tail: fixed.next()? }),
+            LayerKind::Full => full.next().map(LayerState::Full),
         };
-        let layers = config.layers.iter().map(layer).collect::<Result<_>>()?;
-        let mut state = State { ids: Vec::new(), layers, pages: pages(config, backend.caps(), context, kv) };
+        let layers = config.layers.iter().filter_map(layer).collect();
+        let layout = page_layout(config, backend.caps(), context, kv);
+        let mut state = State { history: History::default(), layers, pages: Pages::default(), layout, moved: false };
         state.clear(backend)?;
         Ok(state)
     }
 
     /// The number of tokens seen: the position of the next.
     pub fn position(&self) -> u64 {
-        self.ids.len() as u64
+        self.history.len()
+    }
+
+    /// States and tails, layer by layer.
+    pub fn fixed(&self) -> Vec<View> {
+        let views = |layer: &LayerState| match layer {
+            LayerState::Linear { state, tail } => vec![state.clone(), tail.clone()],
+            LayerState::Full(_) => Vec::new(),
+        };
+        self.layers.iter().flat_map(views).collect()
     }
 
     /// Back to an empty sequence; keeps the memory.
@@ -67,39 +124,32 @@ impl State {
     /// What the backend reports.
     pub fn clear(&mut self, backend: &dyn Backend) -> Result<()> {
         let mut pass = Pass::new();
-        for layer in &self.layers {
-            if let LayerState::Linear { state, tail } = layer {
-                ops::fill(backend.caps(), &mut pass, state, 0, state.bytes / 4, 0)?;
-                ops::fill(backend.caps(), &mut pass, tail, 0, tail.bytes / 4, 0)?;
-            }
+        for view in self.fixed() {
+            ops::fill(backend.caps(), &mut pass, &view, 0, view.bytes / 4, 0)?;
         }
         backend.load(&pass)?;
         backend.run(&pass)?;
-        self.ids.clear();
+        self.history.clear();
+        self.moved = false;
         Ok(())
     }
 
-    /// Makes room in the cache for the positions below `end`; true if pages came to it.
+    /// Makes room in the cache for the positions from the next one up to `end`; true if pages came or changed.
     ///
     /// # Errors
     /// What the backend reports; what had been there stays.
-    pub fn grow(&mut self, config: &Config, backend: &dyn Backend, kv: Dtype, end: u64) -> Result<bool> {
-        let row = attention_shape(config, kv).kv_row();
-        let mut grown = false;
-        for layer in &mut self.layers {
-            let LayerState::Full { pages } = layer else { continue };
-            while let Some(&(start, len)) = self.pages.get(pages.len()).filter(|(start, _)| *start < end) {
-                let page = |what| Ok::<_, crate::Error>(backend.alloc(what, len * row)?.view());
-                pages.push(KvPage { start, len, k: page("page of keys")?, v: page("page of values")? });
-                grown = true;
-            }
-        }
-        Ok(grown)
+    pub fn grow(&mut self, backend: &dyn Backend, end: u64) -> Result<bool> {
+        self.pages.take(&self.layout, backend, self.history.len(), end)
+    }
+
+    /// The cache of a full-attention layer.
+    pub fn kv(&self, layer: usize) -> Vec<KvPage> {
+        self.pages.layer(layer)
     }
 
     /// Positions that the page holding position `at` ends before.
     pub fn page_end(&self, at: u64) -> u64 {
-        self.pages.iter().map(|(start, len)| start + len).find(|end| *end > at).unwrap_or(at + 1)
+        self.layout.pages.iter().map(|(start, len)| start + len).find(|end| *end > at).unwrap_or(at + 1)
     }
 }
 

@@ -6,11 +6,13 @@ mod tests;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
+use gatedelta::qwen::Restored;
 use serde_json::{Value, json};
 
 use crate::engine::{End, Engine, Step};
 use crate::event::{Event, Reason, Sink, Summary};
+use crate::kept::{Conversation, Kept};
 use crate::parse::{self, Broken, Call, Parser};
 use crate::repeat::Repeat;
 use crate::tools::{Outcome, Spec, Toolbox};
@@ -42,7 +44,12 @@ pub struct Agent<E> {
     specs: Arc<[Spec]>,
     tools: Vec<Value>,
     messages: Vec<Value>,
+    /// Messages after the point that the user has gone back to; gone with the next answer.
+    later: Vec<Value>,
     raw: String,
+    /// The last prompt and what the model wrote on it.
+    last: Option<(String, String)>,
+    kept: Option<Kept>,
     /// May be changed between questions.
     pub options: Options,
 }
@@ -60,14 +67,116 @@ impl<E: Engine> Agent<E> {
     pub fn new(engine: E, toolbox: Toolbox, options: Options) -> Self {
         let specs: Arc<[Spec]> = toolbox.specs().into();
         let tools = specs.iter().map(Spec::to_json).collect();
-        let mut agent = Agent { engine, toolbox, specs, tools, messages: Vec::new(), raw: String::new(), options };
+        let mut agent = Agent {
+            engine,
+            toolbox,
+            specs,
+            tools,
+            messages: Vec::new(),
+            later: Vec::new(),
+            raw: String::new(),
+            last: None,
+            kept: None,
+            options,
+        };
         agent.clear();
         agent
+    }
+
+    /// Keeps the conversation in `kept` from here on, and goes on with the one that is there; the number of its turns.
+    ///
+    /// # Errors
+    /// If that cannot be read.
+    pub fn keep(&mut self, kept: Kept) -> Result<usize> {
+        let Conversation { messages, later } = kept.load()?;
+        self.clear();
+        self.messages.extend(messages);
+        self.later = later;
+        self.kept = Some(kept);
+        Ok(begins(&self.messages).len())
+    }
+
+    /// Has conversation and state outlive the program, where there is a place for them.
+    ///
+    /// # Errors
+    /// If they cannot be written.
+    pub fn save(&mut self) -> Result<()> {
+        if let Some(kept) = &self.kept {
+            let system = self.messages.iter().take_while(|message| message["role"] == "system").count();
+            let (messages, later) = (self.messages[system..].to_vec(), self.later.clone());
+            kept.save(&Conversation { messages, later })?;
+            self.engine.save()?;
+        }
+        Ok(())
+    }
+
+    /// Has the engine get ready for the next question; how much of the conversation needs no reading.
+    ///
+    /// # Errors
+    /// Whatever the engine gives.
+    pub fn prepare(&mut self) -> Result<Option<Restored>> {
+        if begins(&self.messages).is_empty() {
+            return Ok(None);
+        }
+        let text = self.engine.render(&self.messages, &self.tools, self.options.thinking)?;
+        self.engine.prepare(&text)
+    }
+
+    /// What the engine holds in memory.
+    pub fn memory(&self) -> String {
+        self.engine.memory()
+    }
+
+    /// The questions of the conversation, and after how many of them it stands.
+    pub fn turns(&self) -> (Vec<String>, usize) {
+        let question = |message: &Value| message["content"].as_str().unwrap_or_default().to_string();
+        let questions = |list: &[Value]| begins(list).into_iter().map(|at| question(&list[at])).collect::<Vec<_>>();
+        let now = questions(&self.messages);
+        let at = now.len();
+        ([now, questions(&self.later)].concat(), at)
+    }
+
+    /// Goes to the end of a turn, the first being 1 and 0 the begin, back or forth.
+    ///
+    /// # Errors
+    /// If there is no such turn.
+    pub fn goto(&mut self, turn: usize) -> Result<()> {
+        let count = self.turns().0.len();
+        if turn > count {
+            bail!("there is no turn {turn}; the conversation has {count}");
+        }
+        let mut all = std::mem::take(&mut self.messages);
+        all.append(&mut self.later);
+        let end = begins(&all).get(turn).copied().unwrap_or(all.len());
+        self.later = all.split_off(end);
+        self.messages = all;
+        Ok(())
+    }
+
+    /// Goes back before the last question, which is given; none if there is no question.
+    pub fn undo(&mut self) -> Option<String> {
+        let (questions, at) = self.turns();
+        let before = at.checked_sub(1)?;
+        self.goto(before).ok()?;
+        questions.into_iter().nth(before)
+    }
+
+    /// Answers a question and goes on as if it had not been asked.
+    ///
+    /// # Errors
+    /// As [`Agent::answer`].
+    pub fn aside(&mut self, question: &str, stop: &dyn Fn() -> bool, sink: &mut dyn Sink) -> Result<Summary> {
+        let (before, later) = (self.messages.len(), self.later.clone());
+        let answer = self.answer(question, stop, sink);
+        self.messages.truncate(before);
+        self.later = later;
+        answer
     }
 
     /// Forgets the conversation.
     pub fn clear(&mut self) {
         self.messages.clear();
+        self.later.clear();
         if let Some(system) = &self.options.system {
             self.messages.push(json!({"role": "system", "content": system}));
         }
@@ -100,6 +209,7 @@ impl<E: Engine> Agent<E> {
     pub fn answer(&mut self, question: &str, stop: &dyn Fn() -> bool, sink: &mut dyn Sink) -> Result<Summary> {
         let before = self.messages.len();
         self.raw.clear();
+        self.last = None;
         self.messages.push(json!({"role": "user", "content": question}));
         let mut summary = Summary::default();
         match self.rounds(stop, sink, &mut summary) {
@@ -112,6 +222,8 @@ impl<E: Engine> Agent<E> {
         if self.raw.trim().is_empty() {
             // A question without an answer would only confuse the next one.
             self.messages.truncate(before);
+        } else {
+            self.later.clear();
         }
         Ok(summary)
     }
@@ -173,7 +285,10 @@ impl<E: Engine> Agent<E> {
         sink: &mut dyn Sink,
         summary: &mut Summary,
     ) -> Result<(Output, Reason)> {
-        let prompt = self.engine.render(&self.messages, &self.tools, self.options.thinking)?;
+        let mut prompt = self.engine.render(&self.messages, &self.tools, self.options.thinking)?;
+        if let Some((before, wrote)) = self.last.take() {
+            prompt = appended(prompt, &before, &wrote);
+        }
         let mut parser = Parser::new(self.specs.clone(), prompt.trim_end().ends_with("<think>"));
         let mut output = Output::default();
         let mut repeat = Repeat::new();
@@ -207,6 +322,7 @@ impl<E: Engine> Agent<E> {
             self.raw.push_str("\n\n");
         }
         self.raw.push_str(parser.raw());
+        self.last = Some((prompt, parser.raw().to_string()));
         let reason = match answer.end {
             End::Stop => Reason::Stop,
             End::Budget => Reason::Length,
@@ -274,6 +390,22 @@ impl Output {
                 .collect();
         }
         message
+    }
+}
+
+/// Where the turns of a conversation begin.
+fn begins(messages: &[Value]) -> Vec<usize> {
+    (0..messages.len()).filter(|at| messages[*at]["role"] == "user").collect()
+}
+
+/// A prompt that goes on from `before` with what the model wrote, word for word: a template writes the same call in its own way,
+/// and all from there on would have to be read again.
+fn appended(prompt: String, before: &str, wrote: &str) -> String {
+    const END: &str = "<|im_end|>";
+    let rest = prompt.strip_prefix(before);
+    match rest.and_then(|rest| rest.find(END).map(|at| &rest[at..])) {
+        Some(after) if !wrote.contains(END) => format!("{before}{wrote}{after}"),
+        _ => prompt,
     }
 }
 

@@ -5,6 +5,7 @@ pub mod local;
 use std::time::Duration;
 
 use anyhow::Result;
+use gatedelta::qwen::Restored;
 use serde_json::Value;
 
 /// A model that continues text.
@@ -26,6 +27,27 @@ pub trait Engine {
         budget: usize,
         each: &mut dyn FnMut(Step<'_>) -> Result<bool>,
     ) -> Result<Answer>;
+
+    /// Gets ready for a prompt that goes on from `text`; how much of it needs no reading, where that is known.
+    ///
+    /// # Errors
+    /// Whatever goes wrong in the model.
+    fn prepare(&mut self, _text: &str) -> Result<Option<Restored>> {
+        Ok(None)
+    }
+
+    /// Has what was read and written outlive the program, where there is a place for it.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    fn save(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// What it holds in memory, in lines for the user.
+    fn memory(&self) -> String {
+        "Nothing is known of the memory.".into()
+    }
 }
 
 impl<E: Engine + ?Sized> Engine for &mut E {
@@ -40,6 +62,18 @@ impl<E: Engine + ?Sized> Engine for &mut E {
         each: &mut dyn FnMut(Step<'_>) -> Result<bool>,
     ) -> Result<Answer> {
         (**self).generate(prompt, budget, each)
+    }
+
+    fn prepare(&mut self, text: &str) -> Result<Option<Restored>> {
+        (**self).prepare(text)
+    }
+
+    fn save(&mut self) -> Result<()> {
+        (**self).save()
+    }
+
+    fn memory(&self) -> String {
+        (**self).memory()
     }
 }
 
@@ -65,7 +99,7 @@ pub struct Answer {
     pub reused: usize,
     /// Of the rest, how many were read before the answer ended.
     pub read: usize,
-    /// Of those read, how many had been read before: the prompt departs from what was in memory, which had to go.
+    /// Of those read, how many had been read before: the prompt departs from what was in memory, between two snapshots.
     pub reread: usize,
     /// Tokens written.
     pub wrote: usize,

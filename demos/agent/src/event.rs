@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Duration;
 
+use gatedelta::qwen::Restored;
 use serde_json::Value;
 
 use crate::parse::{Broken, Call};
@@ -13,6 +14,8 @@ use crate::tools::Outcome;
 pub enum Event<'a> {
     /// The model is loaded.
     Start(&'a Start),
+    /// A conversation of so many turns goes on; how much of it needs no reading.
+    Restored(usize, &'a Restored),
     /// Of a prompt of `total` tokens `done` are read, `reused` of them without reading: they were still in memory.
     Prefill { done: usize, total: usize, reused: usize },
     /// The next piece of reasoning.

@@ -32,6 +32,13 @@ fn to_json(event: Event<'_>) -> Option<Value> {
             "context": start.context,
             "sampling": start.sampling,
         }),
+        Event::Restored(turns, restored) => json!({
+            "event": "restored",
+            "turns": turns,
+            "tokens": restored.tokens,
+            "total": restored.total,
+            "seconds": restored.took.as_secs_f64(),
+        }),
         Event::Prefill { done, total, reused } => {
             json!({"event": "prefill", "done": done, "total": total, "reused": reused})
         }

@@ -8,6 +8,7 @@ pub mod engine;
 pub mod event;
 mod interrupt;
 mod json;
+pub mod kept;
 pub mod options;
 pub mod parse;
 mod repeat;
@@ -27,6 +28,7 @@ use crate::engine::local::Local;
 use crate::event::{Event, Reason, Sink, Start};
 use crate::interrupt::Interrupt;
 use crate::json::JsonLines;
+use crate::kept::Kept;
 use crate::options::Args;
 use crate::tools::{TIME_LIMIT, Tool, Toolbox, clock::Time, files::Folder, notes::Notes};
 use crate::ui::Terminal;
@@ -75,7 +77,8 @@ fn run(args: &Args, sink: &mut dyn Sink) -> Result<ExitCode> {
         anyhow::bail!("the prompt is empty");
     }
     let (tools, folder) = tools(args)?;
-    let local = Local::load(args)?;
+    let mut local = Local::load(args)?;
+    let kept = keep(args, prompt.is_none(), &mut local)?;
     let toolbox = Toolbox::new(tools, TIME_LIMIT);
     let start = Start {
         tools: toolbox.specs().into_iter().map(|spec| spec.name).collect(),
@@ -90,12 +93,35 @@ fn run(args: &Args, sink: &mut dyn Sink) -> Result<ExitCode> {
     let account = local.account().to_string();
     let mut agent = Agent::new(local, toolbox, options);
     sink.event(Event::Start(&start))?;
+    if let Some(kept) = kept {
+        let turns = agent.keep(kept)?;
+        if let Some(restored) = agent.prepare()? {
+            sink.event(Event::Restored(turns, &restored))?;
+        }
+    }
     let Some(prompt) = prompt else {
         return repl::run(&mut agent, sink, &interrupt, args.json, &account);
     };
     let summary = interrupt.during(|stop| agent.answer(&prompt, stop, sink))?;
     sink.event(Event::Done(&summary))?;
+    agent.save()?;
     Ok(if summary.reason == Reason::Interrupted { ExitCode::from(INTERRUPTED) } else { ExitCode::SUCCESS })
+}
+
+/// Where the conversation is kept, with the model's state beside it. A place that the user named has to work.
+fn keep(args: &Args, conversation: bool, local: &mut Local) -> Result<Option<Kept>> {
+    let own = || Kept::default_folder().filter(|_| conversation && ui::interactive() && !args.no_session && !args.json);
+    let Some(folder) = args.session.clone().or_else(own) else { return Ok(None) };
+    match local.keep_in(&folder.join("state")) {
+        Ok(()) => Ok(Some(Kept::new(&folder))),
+        Err(why) if args.session.is_some() => {
+            Err(why).with_context(|| format!("--session {} cannot be used", folder.display()))
+        }
+        Err(why) => {
+            eprintln!("This conversation is not kept: {why:#}");
+            Ok(None)
+        }
+    }
 }
 
 /// Tools, and the folder that they see.

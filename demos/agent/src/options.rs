@@ -43,6 +43,19 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub notes: Option<PathBuf>,
 
+    /// Keeps the conversation and the model's state in this folder and goes on from there [default: one in the user's data
+    /// directory, for a conversation at a terminal; none otherwise]
+    #[arg(long, value_name = "DIR", conflicts_with = "no_session")]
+    pub session: Option<PathBuf>,
+
+    /// Keeps nothing
+    #[arg(long)]
+    pub no_session: bool,
+
+    /// Memory of the device for snapshots, in MiB: what a conversation goes back to
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    pub snapshots: u32,
+
     /// Gives the model no tools
     #[arg(long)]
     pub no_tools: bool,

@@ -3,12 +3,12 @@
 use std::io::{self, BufRead};
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use rustyline::{DefaultEditor, error::ReadlineError};
 
 use crate::agent::Agent;
 use crate::engine::Engine;
-use crate::event::{Event, Sink};
+use crate::event::{Event, Sink, Summary};
 use crate::interrupt::Interrupt;
 use crate::ui::{interactive, visible};
 
@@ -17,6 +17,11 @@ const HELP: &str = "Commands:
   /tools            what the model can call
   /device           the devices that were found, and why this one runs
   /clear            forgets the conversation
+  /history          the questions so far
+  /undo             takes the last question back
+  /goto N           goes to the end of turn N, back or forth; 0 is the begin
+  /aside QUESTION   asks beside the conversation, which does not hear of it
+  /memory           what is held where, and what that saved
   /think on|off     lets the model reason before it answers, or not
   /think auto       leaves that to the model
   /raw              the last answer as the model wrote it, calls and all
@@ -65,13 +70,18 @@ pub fn run<E: Engine>(
             continue;
         }
         editor.add_history_entry(line)?;
-        match line.strip_prefix('/') {
-            Some(command) => {
+        let aside = |line: &str| line.strip_prefix("/aside ").map(|question| question.trim().to_string());
+        match (aside(line), line.strip_prefix('/')) {
+            (Some(question), _) => {
+                show(interrupt.during(|stop| agent.aside(&question, stop, sink)), sink)?;
+            }
+            (None, Some(command)) => {
                 if !obey(agent, command, account) {
                     break;
                 }
+                save(agent);
             }
-            None => {
+            (None, None) => {
                 ask(agent, line, sink, interrupt)?;
             }
         }
@@ -81,7 +91,20 @@ pub fn run<E: Engine>(
 
 /// Asks and shows the answer; false if it failed.
 fn ask<E: Engine>(agent: &mut Agent<E>, line: &str, sink: &mut dyn Sink, interrupt: &Interrupt) -> Result<bool> {
-    let answer = interrupt.during(|stop| agent.answer(line, stop, sink));
+    let answered = show(interrupt.during(|stop| agent.answer(line, stop, sink)), sink)?;
+    save(agent);
+    Ok(answered)
+}
+
+/// Keeps the conversation. What stands against it is no reason to end it.
+fn save<E: Engine>(agent: &mut Agent<E>) {
+    if let Err(why) = agent.save() {
+        eprintln!("The conversation could not be kept: {why:#}");
+    }
+}
+
+/// Shows how an answer went; false if it failed.
+fn show(answer: Result<Summary>, sink: &mut dyn Sink) -> Result<bool> {
     let answered = answer.is_ok();
     match answer {
         Ok(summary) => sink.event(Event::Done(&summary))?,
@@ -109,6 +132,35 @@ fn obey<E: Engine>(agent: &mut Agent<E>, command: &str, account: &str) -> bool {
             agent.clear();
             println!("The conversation is forgotten.");
         }
+        ["history"] => {
+            let (questions, at) = agent.turns();
+            for (i, question) in questions.iter().enumerate() {
+                let mark = if i + 1 == at {
+                    "now"
+                } else if i >= at {
+                    "later"
+                } else {
+                    ""
+                };
+                let line = visible(question.lines().next().unwrap_or_default());
+                println!("{:>4} {mark:<5} {line}", i + 1);
+            }
+            if questions.is_empty() {
+                println!("Nothing has been asked yet.");
+            }
+        }
+        ["undo"] => match agent.undo() {
+            Some(question) => println!("Taken back: {}", visible(&question)),
+            None => println!("There is nothing to take back."),
+        },
+        ["goto", n] => match n.parse().map_err(|_| anyhow!("/goto takes the number of a turn, not {n:?}")) {
+            Ok(n) => match agent.goto(n) {
+                Ok(()) => println!("The conversation stands after turn {n}."),
+                Err(why) => println!("{why}."),
+            },
+            Err(why) => println!("{why}."),
+        },
+        ["memory"] => println!("{}", agent.memory()),
         ["think"] => println!("Reasoning is {}.", thinking(agent.options.thinking)),
         ["think", word @ ("on" | "off" | "auto")] => {
             agent.options.thinking = match *word {

@@ -146,6 +146,10 @@ impl Sink for Terminal {
         let (dim, call, warn) = (self.dim.clone(), self.call.clone(), self.warn.clone());
         match event {
             Event::Start(start) => self.start(start)?,
+            Event::Restored(turns, restored) => {
+                let turns = if turns == 1 { "1 turn".into() } else { format!("{turns} turns") };
+                self.say(&dim, &format!("The conversation of {turns} goes on: {restored}. /clear forgets it."))?;
+            }
             Event::Prefill { done, total, reused } => self.prefill(done, total, reused)?,
             Event::Reasoning(text) => {
                 self.section(Section::Reasoning)?;

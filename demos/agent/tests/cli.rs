@@ -149,6 +149,8 @@ fn bad_input_is_refused_in_words() {
         (vec!["--prompt", " "], 1, "empty"),
         (vec!["--device", "cpu", "--top-p", "7", "--prompt", "x"], 1, "top_p"),
         (vec!["--device", "cpu", "--context", "99999999", "--prompt", "x"], 1, "99999999"),
+        (vec!["--session", file, "--prompt", "x"], 1, "--session"),
+        (vec!["--session", dir, "--no-session"], 2, "--no-session"),
         (vec!["--max-tokens", "0"], 2, "--max-tokens"),
         (vec!["--greedy", "--temperature", "1"], 2, "--temperature"),
         (vec!["--nonsense"], 2, "--nonsense"),
@@ -234,4 +236,44 @@ fn a_closed_output_is_no_crash() {
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), text(&output.stderr).as_str()), (Some(1), ""));
+}
+
+/// Lines to a program that keeps its session in a folder; its events.
+fn session(folder: &Path, lines: &str) -> Vec<Value> {
+    let folder = folder.to_str().unwrap();
+    let mut child = agent(&["--device", "cpu", "--greedy", "--max-tokens", "64", "--json", "--session", folder])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    events(&child.wait_with_output().unwrap())
+}
+
+#[test]
+fn a_session_goes_on_in_the_next_program() {
+    let (whole, parts) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let expected = session(whole.path(), "hello\nwhat is 2 + 3?\n");
+    let first = session(parts.path(), "hello\n");
+    let second = session(parts.path(), "what is 2 + 3?\n");
+    let spoken = |events: &[Value]| {
+        let tokens = events.iter().filter(|event| event["event"] == "token");
+        tokens.map(|event| event["text"].as_str().unwrap()).collect::<String>()
+    };
+    assert!(first.iter().all(|event| event["event"] != "restored"));
+    assert_eq!(spoken(&first) + &spoken(&second), spoken(&expected));
+    let restored = second.iter().find(|event| event["event"] == "restored").expect("what was restored");
+    let (tokens, total) = (restored["tokens"].as_u64().unwrap(), restored["total"].as_u64().unwrap());
+    assert!(restored["turns"] == 1 && tokens <= total && total - tokens < 16, "{restored}");
+    // The same tokens are reused, stop or no stop.
+    let last = |events: &[Value]| events.last().unwrap()["reused_tokens"].as_u64().unwrap();
+    assert!(last(&second) >= tokens && last(&second) == last(&expected), "{second:?}");
+
+    let file = parts.path().join("conversation.json");
+    std::fs::write(&file, "{").unwrap();
+    let output = run(&["--device", "cpu", "--prompt", "hi", "--session", parts.path().to_str().unwrap()]);
+    let stderr = text(&output.stderr);
+    assert!(output.status.code() == Some(1) && stderr.contains("malformed"), "{stderr}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "{");
 }

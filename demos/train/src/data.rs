@@ -9,6 +9,7 @@
 
 pub mod calculator;
 pub mod clock;
+pub mod content;
 pub mod files;
 pub mod grammar;
 pub mod memory;
@@ -34,10 +35,19 @@ use crate::draw::Draw;
 
 /// Every form, by name.
 fn forms() -> impl Iterator<Item = (&'static str, &'static Form)> {
-    [calculator::FORMS, clock::FORMS, files::FORMS, memory::FORMS, notes::FORMS, steps::FORMS, talk::FORMS]
-        .into_iter()
-        .flatten()
-        .copied()
+    [
+        calculator::FORMS,
+        clock::FORMS,
+        content::FORMS,
+        files::FORMS,
+        memory::FORMS,
+        notes::FORMS,
+        steps::FORMS,
+        talk::FORMS,
+    ]
+    .into_iter()
+    .flatten()
+    .copied()
 }
 
 /// Which wordings, names and numbers are used.
@@ -183,6 +193,11 @@ impl Kind {
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
     Call(Call),
+    /// A call after a word about what was found so far. What is written down once need only be copied from there.
+    Work {
+        text: String,
+        call: Call,
+    },
     /// The answer, and what an answer in other words must hold to be right.
     Say {
         text: String,
@@ -194,6 +209,15 @@ impl Action {
     pub fn call(name: &str, arguments: &[(&str, Value)]) -> Action {
         let arguments = arguments.iter().map(|(key, value)| (key.to_string(), value.clone())).collect();
         Action::Call(Call { name: name.to_string(), arguments })
+    }
+
+    /// The same call, after a word about it.
+    #[must_use]
+    pub fn after(self, text: String) -> Action {
+        match self {
+            Action::Call(call) => Action::Work { text, call },
+            other => other,
+        }
     }
 
     pub fn say<S: ToString>(text: impl Into<String>, must: &[S]) -> Action {

@@ -3,12 +3,12 @@
 //! Losses stay where they were computed until they are asked for: on a GPU every look at a number waits for all work before it.
 //!
 //! The file `run.safetensors` is replaced in one step, so that a run that is killed at any moment goes on from a whole one. It holds
-//! burn's own records byte for byte: what goes on is bit for bit what would have gone on without the stop.
+//! every number byte for byte: what goes on is bit for bit what would have gone on without the stop.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use burn::module::{Module, ModuleVisitor, Param, ParamGroup};
+use burn::module::Module;
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::store::ModuleRecord;
 use burn::tensor::{Bytes, Tensor};
@@ -16,6 +16,8 @@ use gatedelta::burn::Qwen35;
 use gatedelta_agent::tools::notes::replace;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
+
+use crate::flat::Flat;
 
 /// A model of the same sizes with the weights of a run's file.
 ///
@@ -33,7 +35,7 @@ pub fn weights(file: &Path, model: Qwen35) -> Result<Qwen35> {
 /// See the [module](self). `N` losses are kept for every step; the first is the one to look at.
 pub struct Run<const N: usize> {
     pub model: Qwen35,
-    recipe: Recipe,
+    optimiser: Optimiser,
     /// The losses of the steps that were read so far.
     pub losses: Vec<[f32; N]>,
     /// Those of the steps after them, `[N]` each, where they were computed.
@@ -46,31 +48,58 @@ pub struct Run<const N: usize> {
 }
 
 /// How gradients become steps.
-#[derive(Clone)]
-pub struct Recipe {
-    optimiser: ModuleOptimizer,
-    /// The largest norm that all gradients together may have; larger ones are shortened to it.
-    clip: Option<f64>,
-}
-
-impl Recipe {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recipe {
     /// burn's AdamW.
-    pub fn plain() -> Self {
-        Recipe { optimiser: AdamWConfig::new().init(), clip: None }
-    }
-
+    Plain,
     /// AdamW as language models are trained with: betas 0.9 and 0.95, eps 1e-8, weight decay 0.1 on matrices alone, and
     /// gradients of norm 1 at the most.
-    pub fn language() -> Self {
-        let adamw = AdamWConfig::new().with_beta_1(0.9).with_beta_2(0.95).with_epsilon(1e-8);
-        let (bare, decayed) = (adamw.clone().with_weight_decay(0.0), adamw.with_weight_decay(0.1));
-        let matrices = ParamGroup::from_any_predicates(MATRICES.to_vec());
-        Recipe { optimiser: bare.init().with_group(matrices, decayed.build(), None), clip: Some(1.0) }
-    }
+    Language,
 }
 
-/// What the paths of all matrices have one of, and no other path has.
-const MATRICES: [&str; 3] = ["_proj", "embed_tokens", "lm_head"];
+/// What carries the recipe out.
+enum Optimiser {
+    Plain(Box<ModuleOptimizer>),
+    Language(Box<Flat>),
+}
+
+impl Optimiser {
+    /// Before the first step of a model.
+    fn new(recipe: Recipe, model: &Qwen35) -> Result<Self> {
+        Ok(match recipe {
+            Recipe::Plain => Optimiser::Plain(Box::new(AdamWConfig::new().init())),
+            Recipe::Language => Optimiser::Language(Box::new(Flat::new(model)?)),
+        })
+    }
+
+    fn step(&mut self, rate: f64, model: Qwen35, gradients: GradientsParams) -> Qwen35 {
+        match self {
+            Optimiser::Plain(adamw) => adamw.step(rate, model, gradients),
+            Optimiser::Language(flat) => flat.step(rate, model, gradients),
+        }
+    }
+
+    fn state(&self) -> Result<Vec<u8>> {
+        Ok(match self {
+            Optimiser::Plain(adamw) => adamw.into_bytes()?.to_vec(),
+            Optimiser::Language(flat) => flat.state()?,
+        })
+    }
+
+    /// After so many steps of a model, with this state.
+    fn restored(&self, model: &Qwen35, state: Vec<u8>, steps: u64) -> Result<Self> {
+        Ok(match self {
+            Optimiser::Plain(adamw) => {
+                Optimiser::Plain(Box::new(adamw.as_ref().clone().from_bytes(Bytes::from_bytes_vec(state))?))
+            }
+            Optimiser::Language(_) => {
+                let mut flat = Flat::new(model)?;
+                flat.restore(&state, steps)?;
+                Optimiser::Language(Box::new(flat))
+            }
+        })
+    }
+}
 
 /// The learning rate of step `at` (from 0) of `steps`: rises in the first twentieth, then falls as a cosine to a tenth.
 pub fn rate(highest: f64, at: u64, steps: u64) -> f64 {
@@ -89,7 +118,9 @@ impl<const N: usize> Run<N> {
     /// If the run in `dir` was started with other settings, or its file is broken.
     pub fn open(dir: &Path, model: Qwen35, recipe: Recipe, settings: Value) -> Result<Self> {
         let path = dir.join("run.safetensors");
-        let mut run = Run { model, recipe, losses: Vec::new(), unread: Vec::new(), held: Vec::new(), settings, path };
+        let optimiser = Optimiser::new(recipe, &model)?;
+        let mut run =
+            Run { model, optimiser, losses: Vec::new(), unread: Vec::new(), held: Vec::new(), settings, path };
         if run.path.exists() {
             let path = run.path.clone();
             run.load().with_context(|| format!("the run in {} cannot go on", path.display()))?;
@@ -106,14 +137,15 @@ impl<const N: usize> Run<N> {
             bail!("it was started with {}; these are {}", about["settings"], self.settings);
         }
         let file = SafeTensors::deserialize(&bytes)?;
-        let record = |name: &str| -> Result<Bytes> { Ok(Bytes::from_bytes_vec(file.tensor(name)?.data().to_vec())) };
-        self.model = self.model.clone().try_load_record(ModuleRecord::from_bytes(record("model")?)?)?;
-        self.recipe.optimiser = self.recipe.optimiser.clone().from_bytes(record("optimiser")?)?;
+        let record = |name: &str| -> Result<Vec<u8>> { Ok(file.tensor(name)?.data().to_vec()) };
+        let model = ModuleRecord::from_bytes(Bytes::from_bytes_vec(record("model")?))?;
+        self.model = self.model.clone().try_load_record(model)?;
         let numbers = |name: &str| -> Result<Vec<f32>> {
             let four = |bytes: &[u8]| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
             Ok(file.tensor(name)?.data().chunks_exact(4).map(four).collect())
         };
         self.losses = numbers("losses")?.chunks_exact(N).map(|row| std::array::from_fn(|i| row[i])).collect();
+        self.optimiser = self.optimiser.restored(&self.model, record("optimiser")?, self.losses.len() as u64)?;
         let held = numbers("held")?;
         self.held = held.chunks_exact(N + 1).map(|row| (row[0] as u64, std::array::from_fn(|i| row[i + 1]))).collect();
         Ok(())
@@ -126,7 +158,7 @@ impl<const N: usize> Run<N> {
     pub fn save(&mut self) -> Result<()> {
         self.read()?;
         let model = self.model.clone().into_record().into_bytes()?;
-        let optimiser = self.recipe.optimiser.into_bytes()?;
+        let optimiser = self.optimiser.state()?;
         let losses: Vec<u8> = self.losses.iter().flatten().flat_map(|loss| loss.to_le_bytes()).collect();
         // Up to 2^24 a step is itself as f32.
         let held = self.held.iter().flat_map(|(step, losses)| std::iter::once(*step as f32).chain(*losses));
@@ -153,16 +185,10 @@ impl<const N: usize> Run<N> {
     }
 
     /// One step down the gradient of a loss `[1]` of the model; `kept [N]` is what is kept of it.
-    ///
-    /// Gradients that are to be clipped and are no numbers count as zeros, so that no weight is lost before [`Run::read`] finds
-    /// the loss that they came from.
     pub fn step(&mut self, loss: Tensor<1>, kept: Tensor<1>, rate: f64) {
         let kept = kept.inner();
-        let mut gradients = GradientsParams::from_grads(loss.backward(), &self.model);
-        if let Some(longest) = self.recipe.clip {
-            gradients = clip(gradients, &self.model, longest);
-        }
-        self.model = self.recipe.optimiser.step(rate, self.model.clone(), gradients);
+        let gradients = GradientsParams::from_grads(loss.backward(), &self.model);
+        self.model = self.optimiser.step(rate, self.model.clone(), gradients);
         self.unread.push(kept);
     }
 
@@ -185,60 +211,6 @@ impl<const N: usize> Run<N> {
     }
 }
 
-/// Gradients of at most this norm, all together: times `min(1, longest / norm)`, a number that stays on the device. All are
-/// zeros where one is no number.
-fn clip(gradients: GradientsParams, model: &Qwen35, longest: f64) -> GradientsParams {
-    let mut squares = Squares { gradients: &gradients, sum: None };
-    model.visit(&mut squares);
-    let Some(norm) = squares.sum.map(Tensor::sqrt) else {
-        return gradients;
-    };
-    let lost = norm.clone().is_finite().bool_not();
-    let factor = ((norm + 1e-6).recip() * longest).clamp_max(1.0);
-    let mut shorten = Shorten { from: gradients, to: GradientsParams::new(), factor, lost };
-    model.visit(&mut shorten);
-    shorten.to
-}
-
-/// Adds up the squares of all gradients.
-struct Squares<'a> {
-    gradients: &'a GradientsParams,
-    /// `[1]`
-    sum: Option<Tensor<1>>,
-}
-
-impl ModuleVisitor for Squares<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(gradient) = self.gradients.get::<D>(param.id) {
-            let one = gradient.square().sum();
-            self.sum = Some(match self.sum.take() {
-                Some(sum) => sum + one,
-                None => one,
-            });
-        }
-    }
-}
-
-/// Multiplies all gradients.
-struct Shorten {
-    from: GradientsParams,
-    to: GradientsParams,
-    /// `[1]`
-    factor: Tensor<1>,
-    /// `[1]`: the gradients are to be zeros.
-    lost: Tensor<1, burn::tensor::Bool>,
-}
-
-impl ModuleVisitor for Shorten {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(gradient) = self.from.remove::<D>(param.id) {
-            let lost = self.lost.clone().reshape([1; D]).expand(gradient.dims());
-            let factor = self.factor.clone().reshape([1; D]);
-            self.to.register(param.id, (gradient * factor).mask_fill(lost, 0.0));
-        }
-    }
-}
-
 /// burn draws random numbers from one stream for all threads: a test that makes a model waits for the others.
 #[cfg(test)]
 pub fn alone() -> std::sync::MutexGuard<'static, ()> {
@@ -254,64 +226,9 @@ mod tests {
     use super::*;
     use crate::training::tests::tiny;
 
-    /// Paths of all weights, and whether they are matrices.
-    #[derive(Default)]
-    struct Paths(Vec<String>, Vec<(String, bool)>);
-
-    impl ModuleVisitor for Paths {
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.0.push(name.to_string());
-        }
-
-        fn exit_module(&mut self, _: &str, _: &str) {
-            self.0.pop();
-        }
-
-        fn visit_float<const D: usize>(&mut self, _: &Param<Tensor<D>>) {
-            self.1.push((self.0.join("."), D == 2));
-        }
-    }
-
-    /// The norm of all gradients.
-    fn norm(gradients: &GradientsParams, model: &Qwen35) -> f32 {
-        let mut squares = Squares { gradients, sum: None };
-        model.visit(&mut squares);
-        squares.sum.unwrap().sqrt().into_scalar()
-    }
-
     fn loss(model: &Qwen35, device: &Device) -> Tensor<1> {
         let ids = Tensor::<2, Int>::from_data(TensorData::new((0..20i64).collect(), [2, 10]), device);
         model.forward(ids).powi_scalar(2).mean()
-    }
-
-    #[test]
-    fn weights_decay_if_they_are_matrices() {
-        let _alone = alone();
-        let config = tiny().with_tie_word_embeddings(false);
-        let model = config.init(&Engine::open(Some("cpu")).unwrap(), &Device::flex()).unwrap();
-        let mut paths = Paths::default();
-        model.visit(&mut paths);
-        assert!(paths.1.len() > 40);
-        for (path, matrix) in paths.1 {
-            assert_eq!(MATRICES.iter().any(|part| path.contains(part)), matrix, "{path}");
-        }
-    }
-
-    #[test]
-    fn long_gradients_are_shortened_and_lost_ones_count_as_zero() {
-        let _alone = alone();
-        let device = Device::flex().autodiff();
-        let model = tiny().init(&Engine::open(Some("cpu")).unwrap(), &device).unwrap();
-        let gradients = |times: f64| GradientsParams::from_grads((loss(&model, &device) * times).backward(), &model);
-        let whole = norm(&gradients(1.0), &model);
-        assert!(whole > 1e-3, "{whole}");
-        let half = norm(&clip(gradients(1.0), &model, f64::from(whole) / 2.0), &model);
-        assert!((half - whole / 2.0).abs() < 1e-4 * whole, "{half} {whole}");
-        let same = norm(&clip(gradients(1.0), &model, f64::from(whole) * 2.0), &model);
-        assert!((same - whole).abs() < 1e-6 * whole, "{same} {whole}");
-        for times in [f64::NAN, f64::INFINITY] {
-            assert_eq!(norm(&clip(gradients(times), &model, 1.0), &model), 0.0);
-        }
     }
 
     #[test]
@@ -320,7 +237,7 @@ mod tests {
         let device = Device::flex().autodiff();
         let dir = tempfile::tempdir().unwrap();
         let model = tiny().init(&Engine::open(Some("cpu")).unwrap(), &device).unwrap();
-        let mut run = Run::<1>::open(dir.path(), model, Recipe::language(), json!({})).unwrap();
+        let mut run = Run::<1>::open(dir.path(), model, Recipe::Language, json!({})).unwrap();
         let step = |run: &mut Run<1>, times: f64| {
             let loss = loss(&run.model, &device) * times;
             run.step(loss.clone(), loss, 1e-3);

@@ -10,6 +10,8 @@ mod dataset;
 mod draw;
 mod eval;
 #[cfg(feature = "burn")]
+mod flat;
+#[cfg(feature = "burn")]
 mod learn;
 mod logits;
 #[cfg(feature = "burn")]

@@ -135,7 +135,7 @@ impl Settings {
     pub fn open(&self, engine: &Engine, device: &Device) -> Result<Run<1>> {
         self.shape.check()?;
         device.seed(self.seed);
-        Run::open(&self.out, self.config().init(engine, device)?, Recipe::plain(), self.to_json())
+        Run::open(&self.out, self.config().init(engine, device)?, Recipe::Plain, self.to_json())
     }
 
     fn sequences(&self, side: Side, from: u64, count: usize) -> Result<Vec<Sequence>> {

@@ -1,6 +1,10 @@
 //! A byte-level BPE tokenizer of the generated conversations, in the form of the family: its normaliser, its splitting (digits one
 //! by one), its decoder and its added tokens are those of the agent's model; words and merges are new.
+//!
+//! Names of people and cities are left out of what it is trained on: those that training data has would become tokens of their
+//! own, and those that it lacks would be cut into pieces that were never copied. So all of them are cut alike.
 
+use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -10,6 +14,8 @@ use serde_json::{Value, json};
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::BpeTrainerBuilder;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+
+use crate::data::names;
 
 /// Vocabularies that can be trained: at least the bytes, the markers and some words; at most what the ids of a data file hold.
 pub const SIZES: std::ops::RangeInclusive<usize> = 300..=65_536;
@@ -46,11 +52,13 @@ pub fn train(texts: &[String], size: usize) -> Result<Value> {
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .show_progress(false)
         .build();
+    let names = names::proper();
+    let texts: Vec<String> = texts.iter().map(|text| without(text, &names)).collect();
     let pieces = texts.iter().flat_map(|text| between(text, &markers));
     tokenizer.train(&mut TrainerWrapper::BpeTrainer(trainer), pieces).map_err(anyhow::Error::msg)?;
 
     let trained: Value = serde_json::from_str(&tokenizer.to_string(false).map_err(anyhow::Error::msg)?)?;
-    let words = trained["model"]["vocab"].as_object().map_or(0, serde_json::Map::len);
+    let words = words(&trained);
     for key in ["vocab", "merges"] {
         form["model"][key] = trained["model"][key].clone();
     }
@@ -61,6 +69,18 @@ pub fn train(texts: &[String], size: usize) -> Result<Value> {
     Ok(form)
 }
 
+/// A text without these words.
+fn without(text: &str, names: &HashSet<&str>) -> String {
+    let mut kept = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(begin) = rest.find(char::is_alphabetic) {
+        let end = rest[begin..].find(|c: char| !c.is_alphabetic()).map_or(rest.len(), |length| begin + length);
+        kept += &rest[..if names.contains(&rest[begin..end]) { begin } else { end }];
+        rest = &rest[end..];
+    }
+    kept + rest
+}
+
 /// What is left of a text between the markers, which are tokens already.
 fn between<'a>(text: &'a str, markers: &[String]) -> Vec<&'a str> {
     markers
@@ -68,10 +88,14 @@ fn between<'a>(text: &'a str, markers: &[String]) -> Vec<&'a str> {
         .fold(vec![text], |pieces, marker| pieces.iter().flat_map(|piece| piece.split(marker.as_str())).collect())
 }
 
-/// Tokens of a `tokenizer.json`.
+/// Tokens of a `tokenizer.json` that stand for text: ids from 0 on.
+pub fn words(json: &Value) -> usize {
+    json["model"]["vocab"].as_object().map_or(0, serde_json::Map::len)
+}
+
+/// Tokens of a `tokenizer.json`, markers included.
 pub fn size(json: &Value) -> usize {
-    let added = json["added_tokens"].as_array().map_or(0, Vec::len);
-    json["model"]["vocab"].as_object().map_or(0, serde_json::Map::len) + added
+    words(json) + json["added_tokens"].as_array().map_or(0, Vec::len)
 }
 
 /// Writes the files that belong to a tokenizer into `dir`, which is made if need be.
@@ -138,6 +162,21 @@ mod tests {
         assert!(short * 2 < texts[0].len(), "{short} tokens of {} bytes", texts[0].len());
         assert_eq!(ids(" the").len(), 1, "frequent words are one token");
         assert!(gatedelta::qwen::ChatTemplate::read(dir.path()).unwrap().is_some());
+    }
+
+    #[test]
+    fn names_are_cut_alike() {
+        assert_eq!(
+            without("Ada, (Adam) in Europe/Budapest: 3 Ada's", &["Ada", "Budapest"].into()),
+            ", (Adam) in Europe/: 3 's"
+        );
+        let texts = vec!["Ada has a lamp, and Ada is in Paris. ".repeat(50)];
+        let dir = tempfile::tempdir().unwrap();
+        write(&train(&texts, 300).unwrap(), dir.path()).unwrap();
+        let tokenizer = read(dir.path()).unwrap();
+        let count = |text: &str| tokenizer.encode(text).unwrap().len();
+        assert_eq!((count(" lamp"), count(" has")), (1, 1));
+        assert!(count(" Ada") > 2 && count(" Paris") > 3);
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! Training of the agent's model on generated conversations.
 
 pub mod batches;
+pub mod drills;
 pub mod loss;
+mod start;
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -15,11 +17,12 @@ use gatedelta::shape::Dtype;
 use gatedelta_agent::tools::notes::replace;
 use serde_json::{Value, json};
 
-use self::batches::{Batches, Role};
+use self::batches::{Batch, Batches, Role};
+use self::drills::Drills;
 use crate::dataset::Dataset;
 use crate::learn::{Recipe, Run, rate};
 use crate::place::Place;
-use crate::{curve, learn, progress, tokenizer};
+use crate::{curve, progress, tokenizer};
 
 /// Steps between two looks at the losses.
 const READ: u64 = 10;
@@ -72,12 +75,15 @@ pub struct Settings {
     /// Start linear attention as it is drawn, not as an associative memory
     #[arg(long)]
     plain_start: bool,
-    /// A file run.safetensors whose weights this run begins with
-    #[arg(long, value_name = "FILE")]
+    /// Weights to begin with: a file run.safetensors, or a directory in the released layout, whose tokenizer may be another one
+    #[arg(long, value_name = "PATH")]
     start: Option<PathBuf>,
     /// Steps at the start that drill looking back
     #[arg(long, value_name = "N", default_value_t = 0)]
     drill: u64,
+    /// The part of the steps after them that are drills too, from 0 to 0.5
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = share)]
+    drill_share: f64,
     /// The highest learning rate
     #[arg(long, default_value_t = 2e-3)]
     rate: f64,
@@ -154,7 +160,38 @@ pub struct Training<'a> {
     device: Device,
     pub run: Run<2>,
     batches: Batches<'a>,
+    drills: Drills,
     held: Option<Batches<'a>>,
+}
+
+/// What a step is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// One of the drills at the start, by its number.
+    First(u64),
+    /// A later drill.
+    Drill(u64),
+    /// Conversations.
+    Data(u64),
+}
+
+impl Step {
+    /// Of step `at` of a run with `first` drills at the start and a part `share` of the others.
+    fn of(at: u64, first: u64, share: f64) -> Step {
+        let Some(at) = at.checked_sub(first) else { return Step::First(at) };
+        // They are spread evenly: drill n is the step at which n + 1 of them are due.
+        let due = |steps: u64| (steps as f64 * share).floor() as u64;
+        let before = due(at);
+        if due(at + 1) > before { Step::Drill(before) } else { Step::Data(at - before) }
+    }
+}
+
+/// A part of the steps.
+fn share(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(share) if (0.0..=0.5).contains(&share) => Ok(share),
+        _ => Err("expected a number from 0 to 0.5".to_string()),
+    }
 }
 
 impl<'a> Training<'a> {
@@ -179,16 +216,17 @@ impl<'a> Training<'a> {
             );
         }
         device.seed(settings.seed);
-        let model = config.init(engine, device)?;
         let model = match &settings.start {
-            Some(file) => learn::weights(file, model)?,
-            None => model,
+            Some(from) => start::model(from, &config, tokenizer, engine, device)?,
+            None => config.init(engine, device)?,
         };
         let about = settings.to_json(&config, data, about)?;
-        let run = Run::open(&settings.out, model, Recipe::language(), about)?;
+        let run = Run::open(&settings.out, model, Recipe::Language, about)?;
         let device = device.clone();
         let batches = settings.batches(data)?;
-        Ok(Training { settings, tokenizer, device, run, batches, held: None })
+        let words = tokenizer::words(&read_json(tokenizer)?);
+        let drills = Drills::new(&tokenizer::read(tokenizer)?, words, settings.seed)?;
+        Ok(Training { settings, tokenizer, device, run, batches, drills, held: None })
     }
 
     fn batches(&self, data: &'a Dataset) -> Result<Batches<'a>> {
@@ -200,7 +238,9 @@ impl<'a> Training<'a> {
         let parameters = self.run.model.config().check()?.parameters();
         let (each, left_out) = (self.batches.per_epoch(), self.batches.left_out());
         writeln!(out, "{parameters} parameters, {:.2} MB as bf16", 2e-6 * parameters as f64)?;
-        write!(out, "{each} steps in an epoch, {:.1} epochs", self.settings.steps as f64 / each as f64)?;
+        let drills = (0..self.settings.steps).filter(|&at| !matches!(self.settings.step(at), Step::Data(_))).count();
+        let epochs = (self.settings.steps - drills as u64) as f64 / each as f64;
+        write!(out, "{each} steps in an epoch, {epochs:.1} epochs and {drills} drills")?;
         writeln!(out, "; {left_out} conversations do not fit into {} tokens", self.settings.sizes.context)?;
         if self.run.steps() > 0 {
             writeln!(out, "goes on after step {}", self.run.steps())?;
@@ -229,15 +269,10 @@ impl<'a> Training<'a> {
         let mut saved = self.run.steps();
         while self.run.steps() < self.settings.steps {
             let at = self.run.steps();
-            let batch = match at.checked_sub(self.settings.drill) {
-                Some(at) => self.batches.batch(at),
-                None => {
-                    let vocab = self.run.model.config().vocab_size;
-                    batches::drill(self.settings.seed, at, self.settings.tokens as usize, vocab)
-                }
-            };
+            let batch = self.batch(at);
             let kept = loss::means(&self.run.model, &batch, &self.device);
-            let loss = kept.clone().narrow(0, 0, 1) + kept.clone().narrow(0, 1, 1) * self.settings.context_weight;
+            let loss =
+                kept.clone().narrow(0, 0, 1) + kept.clone().narrow(0, 1, 1) * self.settings.context_weight_at(at);
             self.run.step(loss, kept, rate(self.settings.rate, at, self.settings.steps));
             tokens += batch.tokens();
             if (at + 1) % READ == 0 {
@@ -260,6 +295,16 @@ impl<'a> Training<'a> {
         Ok(())
     }
 
+    /// What step `at` is trained on.
+    fn batch(&mut self, at: u64) -> Batch {
+        let tokens = self.settings.tokens as usize;
+        match self.settings.step(at) {
+            Step::First(at) => self.drills.first(at, tokens),
+            Step::Drill(at) => self.drills.later(at, tokens),
+            Step::Data(at) => self.batches.batch(at),
+        }
+    }
+
     /// The run, its loss as a picture, and the model.
     fn save(&mut self) -> Result<()> {
         self.run.read()?;
@@ -269,7 +314,12 @@ impl<'a> Training<'a> {
         self.run.save()?;
         let path = self.settings.out.join("loss.svg");
         let held: Vec<(u64, f32)> = self.run.held.iter().map(|(step, losses)| (*step, losses[0])).collect();
-        let svg = curve::svg("the agent's model: loss of what it writes", "loss", &self.run.curve(), &held);
+        let mut losses = self.run.curve();
+        // A drill in between shows what the step before it showed.
+        for at in (1..losses.len()).filter(|at| matches!(self.settings.step(*at as u64), Step::Drill(_))) {
+            losses[at] = losses[at - 1];
+        }
+        let svg = curve::svg("the agent's model: loss of what it writes", "loss", &losses, &held);
         replace(&path, svg.as_bytes()).with_context(|| format!("{} cannot be written", path.display()))?;
         export(&self.run.model, self.tokenizer, &self.settings.out.join("model"))
     }
@@ -299,9 +349,7 @@ impl Settings {
     /// # Errors
     /// For a tokenizer that is not there.
     fn config(&self, dir: &Path) -> Result<Qwen35Config> {
-        let path = dir.join("tokenizer.json");
-        let json = std::fs::read(&path).with_context(|| format!("{} cannot be read", path.display()))?;
-        let vocab = tokenizer::size(&serde_json::from_slice(&json)?);
+        let vocab = tokenizer::size(&read_json(dir)?);
         let sizes = &self.sizes;
         let config =
             Qwen35Config::new(vocab, sizes.hidden, sizes.intermediate, sizes.layers, sizes.heads, sizes.kv_heads);
@@ -322,14 +370,30 @@ impl Settings {
     fn to_json(&self, config: &Qwen35Config, data: &Dataset, about: Value) -> Result<Value> {
         Ok(json!({
             "task": "agent", "model": config.to_json()?, "data": about, "conversations": data.kinds.len(), "of_tokens": data.ids.len(),
-            "steps": self.steps, "tokens": self.tokens, "plain_start": self.plain_start, "start": self.start, "drill": self.drill, "rate": self.rate,
+            "steps": self.steps, "tokens": self.tokens, "plain_start": self.plain_start, "start": self.start, "drill": self.drill, "drill_share": self.drill_share, "rate": self.rate,
             "embedding_range": self.embedding_range, "residual_scale": self.residual_scale, "context_weight": self.context_weight, "seed": self.seed,
         }))
+    }
+
+    /// What the tokens that are read count at step `at`: those of later drills are random, and there is nothing to learn of them.
+    fn context_weight_at(&self, at: u64) -> f64 {
+        if let Step::Drill(_) = self.step(at) { 0.0 } else { self.context_weight }
+    }
+
+    fn step(&self, at: u64) -> Step {
+        Step::of(at, self.drill, self.drill_share)
     }
 
     fn batches<'a>(&self, data: &'a Dataset) -> Result<Batches<'a>> {
         Batches::new(data, self.seed, self.tokens as usize, self.sizes.context)
     }
+}
+
+/// The `tokenizer.json` of a directory.
+fn read_json(dir: &Path) -> Result<Value> {
+    let path = dir.join("tokenizer.json");
+    let json = std::fs::read(&path).with_context(|| format!("{} cannot be read", path.display()))?;
+    serde_json::from_slice(&json).with_context(|| format!("{} is broken", path.display()))
 }
 
 /// The id of a marker in the tokenizer of a directory.

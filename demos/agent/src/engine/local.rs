@@ -1,6 +1,6 @@
-//! The runtime of this repository as the agent's engine: one session that keeps what it has read.
+//! The runtime of this repository as the agent's engine: one session that keeps what it has read, with snapshots to go back to.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -8,7 +8,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 use gatedelta::backend::Backend;
 use gatedelta::device::{self, Account};
-use gatedelta::qwen::{Event, Finish, GenerateOptions, LoadOptions, MemoryPlan, Model, Sampling, Session};
+use gatedelta::qwen::{
+    Cache, Event, Finish, GenerateOptions, LoadOptions, MemoryPlan, Model, Reason, Restored, Sampling, Session, Store,
+};
 use serde_json::{Value, json};
 
 use super::{Answer, End, Engine, Step};
@@ -23,12 +25,28 @@ pub struct Local {
     options: GenerateOptions,
     /// Ends an answer from within.
     cancel: Arc<AtomicBool>,
-    /// The last answer failed: what the session holds is not to be trusted.
-    failed: bool,
+    cache: Cache,
+    store: Option<Arc<Store>>,
+    /// What the session has read and written, as text.
+    said: Option<Said>,
+    /// Tokens that were not read again.
+    reused: u64,
+    /// Tokens that were read, and the time that took.
+    read: (u64, Duration),
     account: Account,
     name: String,
     unpacked: Option<tempfile::TempDir>,
 }
+
+/// The text of all that a session holds.
+struct Said {
+    text: String,
+    /// How many tokens that is.
+    tokens: usize,
+}
+
+/// Disk that the snapshots of one folder may take.
+const DISK: u64 = 4 << 30;
 
 impl Local {
     /// Opens a device and loads the checkpoint, with a bar where that takes a while.
@@ -90,8 +108,35 @@ impl Local {
         options.sampling.check()?;
         options.seed = args.seed.unwrap_or_else(clock_seed);
         options.cancel = Some(cancel.clone());
-        let session = model.session()?;
-        Ok(Local { model, session, options, cancel, failed: false, account, name, unpacked })
+        let mut session = model.session()?;
+        let cache = Cache::new((args.snapshots as u64) << 20);
+        session.set_cache(Some(cache.clone()));
+        Ok(Local {
+            model,
+            session,
+            options,
+            cancel,
+            cache,
+            store: None,
+            said: None,
+            reused: 0,
+            read: (0, Duration::ZERO),
+            account,
+            name,
+            unpacked,
+        })
+    }
+
+    /// Keeps snapshots in a folder from here on, and finds those that are there.
+    ///
+    /// # Errors
+    /// If the folder cannot be used, or another process does.
+    pub fn keep_in(&mut self, folder: &Path) -> Result<()> {
+        let store = Arc::new(Store::open(folder, DISK)?);
+        self.cache = self.cache.clone().with_store(store.clone());
+        self.session.set_cache(Some(self.cache.clone()));
+        self.store = Some(store);
+        Ok(())
     }
 
     /// Which devices there are and why this one was chosen.
@@ -138,17 +183,18 @@ impl Local {
         }
     }
 
-    /// How many tokens at the front of `ids` need no reading, and how many are to be read again because the sequence goes on
-    /// otherwise than what is in memory: a recurrent state cannot be cut, so all of it is forgotten.
-    fn keep(&mut self, ids: &[u32]) -> Result<(usize, usize)> {
+    /// The ids of a prompt. Where it goes on from what the session holds, those it holds are kept as they are: a model does not
+    /// always write what it says in the tokens that a tokenizer would choose.
+    fn ids(&self, prompt: &str) -> Result<Vec<u32>> {
+        let tokenizer = self.model.tokenizer()?;
         let held = self.session.ids();
-        let common = held.iter().zip(ids).take_while(|(a, b)| a == b).count();
-        if !self.failed && common == held.len() && common < ids.len() {
-            return Ok((common, 0));
-        }
-        self.session.reset()?;
-        self.failed = false;
-        Ok((0, common))
+        let said = self.said.as_ref().filter(|said| said.tokens == held.len());
+        // A marker begins there, which no token reaches across.
+        let more = said.and_then(|said| prompt.strip_prefix(&said.text)).filter(|more| more.starts_with("<|"));
+        Ok(match more {
+            Some(more) => [held, &tokenizer.encode(more)?].concat(),
+            None => tokenizer.encode(prompt)?,
+        })
     }
 }
 
@@ -165,7 +211,7 @@ impl Engine for Local {
         budget: usize,
         each: &mut dyn FnMut(Step<'_>) -> Result<bool>,
     ) -> Result<Answer> {
-        let ids = self.model.tokenizer()?.encode(prompt)?;
+        let ids = self.ids(prompt)?;
         let context = self.model.memory().context;
         if ids.len() as u64 >= context {
             bail!(
@@ -174,7 +220,15 @@ impl Engine for Local {
             );
         }
         let total = ids.len();
-        let (reused, reread) = self.keep(&ids)?;
+        let held = self.session.ids();
+        let common = held.iter().zip(&ids).take_while(|(a, b)| a == b).count();
+        let restored = self.session.reuse(&ids)?;
+        log::info!("{restored}");
+        let reused = restored.tokens as usize;
+        let reread = common.saturating_sub(reused);
+        self.reused += restored.tokens;
+        self.said = None;
+        let mut text_so_far = prompt.to_string();
         let mut answer = Answer {
             end: End::Cancelled,
             prompt: total,
@@ -198,10 +252,12 @@ impl Engine for Local {
                 Event::Prompt { done, .. } => each(Step::Read { done: reused + done as usize, total, reused })?,
                 Event::Token { id, text } => {
                     answer.wrote += 1;
+                    text_so_far += &text;
                     each(Step::Wrote { id, text: &text })?
                 }
                 Event::Done { text, finish, timings } => {
                     if !text.is_empty() {
+                        text_so_far += &text;
                         each(Step::Rest { text: &text })?;
                     }
                     answer.read = timings.prompt_tokens as usize;
@@ -213,10 +269,7 @@ impl Engine for Local {
                         Finish::Length => End::Budget,
                         Finish::Context => End::Context,
                         Finish::Cancelled => End::Cancelled,
-                        Finish::Failed(why) => {
-                            self.failed = true;
-                            return Err(why.into());
-                        }
+                        Finish::Failed(why) => return Err(why.into()),
                     };
                     true
                 }
@@ -225,7 +278,71 @@ impl Engine for Local {
                 self.cancel.store(true, Ordering::Relaxed);
             }
         }
+        self.read.0 += answer.read as u64;
+        self.read.1 += answer.reading;
+        // Only what the model ended itself is read to its last token.
+        if answer.end == End::Stop {
+            self.said = Some(Said { text: text_so_far, tokens: self.session.ids().len() });
+        }
         Ok(answer)
+    }
+
+    fn prepare(&mut self, text: &str) -> Result<Option<Restored>> {
+        let ids = self.ids(text)?;
+        if ids.is_empty() || ids.len() as u64 > self.model.memory().context {
+            return Ok(None);
+        }
+        let restored = self.session.reuse(&ids)?;
+        log::info!("{restored}");
+        Ok(Some(restored))
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let Some(store) = &self.store else { return Ok(()) };
+        let held = self.session.ids();
+        if held.is_empty() {
+            return Ok(());
+        }
+        // Other conversations begin with the system part; this one goes on from its last question where the template writes
+        // the answer otherwise than the model did.
+        let kept = self.cache.kept();
+        let nearest = |reason: Reason| {
+            let of_it = kept.iter().filter(|k| k.reason == reason && held.starts_with(k.snapshot.ids()));
+            of_it.max_by_key(|k| k.snapshot.position())
+        };
+        for at in [Reason::System, Reason::User].into_iter().filter_map(nearest) {
+            store.save(&at.snapshot)?;
+            if at.reason == Reason::System {
+                store.pin(&at.snapshot, true)?;
+            }
+        }
+        let saved = store.save(&self.session.snapshot()?)?;
+        log::info!("{} tokens saved in {:.0} ms, {} bytes", saved.tokens, saved.took.as_secs_f64() * 1e3, saved.bytes);
+        Ok(())
+    }
+
+    fn memory(&self) -> String {
+        let plan = self.model.memory();
+        let held = self.session.ids().len() as u64;
+        let rows = plan.cache / plan.context.max(1) * held;
+        let size = indicatif::BinaryBytes;
+        let mut lines = vec![
+            format!("model      {} of weights and scratch", size(plan.weights + plan.scratch)),
+            format!(
+                "session    {held} of {} tokens: {} of states, {} of keys and values",
+                plan.context,
+                size(plan.states + plan.tails),
+                size(rows)
+            ),
+            format!("snapshots  {}", self.cache.usage()),
+        ];
+        if let Some(store) = &self.store {
+            lines.push(format!("on disk    {}, in {}", store.usage(), store.dir().display()));
+        }
+        let (read, took) = self.read;
+        let saved = took.as_secs_f64() * self.reused as f64 / read.max(1) as f64;
+        lines.push(format!("saved      {} tokens were not read again: about {saved:.1} s", self.reused));
+        lines.join("\n")
     }
 }
 
@@ -289,6 +406,66 @@ mod tests {
         assert_eq!((back.reused, back.reread), (0, first.prompt));
         let (found, _) = ids(&mut local, &longer, 12);
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_conversation_that_departs_is_read_from_where_it_does() {
+        let turn = |role: &str, text: &str| format!("<|im_start|>{role}\n{text}<|im_end|>\n");
+        let begin = turn("system", "be brief") + &turn("user", "hello there");
+        let prompt = |rest: &str| format!("{begin}{rest}<|im_start|>assistant\n");
+        let mut local = local();
+        let (_, first) = ids(&mut local, &prompt(""), 12);
+        // The template writes the answer otherwise than the model did.
+        let other = prompt(&(turn("assistant", "Something else.") + &turn("user", "and now?")));
+        let (expected, _) = ids(&mut self::local(), &other, 12);
+        let (found, second) = ids(&mut local, &other, 12);
+        assert_eq!(found, expected);
+        assert!(second.reused >= first.prompt - 4 && second.reread <= 8, "{second:?}");
+        assert_eq!(second.read, second.prompt - second.reused);
+        // And back.
+        let (_, back) = ids(&mut local, &prompt(""), 12);
+        assert!(back.reused >= first.prompt - 4, "{back:?}");
+        assert!(local.memory().contains("tokens were not read again"), "{}", local.memory());
+    }
+
+    #[test]
+    fn what_the_model_wrote_is_not_tokenized_again() {
+        let mut local = local();
+        let prompt = format!("{BEGIN}<|im_start|>assistant\n");
+        let mut text = prompt.clone();
+        let answer = local.generate(&prompt, 200, &mut |step| {
+            if let Step::Wrote { text: more, .. } | Step::Rest { text: more } = step {
+                text += more;
+            }
+            Ok(true)
+        });
+        let answer = answer.unwrap();
+        assert_eq!(answer.end, End::Stop);
+        let held = local.session.ids().to_vec();
+        let more = "<|im_end|>\n<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\n";
+        let (_, next) = ids(&mut local, &format!("{text}{more}"), 1);
+        let new = local.model.tokenizer().unwrap().encode(more).unwrap().len();
+        assert_eq!((next.reused, next.read, next.reread), (held.len(), new, 0), "only what is new");
+    }
+
+    #[test]
+    fn what_was_kept_is_found_by_the_next_program() {
+        let folder = tempfile::tempdir().unwrap();
+        let prompt = format!("{}{BEGIN}<|im_start|>assistant\n", "<|im_start|>system\nbe brief<|im_end|>\n");
+        let mut first = local();
+        first.keep_in(folder.path()).unwrap();
+        let (expected, answer) = ids(&mut first, &prompt, 12);
+        first.save().unwrap();
+        let mut second = local();
+        let why = format!("{:#}", second.keep_in(folder.path()).unwrap_err());
+        assert!(why.contains("another process"), "{why}");
+        drop(first);
+        second.keep_in(folder.path()).unwrap();
+        let restored = second.prepare(&prompt).unwrap().unwrap();
+        assert!(restored.tokens as usize >= answer.prompt - 4, "{restored}");
+        let (found, again) = ids(&mut second, &prompt, 12);
+        assert_eq!(found, expected);
+        assert!(again.reused >= answer.prompt - 4, "{again:?}");
     }
 
     #[test]

@@ -346,8 +346,18 @@ fn number(side: Side, digits: u32, decimals: bool, draw: &mut Draw) -> String {
     }
 }
 
-/// A number as people write it: now and then `12,480` for `12480`, in training data alone.
+/// A number as people write it: now and then in words, and `12,480` for `12480`, the latter in training data alone.
 fn shown(number: &str, side: Side, draw: &mut Draw) -> String {
+    if draw.chance(5)
+        && let Some(words) = names::spelled(number)
+    {
+        return words;
+    }
+    grouped(number, side, draw)
+}
+
+/// The same in digits alone.
+fn grouped(number: &str, side: Side, draw: &mut Draw) -> String {
     let plain = number.len() > 3 && number.bytes().all(|b| b.is_ascii_digit());
     if side == Side::Train && plain && draw.chance(6) {
         let (head, tail) = number.split_at(number.len() - 3);
@@ -358,6 +368,9 @@ fn shown(number: &str, side: Side, draw: &mut Draw) -> String {
 
 /// A request of `form` with these numbers.
 fn asked(form: &Form, numbers: &[(&str, &str)], side: Side, draw: &mut Draw) -> String {
+    // Words do not go with signs: "twelve%".
+    let signs = form.of(side).iter().any(|template| template.contains('%') || template.contains('('));
+    let shown = if signs { grouped } else { shown };
     let numbers: Vec<(&str, String)> = numbers.iter().map(|&(name, n)| (name, shown(n, side, draw))).collect();
     let (who, other) = (names::person(draw, side), names::person(draw, side));
     let (x, y) = (names::thing(draw, side), names::thing(draw, side));
@@ -428,7 +441,7 @@ pub fn written(side: Side, draw: &mut Draw) -> String {
     let mut text = number(side, digits, decimals, draw);
     for _ in 0..draw.range(1, 4) {
         let sign = *draw.pick(&["+", "-", "*", "+", "*"]);
-        let right = if draw.chance(25) {
+        let right = if draw.chance(30) {
             let inner = *draw.pick(&["+", "-"]);
             format!(
                 "({}{gap}{inner}{gap}{})",

@@ -30,14 +30,14 @@ forms! {
     BOTH {
         train: [
             "what[ is|'s] the date and [the |]time", "<noun>date and time", "<do>tell me the date and the time", "what day and time is it", "date and time", "what time and date do we have", "<know>what date and time it is", "the time and the date[, please|]", "<noun>the time and the date",
-            "what is the current date and time",
+            "what is the current date and time", "[current|today's] date and [current |]time", "I need [today's|the] date and the [current |]time", "<know>the date and the time", "time and date", "what is the time, and what is the date", "<noun>the time and also the date", "<do>check the date and the time", "what time is it, and which date", "both date and time",
         ],
         held: ["do you know the date and the time", "what date and what time is it", "tell me the date and also the time", "I need the current time and date"],
     }
     TIME_THERE {
         train: [
             "what time is it[ now|] in {zone}", "what[ is|'s|s] the time in {zone}", "<do>tell me the time in {zone}", "how late is it[ now|] in {zone}", "time in {zone}", "time zone {zone}: what time is it", "what does the clock say in {zone}", "<know>what time it is in {zone}", "I need to know the time in {zone}",
-            "{zone} time", "what time do they have in {zone}", "what hour is it in {zone}", "in {zone}, what time is it", "<noun>the [current |]time in {zone}", "<know>how late it is in {zone}", "current time {zone}", "if I call somebody in {zone}, what time is it there", "is it late in {zone}? What time is it there",
+            "{zone} time", "what time do they have in {zone}", "what hour is it in {zone}", "in {zone}, what time is it", "<noun>the [current |]time in {zone}", "<know>how late it is in {zone}", "current time {zone}", "what is the [local |]time in {zone} now", "what time is it over in {zone}", "<do>look up the time in {zone}", "<do>check the time in {zone}", "how late [do we have|have they] it in {zone}", "I want to know how late it is in {zone}", "the time zone is {zone}, what time is it", "now in {zone}: what time is it", "what is the hour in {zone}", "time right now, {zone}", "if I call somebody in {zone}, what time is it there", "is it late in {zone}? What time is it there",
             "{zone}: what time is it there", "and in {zone}, how late is it", "what time is it right now in {zone}", "the clock in {zone}, what does it say", "I call {zone}, what is the time there", "the time in {zone}[, please|]", "what is the time over in {zone}", "which time do they have in {zone}", "time at {zone}",
         ],
         held: ["do you know the time in {zone}", "what is the current time in {zone}", "I need the time in {zone}", "what time do we have in {zone}", "in {zone}, how late is it now", "what does the clock say now in {zone}"],
@@ -45,7 +45,7 @@ forms! {
     DATE_THERE {
         train: [
             "what[ is|'s] the date in {zone}", "what date is it in {zone}", "<do>tell me the date in {zone}", "which date do they have in {zone}", "date in {zone}", "<do>tell me today's date in {zone}", "<know>what date it is in {zone}", "in {zone}, what is the date", "<noun>the date in {zone}",
-            "what date do they have now in {zone}", "current date {zone}", "what is the date over in {zone}", "and in {zone}, what date is it", "{zone}: which date is it there", "the date in {zone}[, please|]",
+            "what date do they have now in {zone}", "current date {zone}", "what is the date over in {zone}", "and in {zone}, what date is it", "{zone}: which date is it there", "the date in {zone}[, please|]", "<do>look up the date in {zone}", "which date is it now in {zone}", "what day of the month is it in {zone}", "today's date in {zone}", "<noun>today's date in {zone}", "<noun>the current date in {zone}",
         ],
         held: ["do you know the date in {zone}", "what is today's date in {zone}", "can you tell me which date it is in {zone}", "in {zone}, which date do they have", "I need the current date in {zone}"],
     }
@@ -57,7 +57,7 @@ forms! {
         held: ["do you know what weekday it is in {zone}", "what day of the week is it in {zone}", "tell me which day it is in {zone}", "in {zone}, which weekday do they have"],
     }
     PLACE {
-        train: ["{city} ({region})", "{city}, {region}", "{region}/{city}", "{region}/{city}", "{region}/{city}", "{region}, {city}", "{city} in {region}"],
+        train: ["{city} ({region})", "{city}, {region}", "{region}/{city}", "{region}/{city}", "{region}/{city}", "{region}, {city}", "{city} in {region}", "{region} - {city}", "{region}: {city}", "{city} / {region}", "{region} {city}"],
         held: ["{region} ({city})", "{region}/{city}"],
     }
 }
@@ -88,6 +88,18 @@ fn answer(what: usize, told: &str, place: &str) -> Action {
     }
 }
 
+/// A zone that does not exist, which the clock says: of names that exist there are too few to learn copying from.
+fn nowhere(region: String, draw: &mut Draw) -> Task {
+    let city = names::town(draw, Side::Train);
+    let named = if draw.chance(50) { city.replace('_', " ") } else { city.clone() };
+    let place = PLACE.text(Side::Train, &[("region", &region), ("city", &named)], draw);
+    let form = *draw.pick(&[&TIME_THERE, &TIME_THERE, &DATE_THERE, &DAY_THERE]);
+    let request = form.request(Side::Train, &[("zone", &place)], draw);
+    let zone = format!("{region}/{city}");
+    let answer = Action::say(format!("There is no time zone {zone}."), &["no time zone", &zone]);
+    Task::single(request, ask(Some(&zone)), move |_| answer.clone())
+}
+
 /// See the [module](self).
 pub fn task(side: Side, draw: &mut Draw) -> Task {
     if draw.chance(50) {
@@ -97,6 +109,9 @@ pub fn task(side: Side, draw: &mut Draw) -> Task {
     }
     // Which zone a city is in has to be known: in training cities come with their zones and alone, in held-out data with them.
     let (region, city) = names::zone(draw, side);
+    if side == Side::Train && draw.chance(25) {
+        return nowhere(region, draw);
+    }
     let alone = side == Side::Train && draw.chance(50);
     // As people write it; that the zone has no spaces is to be learnt.
     let spaced = side == Side::Train && (alone || draw.chance(50));

@@ -1,7 +1,8 @@
 //! Requests for files and folders.
 
+use crate::data::content::{Entry, Sort};
 use crate::data::grammar::{Slots, forms};
-use crate::data::world::{Content, File, World};
+use crate::data::world::{File, World};
 use crate::data::{Action, Task, names};
 use crate::draw::Draw;
 
@@ -154,16 +155,15 @@ pub fn read(world: &World, draw: &mut Draw) -> Option<Task> {
     if draw.chance(40) {
         return Some(some_lines(world, file, &place, draw));
     }
-    let (form, key) = match &file.content {
-        Content::Account(lines) => (&ONE_AMOUNT, draw.pick(lines).0.clone()),
-        Content::Times(lines) => (&ONE_TIME, draw.pick(lines).0.clone()),
-        Content::Items(_) => return Some(some_lines(world, file, &place, draw)),
+    let form = match file.content.sort {
+        Sort::Account => &ONE_AMOUNT,
+        Sort::Times => &ONE_TIME,
+        Sort::Items => return Some(some_lines(world, file, &place, draw)),
     };
+    let Entry { key, value, .. } = draw.pick(&file.content.entries).clone();
     let request = form.request(world.side, &[("file", &place), ("key", &key)], draw);
-    Some(Task::single(request, open(&path), move |told| {
-        let value = value(told, &key);
-        Action::say(format!("{key}: {value}"), &[value])
-    }))
+    let answer = Action::say(format!("{key}: {value}"), &[value]);
+    Some(Task::single(request, open(&path), move |_| answer.clone()))
 }
 
 /// A request for the first line of a file, the last one, the first ones, or one by its number.
@@ -202,11 +202,6 @@ fn some_lines(world: &World, file: &File, place: &str, draw: &mut Draw) -> Task 
             })
         }
     }
-}
-
-/// What a line says after `key` and a colon.
-pub fn value<'a>(told: &'a str, key: &str) -> &'a str {
-    told.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(": ")).unwrap_or_default()
 }
 
 /// A request for a file or a folder that is not there.

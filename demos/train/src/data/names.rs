@@ -1,6 +1,8 @@
 //! Names, things, numbers: everything in a request that is no wording. Each belongs to one side by its hash, so that no name and
 //! no number of a held-out request has been in a request that was trained on.
 
+use std::collections::HashSet;
+
 use crate::data::Side;
 use crate::draw::Draw;
 
@@ -12,6 +14,12 @@ pub fn side_of(name: &str) -> Side {
     // FNV-1a, then a mix: the low bits of FNV alone are poor.
     let hash = name.bytes().fold(0xCBF2_9CE4_8422_2325u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01B3));
     if Draw::new(&[hash]).below(HELD_OUT as usize) == 0 { Side::HeldOut } else { Side::Train }
+}
+
+/// All names of people and cities that are no made-up ones, whichever side they belong to.
+pub fn proper() -> HashSet<&'static str> {
+    let cities = ZONES.iter().flat_map(|(_, cities)| cities.split(|c: char| !c.is_alphabetic()));
+    PEOPLE.split_whitespace().chain(cities).filter(|name| !name.is_empty()).collect()
 }
 
 /// What `make` gives once it belongs to `side`.
@@ -37,123 +45,191 @@ const HEADS: &str = "ba do fe gi ha jo ka le mi no pa ra se ti vo wa ze bri cla 
 const MIDDLES: &str = "ba ce di fa go la li ma ne pi ra re ri sa se ta to va vi zo";
 const TAILS: &str = "ban ck del dra fin ka la lo mar na nix per ra ris rn sel ta ton va x";
 
+/// The same of held-out data.
+const HELD_HEADS: &str = "bu cu da en fi gro hu is ju ko lu me ne os pe qui ru so spi te ul ve wi yo zu";
+const HELD_MIDDLES: &str = "bi cho da fe gu ke lu mo no pu ro shi te ti vu we";
+const HELD_TAILS: &str = "bert d do gan go kin l len mi nd ng po r rel s so st tz us vi";
+
+const ONSETS: &str = "b bl br c ch cl cr d dr f fl fr g gl gr h j k kl kr l m n p ph pl pr qu r s sc sch sh sk sl sm sn sp st \
+    str sw t th tr ts tw v vl w wh x y z zw b c d f g h k l m n p r s t v w";
+const VOWELS: &str = "a e i o u a e i o u a e i o u aa ae ai au ea ee ei eo ia ie io oa oe oi oo ou ua ue ui y";
+const CODAS: &str = "b ck ct d ft g k l ld lf lk ll lm lt m mb mp n nd ng nk nn ns nt p ph r rd rg rk rm rn rs rt s sh sk ss \
+    st t tch th tt x z";
+
+/// A word of syllables, or of sounds that follow each other as they may: there are many more of them than a model can know.
+fn invented(draw: &mut Draw, side: Side) -> String {
+    let [heads, middles, tails] = match side {
+        Side::Train => [HEADS, MIDDLES, TAILS],
+        Side::HeldOut => [HELD_HEADS, HELD_MIDDLES, HELD_TAILS],
+    };
+    if draw.chance(if side == Side::Train { 25 } else { 60 }) {
+        let middle = if draw.chance(60) { one(middles, draw) } else { "" };
+        let last = if draw.chance(15) { one(middles, draw) } else { "" };
+        return format!("{}{middle}{last}{}", one(heads, draw), one(tails, draw));
+    }
+    let mut text = String::new();
+    for syllable in 0..draw.range(1, 3) {
+        // Two vowels meet now and then.
+        if syllable == 0 && draw.chance(80) || syllable > 0 && draw.chance(95) {
+            text += one(ONSETS, draw);
+        }
+        text += one(VOWELS, draw);
+    }
+    if draw.chance(65) {
+        text += one(CODAS, draw);
+    }
+    // One or two letters are no name.
+    while text.len() < 3 {
+        text += one(CODAS, draw);
+    }
+    text
+}
+
+/// With a capital letter.
+fn capital(text: &str) -> String {
+    let mut letters = text.chars();
+    letters.next().map_or_else(String::new, |first| first.to_uppercase().collect::<String>() + letters.as_str())
+}
+
 /// A word that nobody has heard before: `tafilu`.
 pub fn word(draw: &mut Draw, side: Side) -> String {
+    own(draw, side, |draw| invented(draw, side))
+}
+
+/// Letters and digits without any order: `x7qpd`.
+pub fn random(draw: &mut Draw, side: Side) -> String {
     own(draw, side, |draw| {
-        let middle = if draw.chance(60) { one(MIDDLES, draw) } else { "" };
-        let last = if draw.chance(15) { one(MIDDLES, draw) } else { "" };
-        format!("{}{middle}{last}{}", one(HEADS, draw), one(TAILS, draw))
+        let letters = b"abcdefghijklmnopqrstuvwxyz0123456789";
+        // One in three has capitals.
+        let letters = if draw.chance(33) { &b"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"[..] } else { &letters[..] };
+        let letters = if draw.chance(40) { &letters[..26] } else { letters };
+        (0..draw.range(3, 9)).map(|_| char::from(*draw.pick(letters))).collect()
     })
 }
 
-const PEOPLE: &str = "Ada Ahmed Alice Amir Ana Anton Aya Ben Carla Chen Clara Dan Diego Dora Elena Eli Emma Erik Eva Fatima Felix Finn \
-    Grace Hana Hugo Ida Igor Ines Ivan Jack Jana Jonas Julia Kai Karl Kim Lara Lena Leo Lin Lucy Luis Maria Mark \
+const PEOPLE: &str = "Ada Ahmed Alice Amir Ana Anton Aya Ben Carla Chen Clara Dan Diego Dora Elena Eli Emma Erik Eva Fatima \
+    Felix Finn Grace Hana Hugo Ida Igor Ines Ivan Jack Jana Jonas Julia Kai Karl Kim Lara Lena Leo Lin Lucy Luis Maria Mark \
     Maya Mia Nadia Nina Noah Olga Omar Otto Paul Petra Rosa Ruth Sam Sara Sofia Tom Vera Wei Yuki Zoe";
 
 /// Somebody: a name that exists, or one that could.
 pub fn person(draw: &mut Draw, side: Side) -> String {
     own(draw, side, |draw| {
-        if draw.chance(50) {
+        if draw.chance(40) {
             return one(PEOPLE, draw).to_string();
         }
-        let middle = if draw.chance(40) { one(MIDDLES, draw) } else { "" };
-        let name = format!("{}{middle}{}", one(HEADS, draw), one(TAILS, draw));
-        name[..1].to_uppercase() + &name[1..]
+        let name = capital(&invented(draw, side));
+        if draw.chance(10) { format!("{name} {}", capital(&invented(draw, side))) } else { name }
     })
 }
 
-const KINDS: &str = "blue red green old new small big heavy light spare wooden round long short cheap soft dark bright cold warm \
-    second third silver golden paper kitchen garden office school winter summer travel music family steel glass black white yellow \
-    brown pink narrow wide tall little heated wet dry fresh sweet sour plastic leather cotton wool stone copper iron electric broken \
-    lost first last main side back front upper lower north south east west bank gym work home holiday sports car bike club hotel \
-    bathroom cellar attic balcony library spring autumn weekly monthly daily yearly private public Monday Friday Sunday";
+const KINDS: &str = "blue red green old new small big heavy light spare wooden round long short cheap soft dark bright cold \
+    warm second third silver golden paper kitchen garden office school winter summer travel music family steel glass black \
+    white yellow brown pink narrow wide tall little heated wet dry fresh sweet sour plastic leather cotton wool stone copper \
+    iron electric broken lost first last main side back front upper lower north south east west bank gym work home holiday \
+    sports car bike club hotel bathroom cellar attic balcony library spring autumn weekly monthly daily yearly private public \
+    Monday Friday Sunday";
 
 /// Which one of several things: `spare`, `garden`, a name.
 pub fn kind(draw: &mut Draw, side: Side) -> String {
     own(draw, side, |draw| match draw.chance(60) {
         true => one(KINDS, draw).to_string(),
-        false => format!("{}{}", one(HEADS, draw), one(TAILS, draw)),
+        false => invented(draw, side),
     })
 }
 
-const THINGS: &str = "axe backpack bench blanket bracelet briefcase bulb cable calendar candle carpet chain chest coin comb computer \
-    curtain dice dish drawer drill earring envelope folder frame freezer glass globe guitar helmet hook hose iron jacket jar jug kettle \
-    keyboard laptop lock magnet mattress microphone monitor mouse mug notebook oven paddle pencil piano picture pipe plant plug printer \
-    puzzle rack razor rug ruler sack saddle saw scale scissors screw ship sink skirt socket spade sponge stamp statue stool suitcase \
-    switch tablet tap tie tile torch toy tray trunk tyre vase violin wallet watch whistle apple bag ball bed bell bike boat book boot bottle bowl box bread brush bucket cake camera card chair clock coat \
-    cup desk door drum fan fence flag fork gate glove hammer hat key kite knife lamp ladder lemon letter map mirror \
-    nail needle pan pen phone pillow plate radio ring rope scarf shelf shirt shoe soap sofa spoon stove table tent \
-    towel wheel";
+const THINGS: &str = "axe backpack bench blanket bracelet briefcase bulb cable calendar candle carpet chain chest coin comb \
+    computer curtain dice dish drawer drill earring envelope folder frame freezer glass globe guitar helmet hook hose iron \
+    jacket jar jug kettle keyboard laptop lock magnet mattress microphone monitor mouse mug notebook oven paddle pencil piano \
+    picture pipe plant plug printer puzzle rack razor rug ruler sack saddle saw scale scissors screw ship sink skirt socket \
+    spade sponge stamp statue stool suitcase switch tablet tap tie tile torch toy tray trunk tyre vase violin wallet watch \
+    whistle apple bag ball bed bell bike boat book boot bottle bowl box bread brush bucket cake camera card chair clock coat \
+    cup desk door drum fan fence flag fork gate glove hammer hat key kite knife lamp ladder lemon letter map mirror nail \
+    needle pan pen phone pillow plate radio ring rope scarf shelf shirt shoe soap sofa spoon stove table tent towel wheel";
+
+/// `what`, or in `percent` of 100 cases some kind of it; one in eight is a word that nobody has heard before.
+fn sorted(what: &str, percent: u32, draw: &mut Draw, side: Side) -> String {
+    let what = if draw.chance(12) { invented(draw, side) } else { what.to_string() };
+    if !draw.chance(percent) {
+        return what;
+    }
+    match draw.chance(85) {
+        true => format!("{} {what}", one(KINDS, draw)),
+        false => format!("{} {what}", invented(draw, side)),
+    }
+}
 
 /// A thing, often of some kind: `blue lamp`.
 pub fn thing(draw: &mut Draw, side: Side) -> String {
     own(draw, side, |draw| {
         let thing = one(THINGS, draw);
-        if draw.chance(70) { format!("{} {thing}", one(KINDS, draw)) } else { thing.to_string() }
+        sorted(thing, 70, draw, side)
     })
 }
 
-const COSTS: &str = "heating internet phone mobile parking petrol taxi hotel flights museum cinema concert doctor dentist medicine \
-    haircut clothes laundry cleaning furniture carpets curtains garden plants flowers pets toys school nursery courses gym fees stamps \
-    printing software licences batteries cables lamps pans plates breakfast snacks pizza bread meat fish vegetables wine beer savings \
-    pension loan interest fines donations rent food water power phone fuel tea coffee fruit paper tools paint wood seeds tickets lunch dinner books shoes \
-    gifts repairs train bus taxes insurance rice milk flour sugar salt eggs cheese nuts oil soap wool bricks sand \
-    nails glue";
+const COSTS: &str = "heating internet phone mobile parking petrol taxi hotel flights museum cinema concert doctor dentist \
+    medicine haircut clothes laundry cleaning furniture carpets curtains garden plants flowers pets toys school nursery \
+    courses gym fees stamps printing software licences batteries cables lamps pans plates breakfast snacks pizza bread meat \
+    fish vegetables wine beer savings pension loan interest fines donations rent food water power phone fuel tea coffee fruit \
+    paper tools paint wood seeds tickets lunch dinner books shoes gifts repairs train bus taxes insurance rice milk flour \
+    sugar salt eggs cheese nuts oil soap wool bricks sand nails glue";
 
 /// What a line of an account is for.
 pub fn cost(draw: &mut Draw, side: Side) -> String {
     own(draw, side, |draw| {
         let cost = one(COSTS, draw);
-        if draw.chance(60) { format!("{} {cost}", one(KINDS, draw)) } else { cost.to_string() }
+        sorted(cost, 60, draw, side)
     })
 }
 
-const FOOD: &str = "milk bread butter eggs cheese apples pears plums oranges lemons bananas grapes cherries berries nuts rice pasta flour \
-    sugar salt pepper oil vinegar honey jam tea coffee juice water wine beer fish chicken beef ham sausages beans peas carrots onions \
-    potatoes tomatoes cucumbers cabbage spinach garlic mushrooms soup yoghurt cream chocolate biscuits crisps cereal oats";
+const FOOD: &str = "milk bread butter eggs cheese apples pears plums oranges lemons bananas grapes cherries berries nuts rice \
+    pasta flour sugar salt pepper oil vinegar honey jam tea coffee juice water wine beer fish chicken beef ham sausages beans \
+    peas carrots onions potatoes tomatoes cucumbers cabbage spinach garlic mushrooms soup yoghurt cream chocolate biscuits \
+    crisps cereal oats";
 
 /// Something to eat or drink, often of some kind: `milk`, `cold tea`.
 pub fn food(draw: &mut Draw, side: Side) -> String {
     own(draw, side, |draw| {
         let food = one(FOOD, draw);
-        if draw.chance(40) { format!("{} {food}", one(KINDS, draw)) } else { food.to_string() }
+        sorted(food, 40, draw, side)
     })
 }
 
-const STEMS: &str = "README TODO index data results scores grades shopping groceries expenses receipts invoice contract offers family \
-    birthdays contacts phones passwords addresses books films songs games travel packing flights hotels itinerary timetable schedule \
-    appointments homework lectures exam thesis chapter story poem journal draft backup archive config settings changes history users \
-    clients staff suppliers products inventory cars tools garden_plan workout training races doctor medicine bills loans taxes account address agenda boat budget camping cellar club costs diary draft events garden guests house ideas income \
-    kitchen letter list log meeting members menu notes orders party plan prices project readme recipe report rooms \
-    sales shop stock summary team todo tour trip wages week";
-const ENDINGS: &str = "txt md csv log txt md csv log dat text list tsv";
+const STEMS: &str = "README TODO index data results scores grades shopping groceries expenses receipts invoice contract offers \
+    family birthdays contacts phones passwords addresses books films songs games travel packing flights hotels itinerary \
+    timetable schedule appointments homework lectures exam thesis chapter story poem journal draft backup archive config \
+    settings changes history users clients staff suppliers products inventory cars tools garden_plan workout training races \
+    doctor medicine bills loans taxes account address agenda boat budget camping cellar club costs diary draft events garden \
+    guests house ideas income kitchen letter list log meeting members menu notes orders party plan prices project readme \
+    recipe report rooms sales shop stock summary team todo tour trip wages week";
+const ENDINGS: &str = "txt md csv log txt md csv log dat text list tsv ini conf json yaml rst org";
+
+/// The name of a file without its ending, or of a folder.
+fn stem(draw: &mut Draw, side: Side) -> String {
+    let mark = |draw: &mut Draw| *draw.pick(&["_", "_", "-", "", "."]);
+    match draw.below(16) {
+        0..=3 => one(STEMS, draw).to_string(),
+        4 => format!("{}{}{}", one(STEMS, draw), mark(draw), draw.range(1990, 2039)),
+        5 => format!("{}-{}", one(STEMS, draw), one(STEMS, draw)),
+        6 => format!("{}{}{}", invented(draw, side), mark(draw), one(STEMS, draw)),
+        7 => format!("{}{}", one(STEMS, draw), draw.range(1, 30)),
+        8 => format!("{}_{}", one(KINDS, draw), one(STEMS, draw)),
+        9 => random(draw, side),
+        10 => format!("{}{}{}", invented(draw, side), mark(draw), invented(draw, side)),
+        11 => format!("{}{}{}", invented(draw, side), mark(draw), draw.range(1, 2039)),
+        12 => capital(&invented(draw, side)),
+        _ => invented(draw, side),
+    }
+}
 
 /// The name of a file: `budget_2024.csv`.
 pub fn file(draw: &mut Draw, side: Side) -> String {
-    own(draw, side, |draw| {
-        let stem = match draw.below(10) {
-            0..=2 => one(STEMS, draw).to_string(),
-            3 => format!("{}_{}", one(STEMS, draw), draw.range(1990, 2039)),
-            4 => format!("{}-{}", one(STEMS, draw), one(STEMS, draw)),
-            5 => format!("{}_{}", one(HEADS, draw), one(STEMS, draw)),
-            6 => format!("{}{}", one(STEMS, draw), draw.range(1, 30)),
-            7 => format!("{}_{}", one(KINDS, draw), one(STEMS, draw)),
-            8 => format!("{}{}{}", one(HEADS, draw), one(MIDDLES, draw), one(TAILS, draw)),
-            _ => format!("{}{}", one(HEADS, draw), one(TAILS, draw)),
-        };
-        format!("{stem}.{}", one(ENDINGS, draw))
-    })
+    own(draw, side, |draw| format!("{}.{}", stem(draw, side), one(ENDINGS, draw)))
 }
 
 /// The name of a folder.
 pub fn folder(draw: &mut Draw, side: Side) -> String {
-    own(draw, side, |draw| match draw.below(6) {
-        0 | 1 => one(STEMS, draw).to_string(),
-        2 => format!("{}_{}", one(KINDS, draw), one(STEMS, draw)),
-        3 => format!("{}{}", one(STEMS, draw), draw.range(1, 2039)),
-        4 => format!("{}{}{}", one(HEADS, draw), one(MIDDLES, draw), one(TAILS, draw)),
-        _ => format!("{}{}", one(HEADS, draw), one(TAILS, draw)),
-    })
+    // A dot would look like a file.
+    own(draw, side, |draw| stem(draw, side).replace('.', "_"))
 }
 
 /// A whole number from `low` to `high`, which should hold a hundred or more.
@@ -166,6 +242,45 @@ pub fn number(draw: &mut Draw, side: Side, low: u64, high: u64) -> u64 {
 pub fn figure(draw: &mut Draw, side: Side, digits: u32) -> u64 {
     let digits = draw.range(2, u64::from(digits.max(2))) as u32;
     number(draw, side, 10u64.pow(digits - 1), 10u64.pow(digits) - 1)
+}
+
+/// A whole number below 1000 in words: `three hundred and twelve`; none for larger ones.
+pub fn spelled(number: &str) -> Option<String> {
+    const ONES: [&str; 20] = [
+        "",
+        "one",
+        "two",
+        "three",
+        "four",
+        "five",
+        "six",
+        "seven",
+        "eight",
+        "nine",
+        "ten",
+        "eleven",
+        "twelve",
+        "thirteen",
+        "fo \
+        urteen",
+        "fifteen",
+        "sixteen",
+        "seventeen",
+        "eighteen",
+        "nineteen",
+    ];
+    const TENS: [&str; 10] = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"];
+    let n: usize = number.parse().ok().filter(|n| (1..1000).contains(n))?;
+    let small = |n: usize| match (n / 10, n % 10) {
+        (0 | 1, _) => ONES[n].to_string(),
+        (tens, 0) => TENS[tens].to_string(),
+        (tens, one) => format!("{}-{}", TENS[tens], ONES[one]),
+    };
+    Some(match (n / 100, n % 100) {
+        (0, rest) => small(rest),
+        (hundreds, 0) => format!("{} hundred", ONES[hundreds]),
+        (hundreds, rest) => format!("{} hundred and {}", ONES[hundreds], small(rest)),
+    })
 }
 
 /// A number of `side` that `make` gives.
@@ -194,9 +309,9 @@ pub fn code(draw: &mut Draw, side: Side) -> String {
         let letter = |draw: &mut Draw| char::from(b'A' + draw.below(26) as u8);
         match draw.below(4) {
             0 => format!("{}{}-{}", letter(draw), draw.range(1, 99), draw.range(10, 999)),
-            1 => format!("{}{}", one(HEADS, draw), draw.range(10, 9999)),
+            1 => format!("{}{}", invented(draw, side), draw.range(10, 9999)),
             2 => format!("{}{}{}", letter(draw), letter(draw), draw.range(100, 9999)),
-            _ => format!("{}{}{}", one(HEADS, draw), one(TAILS, draw), draw.range(1, 99)),
+            _ => random(draw, side),
         }
     })
 }
@@ -210,36 +325,54 @@ pub fn time(draw: &mut Draw, side: Side) -> String {
 const ZONES: [(&str, &str); 7] = [
     (
         "Europe",
-        "Amsterdam Andorra Athens Belgrade Berlin Bratislava Brussels Bucharest Budapest Copenhagen Dublin Gibraltar Helsinki Istanbul \
-        Kyiv Lisbon Ljubljana London Luxembourg Madrid Malta Minsk Monaco Moscow Oslo Paris Prague Riga Rome Sarajevo Skopje Sofia \
-        Stockholm Tallinn Vienna Vilnius Warsaw Zagreb Zurich",
+        "Amsterdam Andorra Astrakhan Athens Belgrade Berlin Bratislava Brussels Bucharest Budapest Copenhagen Dublin Gibraltar \
+        Guernsey Helsinki Istanbul Isle_of_Man Jersey Kaliningrad Kirov Kyiv Lisbon Ljubljana London Luxembourg Madrid Malta \
+        Minsk Monaco Moscow Oslo Paris Prague Riga Rome Samara San_Marino Sarajevo Saratov Simferopol Skopje Sofia Stockholm \
+        Tallinn Tirane Ulyanovsk Vaduz Vatican Vienna Vilnius Volgograd Warsaw Zagreb Zurich",
     ),
     (
         "Asia",
-        "Almaty Amman Baghdad Bahrain Baku Bangkok Beirut Brunei Colombo Damascus Dhaka Dubai Hong_Kong Jakarta Jerusalem Kabul Karachi \
-        Kathmandu Kolkata Kuala_Lumpur Kuwait Macau Manila Muscat Nicosia Qatar Riyadh Seoul Shanghai Singapore Taipei Tashkent Tbilisi \
-        Tehran Tokyo Vientiane Yerevan",
+        "Aden Almaty Amman Anadyr Aqtau Aqtobe Ashgabat Baghdad Bahrain Baku Bangkok Barnaul Beirut Bishkek Brunei Chita \
+        Colombo Damascus Dhaka Dili Dubai Dushanbe Famagusta Gaza Hebron Ho_Chi_Minh Hong_Kong Hovd Irkutsk Jakarta Jayapura \
+        Jerusalem Kabul Kamchatka Karachi Kathmandu Khandyga Kolkata Krasnoyarsk Kuala_Lumpur Kuching Kuwait Macau Magadan \
+        Makassar Manila Muscat Nicosia Novokuznetsk Novosibirsk Omsk Oral Phnom_Penh Pontianak Pyongyang Qatar Qyzylorda \
+        Riyadh Sakhalin Samarkand Seoul Shanghai Singapore Taipei Tashkent Tbilisi Tehran Thimphu Tokyo Tomsk Ulaanbaatar \
+        Urumqi Vientiane Vladivostok Yakutsk Yangon Yekaterinburg Yerevan",
     ),
     (
         "America",
-        "Anchorage Asuncion Barbados Bogota Boise Caracas Cayenne Chicago Costa_Rica Denver Detroit Edmonton Guatemala Guayaquil Guyana \
-        Halifax Havana Jamaica La_Paz Lima Los_Angeles Managua Mexico_City Montevideo New_York Panama Phoenix Puerto_Rico Regina Santiago \
-        Sao_Paulo Tijuana Toronto Vancouver Winnipeg",
+        "Adak Anchorage Anguilla Antigua Araguaina Aruba Asuncion Bahia Barbados Belem Belize Boa_Vista Bogota Boise \
+        Campo_Grande Cancun Caracas Cayenne Chicago Chihuahua Costa_Rica Cuiaba Curacao Dawson Denver Detroit Dominica \
+        Edmonton El_Salvador Fortaleza Grenada Guadeloupe Guatemala Guayaquil Guyana Halifax Havana Hermosillo Inuvik Iqaluit \
+        Jamaica Juneau La_Paz Lima Los_Angeles Maceio Managua Manaus Martinique Matamoros Mazatlan Merida Mexico_City Moncton \
+        Monterrey Montevideo Montserrat Nassau New_York Nome Noronha Nuuk Ojinaga Panama Paramaribo Phoenix Porto_Velho \
+        Puerto_Rico Punta_Arenas Recife Regina Resolute Rio_Branco Santarem Santiago Santo_Domingo Sao_Paulo Sitka St_Johns \
+        Tegucigalpa Tijuana Toronto Tortola Vancouver Whitehorse Winnipeg Yakutat",
     ),
     (
         "Africa",
-        "Abidjan Accra Addis_Ababa Algiers Bamako Cairo Casablanca Dakar Gaborone Harare Johannesburg Kampala Khartoum Kigali Lagos \
-        Luanda Lusaka Maputo Nairobi Tripoli Tunis Windhoek",
+        "Abidjan Accra Addis_Ababa Algiers Asmara Bamako Bangui Banjul Bissau Blantyre Brazzaville Bujumbura Cairo Casablanca \
+        Ceuta Conakry Dakar Dar_es_Salaam Djibouti Douala El_Aaiun Freetown Gaborone Harare Johannesburg Juba Kampala Khartoum \
+        Kigali Kinshasa Lagos Libreville Lome Luanda Lubumbashi Lusaka Malabo Maputo Maseru Mbabane Mogadishu Monrovia Nairobi \
+        Ndjamena Niamey Nouakchott Ouagadougou Sao_Tome Tripoli Tunis Windhoek",
     ),
     ("Australia", "Adelaide Brisbane Darwin Hobart Melbourne Perth Sydney"),
     ("Pacific", "Apia Auckland Fiji Guam Honolulu Noumea Tahiti Tongatapu"),
     ("Atlantic", "Azores Bermuda Canary Madeira Reykjavik"),
 ];
 
+/// The city of a zone that does not exist: one word, or two with `_` between.
+pub fn town(draw: &mut Draw, side: Side) -> String {
+    own(draw, side, |draw| {
+        let second = if draw.chance(25) { format!("_{}", capital(&invented(draw, side))) } else { String::new() };
+        capital(&invented(draw, side)) + &second
+    })
+}
+
 /// Cities that many ask for by their names alone: which zone they are in is trained, so that they are of the training data.
-const KNOWN: &str = "Amsterdam Athens Berlin Brussels Cairo Chicago Copenhagen Dubai Dublin Helsinki Hong_Kong Istanbul Johannesburg \
-    Lisbon London Los_Angeles Madrid Melbourne Mexico_City Moscow Nairobi New_York Paris Prague Rome Sao_Paulo Seoul Shanghai Singapore \
-    Stockholm Sydney Tokyo Toronto Vienna Warsaw Zurich";
+const KNOWN: &str = "Amsterdam Athens Berlin Brussels Cairo Chicago Copenhagen Dubai Dublin Helsinki Hong_Kong Istanbul \
+    Johannesburg Lisbon London Los_Angeles Madrid Melbourne Mexico_City Moscow Nairobi New_York Paris Prague Rome Sao_Paulo \
+    Seoul Shanghai Singapore Stockholm Sydney Tokyo Toronto Vienna Warsaw Zurich";
 
 /// A part of the world and a city of it; together, with a slash between, the name of a time zone.
 pub fn zone(draw: &mut Draw, side: Side) -> (String, String) {
@@ -270,8 +403,10 @@ mod tests {
     #[test]
     fn sides_share_no_name_and_no_number() {
         type Make = fn(&mut Draw, Side) -> String;
-        let makers: [(&str, usize, Make); 13] = [
+        let makers: [(&str, usize, Make); 15] = [
+            ("town", 500, town),
             ("code", 400, code),
+            ("random", 500, random),
             ("food", 100, food),
             ("word", 500, word),
             ("person", 20, person),
@@ -294,6 +429,17 @@ mod tests {
             assert!(train.is_disjoint(&held), "{name}");
             assert!(held.len() >= least && train.len() > held.len() / 2, "{name}: {} and {}", train.len(), held.len());
         }
+    }
+
+    #[test]
+    fn numbers_are_spelled() {
+        let spelled = |n: &str| spelled(n).unwrap_or_default();
+        assert_eq!(["7", "13", "20", "45"].map(spelled), ["seven", "thirteen", "twenty", "forty-five"]);
+        assert_eq!(
+            ["100", "312", "980"].map(spelled),
+            ["one hundred", "three hundred and twelve", "nine hundred and eighty"]
+        );
+        assert_eq!(["0", "1000", "2.5", ""].map(spelled), ["", "", "", ""]);
     }
 
     #[test]

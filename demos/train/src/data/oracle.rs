@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use gatedelta::qwen::ChatTemplate;
 use gatedelta_agent::engine::{Answer, End, Engine, Step};
+use gatedelta_agent::parse::Call;
 use serde_json::{Value, json};
 
 use crate::data::{Act, Action};
@@ -37,10 +38,14 @@ impl<'a> Oracle<'a> {
 
 /// A message of the assistant that does this.
 pub fn message(action: &Action) -> Value {
-    match action {
-        Action::Call(call) => json!({"role": "assistant", "content": "", "tool_calls": [
+    let message = |text: &str, call: &Call| {
+        json!({"role": "assistant", "content": text, "tool_calls": [
             {"type": "function", "function": {"name": call.name, "arguments": call.arguments}},
-        ]}),
+        ]})
+    };
+    match action {
+        Action::Call(call) => message("", call),
+        Action::Work { text, call } => message(text, call),
         Action::Say { text, .. } => json!({"role": "assistant", "content": text}),
     }
 }

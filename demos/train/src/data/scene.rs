@@ -201,20 +201,21 @@ impl Maker<'_> {
         self.render(&scene.world, messages)
     }
 
-    /// A conversation of the training data, and the kind of its last request. Half of them go on to about 2,000 tokens with
-    /// requests of all kinds; one in ten asks for many facts, told up to 6,500 tokens before.
+    /// A conversation of the training data, and the kind of its last request. Most of them go on to 1,500 to 3,500 tokens with
+    /// requests of all kinds: the tools take 650 tokens at the beginning of each, and what comes after them is what teaches. One in
+    /// seven asks for many facts, told up to 6,500 tokens before.
     ///
     /// # Errors
     /// As [`text`](Maker::text).
     pub fn conversation(&self, number: Number) -> Result<(Kind, String)> {
         let mut draw = Draw::new(&[number.seed, number.side as u64, number.index]);
         let kind = any(&mut draw);
-        let (kind, length) = match draw.below(10) {
-            0 => {
+        let (kind, length) = match draw.below(20) {
+            0..=2 => {
                 let (distance, questions) = (draw.range(1200, 6500) as usize, draw.range(4, 10) as usize);
                 (Kind::Recall, Length::Long { distance, questions })
             }
-            1..=5 => (kind, Length::Grown(draw.range(1500, 2500) as usize)),
+            3..=16 => (kind, Length::Grown(draw.range(1500, 3500) as usize)),
             _ => (kind, Length::Short),
         };
         let mut scene = self.scene_of(kind, number, length)?;
@@ -249,8 +250,8 @@ impl Maker<'_> {
                 Length::Long { questions: limit, .. } if questions >= limit => return Ok(last),
                 Length::Grown(_) => any(draw),
                 Length::Long { .. } => match draw.below(10) {
-                    0..=5 => Kind::Recall,
-                    6 => Kind::Untold,
+                    0..=4 => Kind::Recall,
+                    5 | 6 => Kind::Untold,
                     _ => weighted(draw, |kind| kind.group() != Group::Memory),
                 },
             };
@@ -302,8 +303,8 @@ fn weighted(draw: &mut Draw, wanted: impl Fn(Kind) -> bool) -> Kind {
         _ if !wanted(kind) => 0,
         Kind::Calculator | Kind::ReadCompute => 10,
         Kind::ListRead | Kind::Recall => 7,
-        Kind::ReadFile | Kind::SearchDelete | Kind::NoteCompute => 6,
-        Kind::Unable | Kind::ComputeNote | Kind::ReadNote => 5,
+        Kind::ReadFile | Kind::SearchDelete | Kind::ReadNote | Kind::Clock | Kind::NoteSearch => 6,
+        Kind::Unable | Kind::ComputeNote | Kind::NoteCompute | Kind::Untold => 5,
         Kind::NoteList | Kind::ListFiles => 3,
         Kind::Missing => 2,
         _ => 4,

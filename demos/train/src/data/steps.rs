@@ -1,8 +1,9 @@
 //! Requests that take two tools, the second one with what the first one said.
 
 use crate::data::calculator::{self, compute, result};
+use crate::data::content::{Entry, Sort};
 use crate::data::grammar::{Slots, forms};
-use crate::data::world::{Content, File, World};
+use crate::data::world::{File, World};
 use crate::data::{Action, Side, Task, clock, files, names, notes};
 use crate::draw::Draw;
 
@@ -109,6 +110,8 @@ forms! {
             "<do>delete the note that says {word}", "<do>look for the note about {word} and remove it", "<do>get rid of [my|the] note about {word}", "<do>forget the note about {word}", "the note about {word} is done, delete it", "I am done with {word}, delete the note", "<do>delete the note with {word} in it", "<do>remove my note on {word}", "delete note about {word}",
             "<do>find what I noted about {word} and throw it away", "<do>search for the note on {word} and delete it", "<do>drop the note about {word}", "the note about {word} is old, remove it", "<do>take the note about {word} off my list", "my note about {word} is not needed any more", "<do>clear the note about {word}", "<do>cross out the note about {word}",
             "there is a note about {word}, delete it", "<do>look up the note about {word} and erase it", "what I noted about {word} can be deleted", "<do>throw out my note about {word}", "<do>delete the note where I wrote about {word}",
+            "[my|the] note [about|on] {word} is [done|not needed], it can go", "[my|the] note [about|on] {word} is [old|of no use now], [you can delete it|throw it away|get rid of it|away with it]", "the old note about {word} can be [deleted|removed|thrown away]", "I have no use for [my|the] note [about|on] {word}", "[my|the] note about {word} has to go",
+            "{word} is done, [so |]delete [my|the] note about it", "[my|the] note that says {word} [can go|is old, delete it|is not needed any more]", "I need no note about {word} [now|any more], [remove|delete|drop] it", "<do>find and delete the note about {word}", "of my notes, delete the one about {word}", "the one about {word} can go, it is a note", "is there a note about {word}? Delete it",
         ],
         held: ["find my note about {word} and remove it", "please throw away the note about {word}", "delete what I noted about {word}", "search for the note about {word} and erase it", "my note about {word} is old, it can go", "I do not need my note on {word} any more"],
     }
@@ -152,39 +155,38 @@ forms! {
     }
 }
 
-/// The amounts of an account of `told`, those of `keys` or all of them, as the file has them.
-fn amounts(told: &str, keys: &[String]) -> Vec<String> {
-    match keys {
-        [] => told.lines().filter_map(|line| Some(line.split_once(": ")?.1.to_string())).collect(),
-        keys => keys.iter().map(|key| files::value(told, key).to_string()).collect(),
-    }
-}
-
 /// Read a file, then compute.
 pub fn read_compute(world: &World, draw: &mut Draw) -> Option<Task> {
-    let rows = |file: &File| match &file.content {
-        Content::Account(lines) => lines.clone(),
-        _ => Vec::new(),
-    };
-    let file = world.file(draw, |file| rows(file).len() >= 2)?;
-    let mut keys: Vec<String> = rows(file).into_iter().map(|(key, _)| key).collect();
+    let file = world.file(draw, |file| file.content.sort == Sort::Account)?;
+    let mut keys: Vec<String> = file.content.entries.iter().map(|entry| entry.key.clone()).collect();
     draw.shuffle(&mut keys);
     keys.truncate(2);
     let (path, place) = (file.path(), files::place(world, file, draw));
     let n = names::figure(draw, world.side, 3).to_string();
-    let what = *draw.pick(&[0, 0, 1, 1, 2, 3, 4, 5, 6]);
+    // What a number beside the amounts is to a total is for nobody to say.
+    let totals = if file.content.plain { 0 } else { 2 };
+    let what = [0, 0, 1, 1, 2, 3, 4, 5, 6][totals + draw.below(9 - totals)];
     let form = [&TOTAL, &TWO_LINES, &APART, &APART_FROM, &SCALED, &SHARE, &PARTED][what];
     let slots: &Slots = &[("file", place.as_str()), ("one", &keys[0]), ("two", &keys[1]), ("n", &n)];
     let request = form.request(world.side, slots, draw);
-    let second = move |told: &str| match what {
-        0 => compute(&amounts(told, &[]).join(" + ")),
-        1 => compute(&amounts(told, &keys).join(" + ")),
-        2 | 3 => compute(&amounts(told, &keys).join(" - ")),
-        4 => compute(&format!("{} * {n}", files::value(told, &keys[0]))),
-        6 => compute(&format!("{} / {n}", files::value(told, &keys[0]))),
-        _ => compute(&format!("{n} * {} / 100", files::value(told, &keys[0]))),
+    let values = file.content.values(if what == 0 { &[] } else { &keys });
+    let one = &values[0];
+    let expression = match what {
+        0 | 1 => values.join(" + "),
+        2 | 3 => values.join(" - "),
+        4 => format!("{one} * {n}"),
+        6 => format!("{one} / {n}"),
+        _ => format!("{n} * {one} / 100"),
     };
-    Some(Task::double(request, files::open(&path), second, result))
+    let second = match what {
+        0 => compute(&expression),
+        _ => {
+            let used = if what <= 3 { 2 } else { 1 };
+            let found: Vec<String> = keys.iter().zip(&values).map(|(key, value)| format!("{key}: {value}")).collect();
+            compute(&expression).after(format!("{}.", found[..used].join(", ")))
+        }
+    };
+    Some(Task::double(request, files::open(&path), move |_| second.clone(), result))
 }
 
 /// List a folder, then read the one file that fits.
@@ -206,53 +208,79 @@ pub fn list_read(world: &World, draw: &mut Draw) -> Option<Task> {
         0..=4 | 10 if !single.is_empty() => {
             let folder = *draw.pick(&single);
             let request = ONLY_FILE.request(world.side, &[("folder", folder)], draw);
-            Some(find_read(request, Some(folder.clone()), |names| names.first().map(|(name, _)| *name)))
+            Some(find_read(request, Some(folder.clone()), Which::Only))
         }
         0..=7 | 11 if !endings.is_empty() => {
             let ending = draw.pick(&endings).to_string();
             let request = ONLY_ENDING.request(world.side, &[("ending", &ending)], draw);
-            let ending = format!(".{ending}");
-            Some(find_read(request, None, move |names| {
-                names.iter().map(|(name, _)| *name).find(|name| name.ends_with(&ending))
-            }))
+            Some(find_read(request, None, Which::Ending(format!(".{ending}"))))
         }
         8 if clear(sizes.first(), sizes.get(1)) => {
-            let request = SMALLEST.request(world.side, &[], draw);
-            Some(find_read(request, None, |names| Some(names.iter().min_by_key(|(_, bytes)| *bytes)?.0)))
+            Some(find_read(SMALLEST.request(world.side, &[], draw), None, Which::Smallest))
         }
         9 if clear(sizes.iter().nth_back(1), sizes.last()) => {
-            let request = LARGEST.request(world.side, &[], draw);
-            Some(find_read(request, None, |names| Some(names.iter().max_by_key(|(_, bytes)| *bytes)?.0)))
+            Some(find_read(LARGEST.request(world.side, &[], draw), None, Which::Largest))
         }
         _ => None,
     }
 }
 
-/// The task that lists `folder` and reads the file in it that `which` picks from names and bytes.
-fn find_read(
-    request: String,
-    folder: Option<String>,
-    which: impl for<'a> Fn(&[(&'a str, u64)]) -> Option<&'a str> + Clone + 'static,
-) -> Task {
-    let path = {
-        let folder = folder.clone();
-        move |told: &str| {
-            let sized = |line: &'_ str| -> Option<(usize, u64)> {
-                let (name, size) = line.split_once(" (")?;
-                Some((name.len(), size.strip_suffix(" bytes)")?.parse().ok()?))
-            };
-            let files: Vec<(&str, u64)> =
-                told.lines().filter_map(|line| sized(line).map(|(end, bytes)| (&line[..end], bytes))).collect();
-            let name = which(&files).unwrap_or_default();
-            folder.as_ref().map_or_else(|| name.to_string(), |folder| format!("{folder}/{name}"))
+/// Which file of a folder is meant.
+#[derive(Clone)]
+enum Which {
+    Only,
+    Ending(String),
+    Smallest,
+    Largest,
+}
+
+impl Which {
+    /// Its name, out of names and bytes, and what is said on the way to it: file after file up to the one that fits.
+    fn find(&self, files: &[(&str, u64)]) -> (String, Option<String>) {
+        let name = |file: Option<&(&str, u64)>| file.map_or_else(String::new, |(name, _)| name.to_string());
+        let sizes = || files.iter().map(|(name, bytes)| format!("{name}: {bytes}")).collect::<Vec<_>>().join(", ");
+        match self {
+            Which::Only => (name(files.first()), None),
+            Which::Ending(ending) => {
+                let at = files.iter().position(|(name, _)| name.ends_with(ending)).unwrap_or_default();
+                let passed = files[..at].iter().map(|(name, _)| format!("{name}: no. ")).collect::<String>();
+                let found = name(files.get(at));
+                (found.clone(), Some(format!("{passed}{found}: yes.")))
+            }
+            Which::Smallest => {
+                let found = name(files.iter().min_by_key(|(_, bytes)| *bytes));
+                (found.clone(), Some(format!("{}. The shortest is {found}.", sizes())))
+            }
+            Which::Largest => {
+                let found = name(files.iter().max_by_key(|(_, bytes)| *bytes));
+                (found.clone(), Some(format!("{}. The longest is {found}.", sizes())))
+            }
         }
+    }
+}
+
+/// The task that lists `folder` and reads the file in it that is meant.
+fn find_read(request: String, folder: Option<String>, which: Which) -> Task {
+    let place = folder.clone();
+    let found = move |told: &str| {
+        let sized = |line: &'_ str| -> Option<(usize, u64)> {
+            let (name, size) = line.split_once(" (")?;
+            Some((name.len(), size.strip_suffix(" bytes)")?.parse().ok()?))
+        };
+        let files: Vec<(&str, u64)> =
+            told.lines().filter_map(|line| sized(line).map(|(end, bytes)| (&line[..end], bytes))).collect();
+        let (name, said) = which.find(&files);
+        (place.as_ref().map_or_else(|| name.clone(), |folder| format!("{folder}/{name}")), said)
     };
     let second = {
-        let path = path.clone();
-        move |told: &str| files::open(&path(told))
+        let found = found.clone();
+        move |told: &str| match found(told) {
+            (path, Some(said)) => files::open(&path).after(said),
+            (path, None) => files::open(&path),
+        }
     };
     let answer = move |results: &[String]| match results {
-        [listing, content] => files::show(&path(listing), content),
+        [listing, content] => files::show(&found(listing).0, content),
         _ => Action::say("", &[""]),
     };
     let mut task = Task::double(request, files::look(folder.as_deref()), second, result);
@@ -264,18 +292,13 @@ fn find_read(
 
 /// Read a file, then note a line of it.
 pub fn read_note(world: &World, draw: &mut Draw) -> Option<Task> {
-    let file = world.file(draw, |file| !matches!(file.content, Content::Items(_)))?;
-    let keys: Vec<String> = match &file.content {
-        Content::Account(lines) => lines.iter().map(|(key, _)| key.clone()).collect(),
-        Content::Times(lines) => lines.iter().map(|(key, _)| format!("time for {key}")).collect(),
-        Content::Items(_) => Vec::new(),
-    };
-    let asked = draw.pick(&keys).clone();
+    let file = world.file(draw, |file| file.content.sort != Sort::Items)?;
+    let Entry { key, value, .. } = draw.pick(&file.content.entries).clone();
+    let asked = if file.content.sort == Sort::Times { format!("time for {key}") } else { key.clone() };
     let place = files::place(world, file, draw);
     let request = NOTE_LINE.request(world.side, &[("file", &place), ("key", &asked)], draw);
-    let key = asked.trim_start_matches("time for ").to_string();
-    let second = move |told: &str| Action::Call(notes::add(&format!("{key}: {}", files::value(told, &key))));
-    Some(Task::double(request, files::open(&file.path()), second, notes::saved))
+    let second = Action::Call(notes::add(&format!("{key}: {value}")));
+    Some(Task::double(request, files::open(&file.path()), move |_| second.clone(), notes::saved))
 }
 
 /// Find a note, then delete it.

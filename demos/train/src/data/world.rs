@@ -11,6 +11,7 @@ use gatedelta_agent::tools::notes::Notes;
 use gatedelta_agent::tools::{self, Toolbox};
 use jiff::{ToSpan, ZonedDateTime, civil, tz::TimeZone};
 
+use crate::data::content::{Content, Sort};
 use crate::data::{Side, names, notes};
 use crate::draw::Draw;
 
@@ -21,28 +22,6 @@ pub struct File {
     pub folder: String,
     pub name: String,
     pub content: Content,
-}
-
-/// What a file holds, a line each.
-#[derive(Debug, Clone)]
-pub enum Content {
-    /// `rent: 412`
-    Account(Vec<(String, u64)>),
-    /// `blue lamp`
-    Items(Vec<String>),
-    /// `Ada: 14:35`
-    Times(Vec<(String, String)>),
-}
-
-impl Content {
-    /// The lines of the file.
-    pub fn lines(&self) -> Vec<String> {
-        match self {
-            Content::Account(lines) => lines.iter().map(|(what, amount)| format!("{what}: {amount}")).collect(),
-            Content::Items(lines) => lines.clone(),
-            Content::Times(lines) => lines.iter().map(|(who, time)| format!("{who}: {time}")).collect(),
-        }
-    }
 }
 
 impl File {
@@ -194,33 +173,5 @@ fn moment(side: Side, draw: &mut Draw) -> Result<ZonedDateTime> {
 }
 
 fn content(kind: usize, side: Side, draw: &mut Draw) -> Content {
-    let count = draw.range(2, 5);
-    match kind {
-        0 | 1 => Content::Account(distinct(count, || {
-            let what = names::cost(draw, side);
-            (what, names::figure(draw, side, 4))
-        })),
-        2 => Content::Items(
-            distinct(count, || (names::thing(draw, side), ())).into_iter().map(|(item, ())| item).collect(),
-        ),
-        _ => Content::Times(distinct(count, || {
-            let who = names::person(draw, side);
-            (who, names::time(draw, side))
-        })),
-    }
-}
-
-/// Up to `count` pairs; no key holds another, so that a key names one line.
-fn distinct<T>(count: u64, mut make: impl FnMut() -> (String, T)) -> Vec<(String, T)> {
-    let mut all: Vec<(String, T)> = Vec::new();
-    for _ in 0..8 * count {
-        if all.len() as u64 == count {
-            break;
-        }
-        let (key, value) = make();
-        if all.iter().all(|(other, _)| !other.contains(&key) && !key.contains(other.as_str())) {
-            all.push((key, value));
-        }
-    }
-    all
+    Content::new([Sort::Account, Sort::Account, Sort::Items, Sort::Times][kind], side, draw)
 }

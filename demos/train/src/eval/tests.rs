@@ -103,7 +103,7 @@ impl Engine for Wrong<'_> {
         self.acts += 1;
         let mut text = match &action {
             Action::Say { text, .. } => text.clone(),
-            Action::Call(call) => {
+            Action::Call(call) | Action::Work { call, .. } => {
                 let arguments = call.arguments.iter();
                 let arguments = arguments.map(|(key, value)| {
                     let value = value.as_str().map_or_else(|| value.to_string(), str::to_string);

@@ -143,50 +143,6 @@ impl<'a> Batches<'a> {
     }
 }
 
-/// Tokens of a row of a drill.
-const DRILL: usize = 256;
-
-/// A drill in looking back, for a step of a new model: runs of random words, then the same runs in another order. All words of a
-/// run but its first are the model's to write, since they can be told from the run's first appearance alone.
-///
-/// It takes many steps of ordinary text until a model first copies a name; of drills it takes few.
-pub fn drill(seed: u64, step: u64, tokens: usize, vocab: usize) -> Batch {
-    let mut draw = Draw::new(&[seed, 2, step]);
-    let rows = (tokens / DRILL).max(1);
-    let size = rows * DRILL;
-    let mut batch = Batch {
-        shape: [rows, DRILL],
-        ids: Vec::with_capacity(size),
-        next: vec![0; size],
-        role: vec![Role::Context; size],
-    };
-    for row in 0..rows {
-        let (mut runs, mut length) = (Vec::new(), 0);
-        while length < DRILL / 2 {
-            let run: Vec<i64> = (0..draw.range(2, 8)).map(|_| draw.below(vocab) as i64).collect();
-            length += run.len();
-            runs.push(run);
-        }
-        let from = batch.ids.len();
-        batch.ids.extend(runs.iter().flatten());
-        while batch.ids.len() < from + DRILL {
-            draw.shuffle(&mut runs);
-            for run in &runs {
-                let at = batch.ids.len() - from;
-                for i in (at..at + run.len() - 1).filter(|i| *i < DRILL) {
-                    batch.role[row * DRILL + i] = Role::Answer;
-                }
-                batch.ids.extend(run);
-            }
-        }
-        batch.ids.truncate(from + DRILL);
-        let end = from + DRILL - 1;
-        batch.next[from..end].copy_from_slice(&batch.ids[from + 1..end + 1]);
-        batch.role[end] = Role::Padding;
-    }
-    batch
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -230,26 +186,6 @@ mod tests {
             (rung(0), rung(1), rung(64), rung(65), rung(1000), rung(1025), rung(8191)),
             (64, 64, 64, 128, 1024, 1536, 8192)
         );
-    }
-
-    #[test]
-    fn a_drill_asks_for_what_was_there() {
-        let batch = drill(1, 2, 1024, 2000);
-        assert_eq!((batch.shape, batch.ids.len()), ([4, 256], 1024));
-        assert!(drill(1, 3, 1024, 2000) != batch && drill(1, 2, 1024, 2000) == batch);
-        for row in 0..4 {
-            let ids = &batch.ids[row * 256..(row + 1) * 256];
-            let mut asked = 0;
-            for i in 0..255 {
-                assert_eq!(batch.next[row * 256 + i], ids[i + 1]);
-                if batch.role[row * 256 + i] == Role::Answer {
-                    asked += 1;
-                    assert!(ids[..i].windows(2).any(|two| two == &ids[i..i + 2]), "{row} {i}");
-                }
-            }
-            assert!(asked > 60, "{asked}");
-            assert_eq!(batch.role[row * 256 + 255], Role::Padding);
-        }
     }
 
     #[test]

@@ -91,20 +91,24 @@ fn a_run_that_was_stopped_goes_on_bit_for_bit() {
         });
         done.map(|()| (training.run.losses.clone(), training.run.held.clone()))
     };
-    let (losses, held) = train("whole", "", 100).unwrap();
+    // Steps 0 and 1 are the first drills; of the ten others every fourth is one too.
+    let drills = "--drill 2 --drill-share 0.25";
+    let (losses, held) = train("whole", drills, 100).unwrap();
     assert_eq!((losses.len(), held.iter().map(|held| held.0).collect::<Vec<_>>()), (12, vec![5, 10, 12]));
 
-    let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| train("stopped", "", 7)));
+    let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| train("stopped", drills, 7)));
     assert!(killed.is_err());
-    assert_eq!(train("stopped", "", 100).unwrap(), (losses, held));
+    assert_eq!(train("stopped", drills, 100).unwrap(), (losses, held));
     for file in ["model/model.safetensors", "loss.svg"] {
         let read = |name: &str| std::fs::read(dir.path().join(name).join(file)).unwrap();
         assert!(read("whole") == read("stopped"), "{file}");
     }
     assert!(std::fs::read_to_string(dir.path().join("whole/loss.svg")).unwrap().contains("red: held out"));
 
-    let why = format!("{:#}", train("stopped", "--seed 1", 100).unwrap_err());
-    assert!(why.contains("was started with"), "{why}");
+    for more in ["--seed 1 --drill 2 --drill-share 0.25", "--drill 2 --drill-share 0.3"] {
+        let why = format!("{:#}", train("stopped", more, 100).unwrap_err());
+        assert!(why.contains("was started with"), "{why}");
+    }
 
     // What was exported answers through the agent's engine.
     let model = dir.path().join("whole/model").display().to_string();
@@ -114,6 +118,51 @@ fn a_run_that_was_stopped_goes_on_bit_for_bit() {
         local.generate("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", 4, &mut |_| Ok(true)).unwrap();
     assert!(answer.wrote > 0);
     assert_eq!(local.start().try_it, None);
+}
+
+#[test]
+fn drills_are_spread_evenly_and_use_up_no_data() {
+    let steps = |first, share| (0..100).map(move |at| Step::of(at, first, share));
+    let all: Vec<Step> = steps(10, 0.08).collect();
+    assert!((0..10).all(|at| all[at] == Step::First(at as u64)));
+    let drills: Vec<usize> = (0..100).filter(|&at| matches!(all[at], Step::Drill(_))).collect();
+    assert_eq!(drills, [22, 34, 47, 59, 72, 84, 97]);
+    let (mut drill, mut data) = (0, 0);
+    for step in &all[10..] {
+        let (found, count) = match step {
+            Step::Drill(at) => (at, &mut drill),
+            Step::Data(at) => (at, &mut data),
+            Step::First(at) => panic!("{at}"),
+        };
+        assert_eq!(*found, *count);
+        *count += 1;
+    }
+    assert!(steps(0, 0.0).enumerate().all(|(at, step)| step == Step::Data(at as u64)));
+    for bad in ["--drill-share 0.6", "--drill-share -1", "--drill-share NaN"] {
+        let line = format!("train --out x {bad}");
+        assert!(Line::try_parse_from(line.split(' ')).is_err(), "{bad}");
+    }
+}
+
+#[test]
+fn a_run_begins_with_what_another_one_exported() {
+    let _alone = alone();
+    let (engine, device) = (engine(), Device::flex().autodiff());
+    let dir = tempfile::tempdir().unwrap();
+    let tokenizer = dir.path().join("tokenizer");
+    let data = generated(&tokenizer, 6);
+    let train = |out: &str, more: &str| {
+        let settings = settings(&dir.path().join(out), more);
+        let mut training = Training::open(&settings, &tokenizer, (&data, Value::Null), &engine, &device).unwrap();
+        training.train(100, &mut |_, _| true).unwrap();
+        training.run.losses.clone()
+    };
+    let first = train("first", "--steps 40");
+    let start = |path: &str| format!("--steps 2 --start {}", dir.path().join(path).display());
+    let (model, file) = (train("model", &start("first/model")), train("file", &start("first/run.safetensors")));
+    // bf16 makes a small difference, a new start a large one.
+    assert!((model[0][0] - file[0][0]).abs() < 0.05 * file[0][0], "{model:?} {file:?}");
+    assert!(model[0][0] < 0.8 * first[0][0], "{model:?} {first:?}");
 }
 
 #[test]

@@ -1,0 +1,200 @@
+//! Snapshots in host memory: what moves between devices, and what a store writes.
+//!
+//! Every backend keeps states, tails and cache rows in the same layout, so their bytes are what moves. Keys and values travel
+//! by positions, for each full-attention layer its keys and then its values, whatever pages a device keeps them in.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
+use crate::qwen::config::Config;
+use crate::qwen::generate::Answer;
+use crate::qwen::model::Model;
+use crate::qwen::state::history::History;
+use crate::qwen::state::pages::{Page, Pages};
+use crate::qwen::state::snapshot::{Snapshot, device};
+use crate::qwen::state::{self, page_layout};
+use crate::shape::Dtype;
+
+/// A [`Snapshot`] without a device: it outlives a device that is lost, and goes to another one.
+#[derive(Debug, Clone)]
+pub struct HostSnapshot {
+    config: Config,
+    kv: Dtype,
+    /// Where the model's weights came from.
+    source: String,
+    history: History,
+    answer: Option<Answer>,
+    /// Where it was, and whether it had come from elsewhere.
+    device: String,
+    moved: bool,
+    fixed: Vec<u8>,
+    rows: Vec<u8>,
+}
+
+impl HostSnapshot {
+    /// The ids that the sequence consists of.
+    pub fn ids(&self) -> &[u32] {
+        self.history.ids()
+    }
+
+    /// Host memory that it takes.
+    pub fn bytes(&self) -> u64 {
+        (self.fixed.len() + self.rows.len() + 4 * self.ids().len()) as u64
+    }
+}
+
+impl Snapshot {
+    /// Copies the snapshot to the host.
+    ///
+    /// # Errors
+    /// What the backend reports.
+    pub fn to_host(&self) -> Result<HostSnapshot> {
+        let inner = &self.model().inner;
+        Ok(HostSnapshot {
+            config: inner.config.clone(),
+            kv: inner.plan.kv,
+            source: inner.source(),
+            history: self.history().clone(),
+            answer: self.answer().cloned(),
+            device: device(self.model()),
+            moved: self.moved(),
+            fixed: fixed(self)?,
+            rows: rows(self, 0..self.position())?,
+        })
+    }
+}
+
+impl Model {
+    /// Brings a snapshot from the host to this model's device. On the kind of device where it was taken what follows has the
+    /// same bits, elsewhere it differs as the devices' rounding does.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if it was taken of a model of another shape, other weights or another type of cache, or if it is
+    /// longer than the context; what the backend reports.
+    pub fn bring(&self, snapshot: &HostSnapshot) -> Result<Snapshot> {
+        let inner = &self.inner;
+        let refuse = |found: String, expected: String| Err(Error::argument("snapshot", found, expected));
+        if snapshot.config != inner.config {
+            return refuse("one of a model of another shape".into(), "one of this model's shape".into());
+        }
+        if snapshot.source != inner.source() {
+            return refuse(format!("one of the weights {}", snapshot.source), format!("of {}", inner.source()));
+        }
+        if snapshot.kv != inner.plan.kv {
+            return refuse(format!("a cache in {}", snapshot.kv), format!("one in {}", inner.plan.kv));
+        }
+        let (history, answer) = (snapshot.history.clone(), snapshot.answer.clone());
+        let moved = snapshot.moved || snapshot.device != device(self);
+        place(self, history, answer, moved, &snapshot.fixed, &[(0..snapshot.history.len(), &snapshot.rows)])
+    }
+}
+
+/// Bytes of all states and tails of a model.
+pub(crate) fn fixed_bytes(model: &Model) -> u64 {
+    state::fixed_bytes(model.config()).sum()
+}
+
+/// Bytes of keys and values of one position in all layers.
+pub(crate) fn row_bytes(model: &Model) -> u64 {
+    let plan = model.memory();
+    let layout = page_layout(model.config(), model.backend().caps(), plan.context, plan.kv);
+    2 * layout.row * layout.layers as u64
+}
+
+/// States and tails of a snapshot, layer by layer.
+pub(crate) fn fixed(snapshot: &Snapshot) -> Result<Vec<u8>> {
+    let backend = snapshot.model().backend();
+    let reads = snapshot.fixed().iter().map(|view| backend.read(view)).collect::<Result<Vec<_>>>()?;
+    let mut out = Vec::with_capacity(snapshot.own_bytes() as usize);
+    for read in reads {
+        out.extend(read.wait()?);
+    }
+    Ok(out)
+}
+
+/// Keys and values of some positions of a snapshot.
+pub(crate) fn rows(snapshot: &Snapshot, range: Range<u64>) -> Result<Vec<u8>> {
+    let model = snapshot.model();
+    let pages: Vec<Arc<Page>> = snapshot.pages().cloned().collect();
+    let mut out = vec![0; ((range.end - range.start) * row_bytes(model)) as usize];
+    let backend = model.backend();
+    walk(model, &pages, range, |view, at| {
+        let bytes = backend.read(&view)?.wait()?;
+        out[at..at + bytes.len()].copy_from_slice(&bytes);
+        Ok(())
+    })?;
+    Ok(out)
+}
+
+/// A snapshot on the model's device from bytes whose lengths are checked here: `parts` are the rows of ranges of positions that
+/// follow one another from 0 to the end.
+pub(crate) fn place(
+    model: &Model,
+    history: History,
+    answer: Option<Answer>,
+    moved: bool,
+    fixed: &[u8],
+    parts: &[(Range<u64>, &[u8])],
+) -> Result<Snapshot> {
+    let (end, plan) = (history.len(), model.memory());
+    if end > plan.context {
+        let found = format!("one of {end} tokens");
+        return Err(Error::argument("snapshot", found, format!("at most the context's {}", plan.context)));
+    }
+    let length = |what: &str, found: u64, expected: u64| match found == expected {
+        true => Ok(()),
+        false => Err(Error::argument(what, format!("{found} bytes"), format!("{expected} bytes"))),
+    };
+    length("states of a snapshot", fixed.len() as u64, fixed_bytes(model))?;
+    let mut next = 0;
+    for (range, bytes) in parts {
+        if range.start != next || range.end < range.start {
+            return Err(Error::argument("rows of a snapshot", format!("{range:?}"), format!("rows from {next}")));
+        }
+        next = range.end;
+        length("rows of a snapshot", bytes.len() as u64, (range.end - range.start) * row_bytes(model))?;
+    }
+    if next != end {
+        return Err(Error::argument("rows of a snapshot", next, format!("those of {end} positions")));
+    }
+
+    let backend = model.backend().as_ref();
+    let views = state::alloc_fixed(model.config(), backend)?;
+    let mut rest = fixed;
+    for view in &views {
+        let (own, after) = rest.split_at(view.bytes as usize);
+        backend.write(view, own)?;
+        rest = after;
+    }
+    let layout = page_layout(model.config(), backend.caps(), plan.context, plan.kv);
+    let mut pages = Pages::default();
+    pages.take(&layout, backend, 0, end)?;
+    let held: Vec<Arc<Page>> = pages.iter().cloned().collect();
+    for (range, bytes) in parts {
+        walk(model, &held, range.clone(), |view, at| backend.write(&view, &bytes[at..at + view.bytes as usize]))?;
+    }
+    Ok(Snapshot::from_parts(model, history, views, pages, answer, moved))
+}
+
+/// Visits the rows of a range of positions: each stretch of them on the device, with the byte where it begins among the rows of
+/// the range.
+fn walk(
+    model: &Model,
+    pages: &[Arc<Page>],
+    range: Range<u64>,
+    mut visit: impl FnMut(crate::backend::View, usize) -> Result<()>,
+) -> Result<()> {
+    let layout = page_layout(model.config(), model.backend().caps(), model.memory().context, model.memory().kv);
+    let tensor = (range.end - range.start) * layout.row;
+    for page in pages {
+        let (from, to) = (range.start.max(page.start), range.end.min(page.start + page.len));
+        if from >= to {
+            continue;
+        }
+        for (i, view) in page.rows(layout.row, from - page.start, to - page.start)?.into_iter().enumerate() {
+            visit(view, (i as u64 * tensor + (from - range.start) * layout.row) as usize)?;
+        }
+    }
+    Ok(())
+}
