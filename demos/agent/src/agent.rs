@@ -192,6 +192,16 @@ impl<E: Engine> Agent<E> {
         self.messages = messages;
     }
 
+    /// The model.
+    pub fn engine(&self) -> &E {
+        &self.engine
+    }
+
+    /// The same, to be used between questions.
+    pub fn engine_mut(&mut self) -> &mut E {
+        &mut self.engine
+    }
+
     /// What the model is told about its tools.
     pub fn specs(&self) -> &[Spec] {
         &self.specs

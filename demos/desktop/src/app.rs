@@ -1,5 +1,6 @@
 //! The window: what it knows, what it does with what the user and the worker say, and how it is laid out.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -19,7 +20,7 @@ use crate::side;
 use crate::store::{Settings, Store};
 use crate::theme::{self, card, palette};
 use crate::tree::{self, Node};
-use crate::worker::{Choice, Loaded, Update, Worker};
+use crate::worker::{Choice, Held, Loaded, Update, Worker};
 
 /// While an answer comes it is kept this often.
 const KEEP: Duration = Duration::from_secs(1);
@@ -69,6 +70,8 @@ pub struct App {
     pub(crate) account: Option<Account>,
     pub(crate) testing: bool,
     active: Option<Active>,
+    /// What the model holds of each turn.
+    held: HashMap<u64, Held>,
     chat: Chat,
     /// What the user is typing.
     draft: String,
@@ -169,7 +172,9 @@ impl App {
     fn with_worker(&mut self, ctx: &Context, f: impl FnOnce(&Worker)) -> Result<()> {
         if self.worker.is_none() {
             let wake = ctx.clone();
-            let worker = Worker::start(self.args.clone(), self.host.clone(), move || wake.request_repaint())?;
+            // A window that keeps nothing leaves the model's state to the one that does.
+            let state = self.store.as_ref().filter(|store| store.writes()).map(|store| store.folder().join("state"));
+            let worker = Worker::start(self.args.clone(), self.host.clone(), state, move || wake.request_repaint())?;
             self.worker = Some(worker);
         }
         if let Some(worker) = &self.worker {
@@ -262,6 +267,7 @@ impl App {
                 self.tested(account);
             }
             Update::Answered(turn, answer) => self.answered(turn, answer),
+            Update::Held(held) => self.held = held.into_iter().map(|held| (held.turn, held)).collect(),
             update => self.progress(update),
         }
     }
@@ -277,6 +283,7 @@ impl App {
         (self.settings.model, self.settings.device) = (model, device);
         self.keep_settings();
         self.account = Some(loaded.account.clone());
+        self.held.clear();
         self.model = Model::Ready(loaded);
     }
 
@@ -433,12 +440,18 @@ impl App {
             .conversation
             .turns()
             .iter()
-            .map(|turn| Node {
-                id: turn.id,
-                parent: turn.parent,
-                label: turn.question.clone(),
-                tokens: turn.figures.as_ref().map_or(0, |figures| figures.wrote),
-                bytes: turn.bytes(),
+            .map(|turn| {
+                let held = self.held.get(&turn.id).map(|held| tree::Held { again: held.again, bytes: held.bytes });
+                let wrote = turn.figures.as_ref().map_or(0, |figures| figures.wrote);
+                let tokens = self.held.get(&turn.id).map_or(wrote, |held| held.tokens);
+                Node {
+                    id: turn.id,
+                    parent: turn.parent,
+                    label: turn.question.clone(),
+                    tokens,
+                    bytes: turn.bytes(),
+                    held,
+                }
             })
             .collect();
         if let Some(id) = tree::show(ui, &nodes, self.conversation.current(), idle) {

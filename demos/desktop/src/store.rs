@@ -119,6 +119,11 @@ impl Store {
         Ok((Store { writer, folder: folder.to_path_buf(), trouble }, kept))
     }
 
+    /// Whether what is given to it is kept.
+    pub fn writes(&self) -> bool {
+        self.writer.is_some()
+    }
+
     /// Where everything is.
     pub fn folder(&self) -> &Path {
         &self.folder

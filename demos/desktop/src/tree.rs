@@ -23,8 +23,30 @@ pub struct Node {
     pub label: String,
     /// Tokens that it stands for.
     pub tokens: u64,
-    /// Memory that it takes.
+    /// Bytes of its texts.
     pub bytes: u64,
+    /// The nearest snapshot of the model's state, where one is known.
+    pub held: Option<Held>,
+}
+
+/// What it takes to go back to a node.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Held {
+    /// Tokens that would be read again.
+    pub again: u64,
+    /// Memory of the snapshot.
+    pub bytes: u64,
+}
+
+impl Node {
+    /// Counts in one line.
+    fn figures(&self) -> String {
+        match self.held {
+            None => format!("{} tokens, {}", self.tokens, size(self.bytes)),
+            Some(Held { again: 0, bytes }) => format!("{} tokens, held in {}", self.tokens, size(bytes)),
+            Some(Held { again, .. }) => format!("{} tokens, {again} to read again", self.tokens),
+        }
+    }
 }
 
 /// Where a node is drawn.
@@ -151,9 +173,8 @@ fn row(ui: &mut Ui, node: &Node, is_current: bool, enabled: bool, left: f32, dot
     };
     let label = if on_path { colors.text } else { colors.dim };
     line(ui, one_line(&node.label).as_str(), TextStyle::Button, label, text.left_center() - Vec2::new(0.0, 8.0));
-    let figures = format!("{} tokens, {}", node.tokens, size(node.bytes));
-    line(ui, &figures, TextStyle::Small, colors.dim, text.left_center() + Vec2::new(0.0, 9.0));
-    response.on_hover_text(beginning(&node.label, 400))
+    line(ui, &node.figures(), TextStyle::Small, colors.dim, text.left_center() + Vec2::new(0.0, 9.0));
+    response.on_hover_text(format!("{}\n{}", beginning(&node.label, 400), node.figures()))
 }
 
 /// From a parent down to its child: along the child's lane, with a bend where it leaves the parent's.
@@ -196,7 +217,7 @@ mod tests {
     use super::*;
 
     fn node(id: u64, parent: Option<u64>) -> Node {
-        Node { id, parent, label: format!("n{id}"), tokens: 1, bytes: 1 }
+        Node { id, parent, label: format!("n{id}"), tokens: 7, bytes: 2048, held: None }
     }
 
     fn drawn(nodes: &[Node]) -> Vec<(u64, usize)> {
@@ -214,6 +235,14 @@ mod tests {
         let roots = [node(1, None), node(2, None), node(3, Some(1))];
         assert_eq!(drawn(&roots), [(1, 0), (3, 0), (2, 0)]);
         assert_eq!(places(&roots)[2].parent, None);
+    }
+
+    #[test]
+    fn what_it_takes_to_go_back_is_said() {
+        let figures = |held| Node { held, ..node(1, None) }.figures();
+        assert_eq!(figures(None), "7 tokens, 2.0 KiB");
+        assert_eq!(figures(Some(Held { again: 0, bytes: 1 << 20 })), "7 tokens, held in 1.0 MiB");
+        assert_eq!(figures(Some(Held { again: 3, bytes: 1 << 20 })), "7 tokens, 3 to read again");
     }
 
     #[test]

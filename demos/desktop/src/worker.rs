@@ -1,5 +1,6 @@
 //! The thread that runs the model. The window sends commands and reads updates; neither ever waits for the other.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -63,8 +64,23 @@ pub enum Update {
     Returned(Outcome),
     /// A call that cannot be made; why.
     Broken(String),
+    /// Which turns the model can go back to, and what that takes.
+    Held(Vec<Held>),
     /// The answer is complete, or failed; the model's view of the turn comes with it.
     Answered(u64, std::result::Result<(Figures, Vec<Value>), String>),
+}
+
+/// What is held of a turn that this model has answered.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Held {
+    /// The turn.
+    pub turn: u64,
+    /// Tokens of the conversation up to its end.
+    pub tokens: u64,
+    /// Of these, how many would be read again on going back there: all but those of the nearest snapshot.
+    pub again: u64,
+    /// Device memory of that snapshot.
+    pub bytes: u64,
 }
 
 /// A model that is ready.
@@ -95,22 +111,29 @@ pub struct Worker {
 
 impl Worker {
     /// Starts the thread. `args` are what the agent is given beside model and device; `host` is the device that draws the window;
-    /// `wake` is called after each update.
+    /// `state` is the folder where the model's state outlives the program; `wake` is called after each update.
     ///
     /// # Errors
     /// If the system has no thread left.
-    pub fn start(args: Args, host: Option<WebGpu>, wake: impl Fn() + Send + 'static) -> Result<Self> {
+    pub fn start(
+        args: Args,
+        host: Option<WebGpu>,
+        state: Option<PathBuf>,
+        wake: impl Fn() + Send + 'static,
+    ) -> Result<Self> {
         let (commands, orders) = channel();
         let (sender, updates) = channel();
         let (stop, tokens) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let mut desk = Desk {
             args,
             host,
+            state,
             news: News { sender, wake: Box::new(wake) },
             stop: stop.clone(),
             tokens: tokens.clone(),
             agent: None,
             loaded: None,
+            ends: HashMap::new(),
         };
         let thread = std::thread::Builder::new().name("model".into()).spawn(move || {
             while let Ok(order) = orders.recv() {
@@ -205,12 +228,15 @@ impl News {
 struct Desk {
     args: Args,
     host: Option<WebGpu>,
+    state: Option<PathBuf>,
     news: News,
     stop: Arc<AtomicBool>,
     tokens: Arc<AtomicU64>,
     agent: Option<Agent<Counted>>,
     /// What is loaded.
     loaded: Option<Box<Loaded>>,
+    /// The tokens of the conversation up to the end of each turn that was answered since.
+    ends: HashMap<u64, Vec<u32>>,
 }
 
 impl Desk {
@@ -219,8 +245,12 @@ impl Desk {
             Command::Load(choice) => self.load(choice),
             Command::Test => self.news.tell(Update::Tested(device::list())),
             Command::Ask { turn, history, question } => {
-                let answer = self.answer(history, &question).map_err(|why| format!("{why:#}"));
+                let answer = self.answer(turn, history, &question).map_err(|why| format!("{why:#}"));
+                let answered = answer.is_ok();
                 self.news.tell(Update::Answered(turn, answer));
+                if answered {
+                    self.remember();
+                }
             }
         }
     }
@@ -239,6 +269,7 @@ impl Desk {
             }
         } else {
             (self.agent, self.loaded) = (None, None);
+            self.ends.clear();
             match self.open(&choice) {
                 Ok(()) => return,
                 Err(why) => self.news.tell(Update::Refused(format!("{why:#}"))),
@@ -260,7 +291,12 @@ impl Desk {
             Some(host) => device::open_beside(host, name),
             None => device::open(name),
         };
-        let local = Local::load_on(&args, open, &mut |done, total| self.news.tell(Update::Loading(done, total)))?;
+        let mut local = Local::load_on(&args, open, &mut |done, total| self.news.tell(Update::Loading(done, total)))?;
+        if let Some(folder) = &self.state
+            && let Err(why) = local.keep_in(folder)
+        {
+            log::warn!("the model's state is not kept: {why:#}");
+        }
         let toolbox = Toolbox::new(tools, TIME_LIMIT);
         let start = Start {
             tools: toolbox.specs().into_iter().map(|spec| spec.name).collect(),
@@ -293,7 +329,7 @@ impl Desk {
         Ok(())
     }
 
-    fn answer(&mut self, history: Vec<Value>, question: &str) -> Result<(Figures, Vec<Value>)> {
+    fn answer(&mut self, turn: u64, history: Vec<Value>, question: &str) -> Result<(Figures, Vec<Value>)> {
         let agent = self.agent.as_mut().context("no model is loaded")?;
         agent.clear();
         let mut messages = agent.messages().to_vec();
@@ -304,7 +340,30 @@ impl Desk {
         let stop = &self.stop;
         let summary = agent.answer(question, &|| stop.load(Ordering::Relaxed), &mut teller)?;
         let told = agent.messages().get(before..).unwrap_or_default().to_vec();
+        self.ends.insert(turn, agent.engine().local.held().to_vec());
         Ok((figures(&summary), told))
+    }
+
+    /// Tells what is held of each turn, and has the last one outlive the program.
+    fn remember(&mut self) {
+        let Some(agent) = &mut self.agent else { return };
+        let kept = agent.engine().local.cache().kept();
+        let held = |(&turn, ids): (&u64, &Vec<u32>)| {
+            let below = kept.iter().map(|kept| &kept.snapshot).filter(|snapshot| ids.starts_with(snapshot.ids()));
+            let nearest = below.max_by_key(|snapshot| snapshot.position());
+            let tokens = ids.len() as u64;
+            Held {
+                turn,
+                tokens,
+                again: tokens - nearest.map_or(0, |snapshot| snapshot.position()),
+                bytes: nearest.map_or(0, |snapshot| snapshot.own_bytes()),
+            }
+        };
+        self.news.tell(Update::Held(self.ends.iter().map(held).collect()));
+        if let Err(why) = agent.engine_mut().local.save() {
+            // The conversation itself is kept all the same: it would be read again.
+            log::warn!("the model's state is not kept: {why:#}");
+        }
     }
 }
 
@@ -380,7 +439,7 @@ impl Sink for Teller<'_> {
             }
             Event::BrokenCall(broken) => Update::Broken(broken.why.clone()),
             // The window makes these from what `answer` returns.
-            Event::Start(_) | Event::Done(_) | Event::Error(_) => return Ok(()),
+            Event::Start(_) | Event::Restored(..) | Event::Done(_) | Event::Error(_) => return Ok(()),
         };
         self.news.tell(update);
         Ok(())

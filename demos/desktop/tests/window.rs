@@ -60,6 +60,9 @@ fn going_back_forks_and_everything_is_there_again() {
     assert!(!shows(&window, "The result is 84."));
     ask(&mut window, "What is 17.5% of 2480?");
     let before = app(&window).conversation().clone();
+    let reused = before.turn(2).unwrap().figures.as_ref().unwrap().reused;
+    assert!(reused > 0, "what comes before the fork is not read again");
+    until(&mut window, "what is held", |window| shows(window, "Go to: hello"));
     let parents: Vec<Option<u64>> = before.turns().iter().map(|turn| turn.parent).collect();
     assert_eq!(parents, [None, Some(0), Some(0)]);
     drop(window);

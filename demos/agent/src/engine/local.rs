@@ -144,6 +144,16 @@ impl Local {
         &self.account
     }
 
+    /// The snapshots to go back to.
+    pub fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    /// All tokens that were read and written for the last answer.
+    pub fn held(&self) -> &[u32] {
+        self.session.ids()
+    }
+
     /// What the model and its session take on the device.
     pub fn memory(&self) -> &MemoryPlan {
         self.model.memory()
