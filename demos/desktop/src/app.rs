@@ -274,8 +274,9 @@ impl App {
 
     fn loaded(&mut self, loaded: Box<Loaded>) {
         let Choice { model, device } = loaded.choice.clone();
-        self.directory = model.as_ref().map_or_else(String::new, |dir| dir.display().to_string());
+        // A path that was refused stays in its field, to be corrected.
         if let Some(dir) = &model {
+            self.directory = dir.display().to_string();
             self.settings.recent.retain(|recent| recent != dir);
             self.settings.recent.insert(0, dir.clone());
             self.settings.recent.truncate(8);

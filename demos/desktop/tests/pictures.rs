@@ -180,6 +180,8 @@ fn picture(name: &str, theme: Theme, size: [f32; 2], conversation: Conversation,
         .with_size(size)
         .with_theme(theme)
         .with_options(options)
+        // The button that copies a block of code has its sign from the system's fonts, which tests do without.
+        .allow_missing_glyphs()
         .wgpu_setup(WgpuSetup::Existing(screen.setup.clone()));
     let mut made = Some((conversation, error.map(String::from)));
     let mut window: Window = builder.build_ui_state(
