@@ -393,6 +393,10 @@ impl App {
         self.take_dropped(&ctx);
         let colors = palette(ui.visuals());
         let side = Frame::new().fill(colors.side).inner_margin(Margin::same(10));
+        if !self.errors.is_empty() {
+            let frame = Frame::new().fill(colors.bad_fill);
+            Panel::top("errors").frame(frame).resizable(false).show(ui, |ui| self.banners(ui));
+        }
         Panel::left("history")
             .frame(side)
             .default_size(230.0)
@@ -407,7 +411,6 @@ impl App {
                 .show_separator_line(false)
                 .show(ui, |ui| column(ui, |ui| self.composer(ui)));
             CentralPanel::default().frame(Frame::new().fill(colors.page)).show(ui, |ui| {
-                self.banners(ui);
                 if self.conversation.current().is_none() {
                     ScrollArea::vertical().auto_shrink(false).show(ui, |ui| column(ui, |ui| self.welcome(ui)));
                 } else {

@@ -208,8 +208,12 @@ fn first_screen() {
 }
 
 #[test]
-fn conversation_in_light_and_dark() {
+fn conversation_in_light() {
     picture("conversation-light", Theme::Light, [1100.0, 760.0], conversation(), None);
+}
+
+#[test]
+fn conversation_in_dark() {
     picture("conversation-dark", Theme::Dark, [1100.0, 760.0], conversation(), None);
 }
 
