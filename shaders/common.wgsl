@@ -10,6 +10,20 @@ fn cell_of(group: vec3<u32>) -> vec3<u32> {
     return group + params.base;
 }
 
+/// What a scan walks: chunks from a first one on, from the state in a slot, which it leaves in another.
+struct Walk {
+    first: u32,
+    chunks: u32,
+    slot: u32,
+    to: u32,
+}
+
+/// The walk that a row of the table of segments (kind 0) or of walks means; one that is not taken has no chunks.
+fn walk_of(kind: u32, row: vec4<u32>) -> Walk {
+    let chunks = select(row.y, 0u, kind == 3u && row.z != 1u);
+    return Walk(row.x, chunks, row.z, select(row.w, row.z, kind == 0u));
+}
+
 /// Word of a buffer that holds element i.
 fn word_of(ty: u32, i: u32) -> u32 {
     if ty == F32 {

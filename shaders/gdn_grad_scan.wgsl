@@ -4,13 +4,15 @@
 //
 // Threads form a grid of ROW_GROUPS x QUADS as in gdn_scan.wgsl; thread (ty, tx) holds rows ty * ROWS .. + ROWS of columns
 // 4 tx .. + 4 of dS in registers, and computes rows ty + t * ROW_GROUPS of the [C, DV_TILE] products.
+//
+// WALK = 1: the walk of each head; 2: the same from zero, and nothing is saved.
 
 @group(0) @binding(1) var<storage, read> q: array<u32>; // [window, q_stride]
 @group(0) @binding(2) var<storage, read> k: array<u32>; // [window, k_stride]
 @group(0) @binding(3) var<storage, read> d_o: array<u32>; // [window, do_stride]
 @group(0) @binding(4) var<storage, read> ws: array<f32>; // [chunks, Hv, 5 C C + 9 C]
 @group(0) @binding(5) var<storage, read> chunks: array<vec4<u32>>; // [chunks]: first token, tokens, sequence, 0
-@group(0) @binding(6) var<storage, read> segments: array<vec4<u32>>; // [segments]: first chunk, chunks, slot, 0
+@group(0) @binding(6) var<storage, read> segments: array<vec4<u32>>; // [segments] or walks [segments, Hv]
 @group(0) @binding(7) var<storage, read_write> dstate: array<vec4<f32>>; // [slots, Hv, K, V / 4]
 @group(0) @binding(8) var<storage, read_write> dsaved: array<vec4<f32>>; // [chunks, Hv, (K V + 2 C V) / 4]
 
@@ -63,21 +65,25 @@ fn gdn_grad_scan(thread: Thread) {
     let lane = thread.lane;
     let tx = lane % QUADS;
     let ty = lane / QUADS;
-    let segment = segments[cell.x];
     let head = cell.y;
+    let walk = walk_of(WALK, segments[select(cell.x, cell.x * params.hv + head, WALK > 0u)]);
     let head_k = select(head % params.hk, head / (params.hv / params.hk), params.head_map == 0u);
     let column = cell.z * DV_TILE + 4u * tx;
     let row = params.dv / 4u;
 
     // dS [ROWS, 4]
     var s: array<vec4<f32>, ROWS>;
-    let state0 = (((segment.z * params.hv + head) * DK + ty * ROWS) * params.dv + column) / 4u;
+    let state0 = ((head * DK + ty * ROWS) * params.dv + column) / 4u;
+    let slot = params.hv * DK * row;
     for (var r = 0u; r < ROWS; r++) {
-        s[r] = dstate[state0 + r * row];
+        s[r] = vec4<f32>();
+        if WALK < 2u && walk.chunks > 0u {
+            s[r] = dstate[state0 + walk.slot * slot + r * row];
+        }
     }
 
-    let end = min(segment.x + segment.y, arrayLength(&chunks));
-    for (var at = end; at > segment.x; at--) {
+    let end = min(walk.first + walk.chunks, arrayLength(&chunks));
+    for (var at = end; at > walk.first; at--) {
         let chunk = chunks[at - 1u];
         let len = min(chunk.y, C);
         let q0 = params.q_off + chunk.x * params.q_stride + head_k * DK;
@@ -92,8 +98,10 @@ fn gdn_grad_scan(thread: Thread) {
         let ds0 = saved0 + ty * ROWS * row;
         let x0 = saved0 + DK * row;
 
-        for (var r = 0u; r < ROWS; r++) {
-            dsaved[ds0 + r * row] = s[r];
+        if WALK != 2u {
+            for (var r = 0u; r < ROWS; r++) {
+                dsaved[ds0 + r * row] = s[r];
+            }
         }
         // kds = K dS' [TOKENS, 4]
         var kds: array<vec4<f32>, TOKENS>;
@@ -160,10 +168,12 @@ fn gdn_grad_scan(thread: Thread) {
                 for (var j = i; j < len; j++) {
                     x += ws[b0 + j * C + i] * tile_k[j * QUADS + tx];
                 }
-                dsaved[x0 + i * row] = x;
                 tile_s[i * QUADS + tx] = -(ws[u0 + i] * ws[beta0 + i]) * x;
                 let z = ws[u0 + C + i] * tile_o[i * QUADS + tx];
-                dsaved[x0 + (C + i) * row] = z;
+                if WALK != 2u {
+                    dsaved[x0 + i * row] = x;
+                    dsaved[x0 + (C + i) * row] = z;
+                }
                 tile_o[i * QUADS + tx] = z;
             }
         }
@@ -197,7 +207,9 @@ fn gdn_grad_scan(thread: Thread) {
             }
         }
     }
-    for (var r = 0u; r < ROWS; r++) {
-        dstate[state0 + r * row] = s[r];
+    if walk.chunks > 0u {
+        for (var r = 0u; r < ROWS; r++) {
+            dstate[state0 + walk.to * slot + r * row] = s[r];
+        }
     }
 }

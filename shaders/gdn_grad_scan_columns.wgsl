@@ -2,13 +2,15 @@
 // whole columns of dS.
 //
 //   dN = n o (K dS') + P^T dO     X = B^T dN     dS = gamma_C dS' - K^T (u o beta o X) + Q^T Z, Z = o o dO
+//
+// WALK = 1: the walk of each head; 2: the same from zero, and nothing is saved.
 
 @group(0) @binding(1) var<storage, read> q: array<u32>; // [window, q_stride]
 @group(0) @binding(2) var<storage, read> k: array<u32>; // [window, k_stride]
 @group(0) @binding(3) var<storage, read> d_o: array<u32>; // [window, do_stride]
 @group(0) @binding(4) var<storage, read> ws: array<vec4<f32>>; // [chunks, Hv, (5 C C + 9 C) / 4]
 @group(0) @binding(5) var<storage, read> chunks: array<vec4<u32>>; // [chunks]: first token, tokens, sequence, 0
-@group(0) @binding(6) var<storage, read> segments: array<vec4<u32>>; // [segments]: first chunk, chunks, slot, 0
+@group(0) @binding(6) var<storage, read> segments: array<vec4<u32>>; // [segments] or walks [segments, Hv]
 @group(0) @binding(7) var<storage, read_write> dstate: array<vec2<f32>>; // [slots, Hv, K, V / 2]
 @group(0) @binding(8) var<storage, read_write> dsaved: array<vec2<f32>>; // [chunks, Hv, (K V + 2 C V) / 2]
 
@@ -115,6 +117,9 @@ fn do_of(rows: vec4<u32>) -> Four {
 }
 
 fn save_four(at: u32, x: Four) {
+    if WALK == 2u {
+        return;
+    }
     let step = params.dv / 2u;
     dsaved[at] = x[0];
     dsaved[at + step] = x[1];
@@ -125,23 +130,27 @@ fn save_four(at: u32, x: Four) {
 @compute @workgroup_size(LANES)
 fn gdn_grad_scan(thread: Thread) {
     let cell = cell_of(thread.group);
-    let segment = segments[cell.x];
     let head = cell.y;
+    let walk = walk_of(WALK, segments[select(cell.x, cell.x * params.hv + head, WALK > 0u)]);
     let head_k = select(head % params.hk, head / (params.hv / params.hk), params.head_map == 0u);
     let column = cell.z * DV_TILE + 2u * thread.lane;
 
     // K / 4, as a number that compilers do not know: they would unroll the loops to some hundred KB of code.
     let depth = min(DK / 4u, arrayLength(&dstate));
     var s: array<Four, DK / 4u>;
-    let state0 = (((segment.z * params.hv + head) * DK) * params.dv + column) / 2u;
+    let state0 = (head * DK * params.dv + column) / 2u;
     let step = params.dv / 2u;
+    let slot = params.hv * DK * step;
     for (var d = 0u; d < depth; d++) {
-        let at = state0 + 4u * d * step;
-        s[d] = Four(dstate[at], dstate[at + step], dstate[at + 2u * step], dstate[at + 3u * step]);
+        s[d] = Four();
+        if WALK < 2u && walk.chunks > 0u {
+            let at = state0 + walk.slot * slot + 4u * d * step;
+            s[d] = Four(dstate[at], dstate[at + step], dstate[at + 2u * step], dstate[at + 3u * step]);
+        }
     }
 
-    let end = min(segment.x + segment.y, arrayLength(&chunks));
-    for (var at = end; at > segment.x; at--) {
+    let end = min(walk.first + walk.chunks, arrayLength(&chunks));
+    for (var at = end; at > walk.first; at--) {
         let chunk = chunks[at - 1u];
         let len = clamp(chunk.y, 1u, C);
         let q0 = params.q_off + chunk.x * params.q_stride + head_k * DK;
@@ -244,11 +253,13 @@ fn gdn_grad_scan(thread: Thread) {
             s[d] = rows;
         }
     }
-    for (var d = 0u; d < depth; d++) {
-        let at = state0 + 4u * d * step;
-        dstate[at] = s[d][0];
-        dstate[at + step] = s[d][1];
-        dstate[at + 2u * step] = s[d][2];
-        dstate[at + 3u * step] = s[d][3];
+    if walk.chunks > 0u {
+        for (var d = 0u; d < depth; d++) {
+            let at = state0 + walk.to * slot + 4u * d * step;
+            dstate[at] = s[d][0];
+            dstate[at + step] = s[d][1];
+            dstate[at + 2u * step] = s[d][2];
+            dstate[at + 3u * step] = s[d][3];
+        }
     }
 }

@@ -17,6 +17,8 @@ const DEPTH = 4u;
 // With GRAD, A, P, u, o, n, gamma_C are followed by B, G, R [C, C], rk, rq, beta [C], and two [C] for later rows.
 const WS = select(2u * C * C + 4u * C, 5u * C * C + 9u * C, GRAD == 1u);
 const MORE = 2u * C * C + 4u * C;
+// The largest beta |rk k|^2 of a token that counts as one that makes no state longer: 2, and a little for rounding.
+const LONGEST_STEP = 2.00001;
 
 const_assert LANES == 64u;
 const_assert C == 16u || C == 32u;
@@ -28,6 +30,7 @@ var<workgroup> lower: array<f32, C * C>; // L [C, C]
 var<workgroup> inverse: array<f32, C * C>; // (I + L)^-1 [C, C]
 var<workgroup> norm_q: array<f32, C>;
 var<workgroup> norm_k: array<f32, C>;
+var<workgroup> square_k: array<f32, C>; // |rk k|^2
 // Cumulated gates c = whole + frac, whole an integer and |frac| <= 1/2: differences of large c keep their digits.
 var<workgroup> whole: array<f32, C>;
 var<workgroup> frac: array<f32, C>;
@@ -116,6 +119,14 @@ fn gdn_prepare(thread: Thread) {
         }
     }
 
+    workgroupBarrier();
+    if ti == tj {
+        for (var a = 0u; a < EDGE; a++) {
+            let i = ti * EDGE + a;
+            square_k[i] = norm_k[i] * norm_k[i] * kk[a * EDGE + a];
+        }
+    }
+
     for (var member = 0u; member < GROUP; member++) {
         let head = select(head_k + member * params.hk, head_k * GROUP + member, params.head_map == 0u);
         let g0 = params.g_off + chunk.x * params.hv + head;
@@ -188,7 +199,17 @@ fn gdn_prepare(thread: Thread) {
             ws[v0 + j] = gamma * norm_k[j];
             ws[v0 + C + j] = params.scale * gamma * norm_q[j];
             ws[v0 + 2u * C + j] = rest * norm_k[j];
-            ws[v0 + 3u * C + j] = exp(whole[last] + frac[last]);
+            if j != 1u {
+                ws[v0 + 3u * C + j] = exp(whole[last] + frac[last]);
+            } else {
+                // No token makes a state longer. NaN fails.
+                var contracts = 1.0;
+                for (var i = 0u; i < len; i++) {
+                    let step = beta[g0 + i * params.hv] * square_k[i];
+                    contracts = select(0.0, contracts, step >= 0.0 && step <= LONGEST_STEP);
+                }
+                ws[v0 + 3u * C + 1u] = contracts;
+            }
             if GRAD == 1u {
                 let r0 = ws0 + MORE + 3u * C * C;
                 ws[r0 + j] = select(0.0, norm_k[j], valid);

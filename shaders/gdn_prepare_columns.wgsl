@@ -12,6 +12,8 @@ const C = CHUNK;
 // With GRAD, A, P, u, o, n, gamma_C are followed by B, G, R [C, C], rk, rq, beta [C], and two [C] for later rows.
 const WS = select(2u * C * C + 4u * C, 5u * C * C + 9u * C, GRAD == 1u);
 const MORE = 2u * C * C + 4u * C;
+// The largest beta |rk k|^2 of a token that counts as one that makes no state longer: 2, and a little for rounding.
+const LONGEST_STEP = 2.00001;
 const_assert C == 16u;
 const_assert LANES == C;
 const_assert DK % 4u == 0u;
@@ -19,6 +21,7 @@ const_assert DK % 4u == 0u;
 var<workgroup> lower: array<vec4<f32>, C * C / 4u>; // beta o K K^T o rk rk^T, then L [C, C]
 var<workgroup> norm_q: array<f32, C>;
 var<workgroup> norm_k: array<f32, C>;
+var<workgroup> square_k: array<f32, C>; // |rk k|^2
 // Cumulated gates c = whole + frac, whole an integer and |frac| <= 1/2: differences of large c keep their digits.
 var<workgroup> whole: array<f32, C>;
 var<workgroup> frac: array<f32, C>;
@@ -113,10 +116,10 @@ fn gdn_prepare(thread: Thread) {
             kk[i] += k_dots(rows_of(k0, params.k_stride, len, i), 4u * d, own, thread);
             qk[i] += q_dots(rows_of(q0, params.q_stride, len, i), 4u * d, own, thread);
         }
+        sum_k += dot(own, own);
         if L2NORM == 1u {
             let own_q = q4(q0 + min(j, last) * params.q_stride + 4u * d);
             sum_q += dot(own_q, own_q);
-            sum_k += dot(own, own);
         }
     }
     norm_q[j] = 1.0;
@@ -125,6 +128,7 @@ fn gdn_prepare(thread: Thread) {
         norm_q[j] = 1.0 / sqrt(sum_q + 1e-6);
         norm_k[j] = 1.0 / sqrt(sum_k + 1e-6);
     }
+    square_k[j] = norm_k[j] * norm_k[j] * sum_k;
 
     for (var member = 0u; member < GROUP; member++) {
         let head = select(head_k + member * params.hk, head_k * GROUP + member, params.head_map == 0u);
@@ -195,7 +199,13 @@ fn gdn_prepare(thread: Thread) {
         ws[v0 + j] = gamma * norm_k[j];
         ws[v0 + C + j] = params.scale * gamma * norm_q[j];
         ws[v0 + 2u * C + j] = rest * norm_k[j];
-        ws[v0 + 3u * C + j] = exp(whole[last] + frac[last]);
+        // No token makes a state longer. NaN fails.
+        var contracts = 1.0;
+        for (var i = 0u; i < len; i++) {
+            let step = beta[g0 + i * params.hv] * square_k[i];
+            contracts = select(0.0, contracts, step >= 0.0 && step <= LONGEST_STEP);
+        }
+        ws[v0 + 3u * C + j] = select(exp(whole[last] + frac[last]), contracts, j == 1u);
         if GRAD == 1u {
             let r0 = ws0 + MORE + 3u * C * C;
             ws[r0 + j] = select(0.0, norm_k[j], valid);

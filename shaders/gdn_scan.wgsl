@@ -4,6 +4,7 @@
 //   O = o o (Q S) + P N      S <- gamma_C S + K^T (n o N)
 //
 // SAVE = 1: S before the chunk, U = u o (K S) and N go into o instead of O. SAVE = 2: neither.
+// WALK = 1: the walk of each head; 2: the same from zero; 3: from the identity with v = 0, for heads with a transition.
 //
 // Threads form a grid of ROW_GROUPS x QUADS; thread (ty, tx) holds rows ty * ROWS .. + ROWS of columns 4 tx .. + 4 of S in
 // registers, and computes rows ty + t * ROW_GROUPS of the [C, DV_TILE] products. K and Q pass through workgroup memory in
@@ -14,12 +15,12 @@
 @group(0) @binding(3) var<storage, read> v: array<u32>; // [window, v_stride]
 @group(0) @binding(4) var<storage, read> ws: array<vec4<f32>>; // [chunks, Hv, WS]
 @group(0) @binding(5) var<storage, read> chunks: array<vec4<u32>>; // [chunks]: first token, tokens, sequence, 0
-@group(0) @binding(6) var<storage, read> segments: array<vec4<u32>>; // [segments]: first chunk, chunks, slot, 0
+@group(0) @binding(6) var<storage, read> segments: array<vec4<u32>>; // [segments] or walks [segments, Hv]
 @group(0) @binding(7) var<storage, read_write> state: array<vec4<f32>>; // [slots, Hv, K, V / 4]
 @group(0) @binding(8) var<storage, read_write> o: array<u32>; // [window, o_stride] or [chunks, Hv, K V + 2 C V]
 
 const C = CHUNK;
-const WS = select(2u * C * C + 4u * C, 5u * C * C + 9u * C, SAVE == 1u) / 4u;
+const WS = select(2u * C * C + 4u * C, 5u * C * C + 9u * C, GRAD == 1u) / 4u;
 const QUADS = DV_TILE / 4u;
 const ROW_GROUPS = LANES / QUADS;
 const ROWS = DK / ROW_GROUPS;
@@ -89,20 +90,27 @@ fn gdn_scan(thread: Thread) {
     let lane = thread.lane;
     let tx = lane % QUADS;
     let ty = lane / QUADS;
-    let segment = segments[cell.x];
     let head = cell.y;
+    let walk = walk_of(WALK, segments[select(cell.x, cell.x * params.hv + head, WALK > 0u)]);
     let head_k = select(head % params.hk, head / (params.hv / params.hk), params.head_map == 0u);
     let column = cell.z * DV_TILE + 4u * tx;
 
     // S [ROWS, 4]
     var s: array<vec4<f32>, ROWS>;
-    let state0 = (((segment.z * params.hv + head) * DK + ty * ROWS) * params.dv + column) / 4u;
+    let state0 = ((head * DK + ty * ROWS) * params.dv + column) / 4u;
+    let slot = params.hv * DK * params.dv / 4u;
     for (var r = 0u; r < ROWS; r++) {
-        s[r] = state[state0 + r * (params.dv / 4u)];
+        s[r] = vec4<f32>();
+        if WALK < 2u && walk.chunks > 0u {
+            s[r] = state[state0 + walk.slot * slot + r * (params.dv / 4u)];
+        }
+        if WALK == 3u {
+            s[r] = vec4<f32>(vec4(ty * ROWS + r) == column + vec4(0u, 1u, 2u, 3u));
+        }
     }
 
-    let end = min(segment.x + segment.y, arrayLength(&chunks));
-    for (var at = segment.x; at < end; at++) {
+    let end = min(walk.first + walk.chunks, arrayLength(&chunks));
+    for (var at = walk.first; at < end; at++) {
         let chunk = chunks[at];
         let len = min(chunk.y, C);
         let q0 = params.q_off + chunk.x * params.q_stride + head_k * DK;
@@ -179,7 +187,10 @@ fn gdn_scan(thread: Thread) {
                 var u = vec4<f32>();
                 if i < len {
                     u = ws[u0 + i / 4u][i % 4u] * ks[t];
-                    w = v4(v0 + i * params.v_stride) - u;
+                    w = -u;
+                    if WALK != 3u {
+                        w += v4(v0 + i * params.v_stride);
+                    }
                 }
                 tile_s[i * QUADS + tx] = w;
                 if SAVE == 1u {
@@ -244,7 +255,9 @@ fn gdn_scan(thread: Thread) {
             }
         }
     }
-    for (var r = 0u; r < ROWS; r++) {
-        state[state0 + r * (params.dv / 4u)] = s[r];
+    if walk.chunks > 0u {
+        for (var r = 0u; r < ROWS; r++) {
+            state[state0 + walk.to * slot + r * (params.dv / 4u)] = s[r];
+        }
     }
 }

@@ -6,18 +6,19 @@
 //   O = o o (Q S) + P N      S <- gamma_C S + K^T (n o N)
 //
 // SAVE = 1: S before the chunk, U = u o (K S) and N go into o instead of O. SAVE = 2: neither.
+// WALK = 1: the walk of each head; 2: the same from zero; 3: from the identity with v = 0, for heads with a transition.
 
 @group(0) @binding(1) var<storage, read> q: array<u32>; // [window, q_stride]
 @group(0) @binding(2) var<storage, read> k: array<u32>; // [window, k_stride]
 @group(0) @binding(3) var<storage, read> v: array<u32>; // [window, v_stride]
 @group(0) @binding(4) var<storage, read> ws: array<vec4<f32>>; // [chunks, Hv, WS]
 @group(0) @binding(5) var<storage, read> chunks: array<vec4<u32>>; // [chunks]: first token, tokens, sequence, 0
-@group(0) @binding(6) var<storage, read> segments: array<vec4<u32>>; // [segments]: first chunk, chunks, slot, 0
+@group(0) @binding(6) var<storage, read> segments: array<vec4<u32>>; // [segments] or walks [segments, Hv]
 @group(0) @binding(7) var<storage, read_write> state: array<vec2<f32>>; // [slots, Hv, K, V / 2]
 @group(0) @binding(8) var<storage, read_write> o: array<u32>; // [window, o_stride] or [chunks, Hv, K V + 2 C V]
 
 const C = CHUNK;
-const WS = select(2u * C * C + 4u * C, 5u * C * C + 9u * C, SAVE == 1u) / 4u;
+const WS = select(2u * C * C + 4u * C, 5u * C * C + 9u * C, GRAD == 1u) / 4u;
 const_assert C == 16u;
 const_assert LANES == DV_TILE / 2u;
 const_assert DK % 4u == 0u;
@@ -125,6 +126,9 @@ fn scaled(x: Four, by: vec4<f32>) -> Four {
 }
 
 fn v_of(rows: vec4<u32>) -> Four {
+    if WALK == 3u {
+        return Four();
+    }
     return Four(v2(rows.x), v2(rows.y), v2(rows.z), v2(rows.w));
 }
 
@@ -147,23 +151,37 @@ fn save_four(row0: u32, x: Four) {
 @compute @workgroup_size(LANES)
 fn gdn_scan(thread: Thread) {
     let cell = cell_of(thread.group);
-    let segment = segments[cell.x];
     let head = cell.y;
+    let walk = walk_of(WALK, segments[select(cell.x, cell.x * params.hv + head, WALK > 0u)]);
     let head_k = select(head % params.hk, head / (params.hv / params.hk), params.head_map == 0u);
     let column = cell.z * DV_TILE + 2u * thread.lane;
 
     // K / 4, as a number that compilers do not know: they would unroll the loops to some hundred KB of code.
     let depth = min(DK / 4u, arrayLength(&state));
     var s: array<Four, DK / 4u>;
-    let state0 = (((segment.z * params.hv + head) * DK) * params.dv + column) / 2u;
+    let state0 = (head * DK * params.dv + column) / 2u;
     let step = params.dv / 2u;
+    let slot = params.hv * DK * step;
     for (var d = 0u; d < depth; d++) {
-        let at = state0 + 4u * d * step;
-        s[d] = Four(state[at], state[at + step], state[at + 2u * step], state[at + 3u * step]);
+        s[d] = Four();
+        if WALK < 2u && walk.chunks > 0u {
+            let at = state0 + walk.slot * slot + 4u * d * step;
+            s[d] = Four(state[at], state[at + step], state[at + 2u * step], state[at + 3u * step]);
+        }
+        if WALK == 3u {
+            let own = vec2(column, column + 1u);
+            let row = 4u * d;
+            s[d] = Four(
+                vec2<f32>(vec2(row) == own),
+                vec2<f32>(vec2(row + 1u) == own),
+                vec2<f32>(vec2(row + 2u) == own),
+                vec2<f32>(vec2(row + 3u) == own),
+            );
+        }
     }
 
-    let end = min(segment.x + segment.y, arrayLength(&chunks));
-    for (var at = segment.x; at < end; at++) {
+    let end = min(walk.first + walk.chunks, arrayLength(&chunks));
+    for (var at = walk.first; at < end; at++) {
         let chunk = chunks[at];
         let len = clamp(chunk.y, 1u, C);
         let q0 = params.q_off + chunk.x * params.q_stride + head_k * DK;
@@ -282,11 +300,13 @@ fn gdn_scan(thread: Thread) {
             s[d] = rows;
         }
     }
-    for (var d = 0u; d < depth; d++) {
-        let at = state0 + 4u * d * step;
-        state[at] = s[d][0];
-        state[at + step] = s[d][1];
-        state[at + 2u * step] = s[d][2];
-        state[at + 3u * step] = s[d][3];
+    if walk.chunks > 0u {
+        for (var d = 0u; d < depth; d++) {
+            let at = state0 + walk.to * slot + 4u * d * step;
+            state[at] = s[d][0];
+            state[at + step] = s[d][1];
+            state[at + 2u * step] = s[d][2];
+            state[at + 3u * step] = s[d][3];
+        }
     }
 }

@@ -1,6 +1,10 @@
 //! The seam: a [`Backend`] holds bytes and runs a [`Pass`]. Operators never see which one it is.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+#[cfg(any(feature = "cuda", feature = "webgpu"))]
+mod cut;
 #[cfg(feature = "webgpu")]
 pub mod webgpu;
 

@@ -5,7 +5,8 @@
 //! before it is trusted; one that does not is passed over, and the [`Account`] says so.
 //!
 //! A name overrides the order: an argument of the program, else the environment variable `GATEDELTA_DEVICE`. Names are `cpu`,
-//! `cuda`, `lavapipe`, `swiftshader`, or any part of an adapter's name in any case.
+//! `cuda` and `cuda:1` for the first and the second CUDA device, `lavapipe`, `swiftshader`, or any part of the name that an adapter
+//! has in wgpu, in any case.
 
 mod selftest;
 
@@ -18,8 +19,10 @@ use crate::backend::cpu::Cpu;
 use crate::error::{Error, Result};
 use crate::tune::{Caps, Class, Kind};
 
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::{self, Cuda};
 #[cfg(feature = "webgpu")]
-use crate::backend::webgpu::{Found, OpenOptions, WebGpu};
+use crate::backend::webgpu::{self, OpenOptions, WebGpu};
 
 /// The environment variable that names a device where the program was given none.
 pub const VARIABLE: &str = "GATEDELTA_DEVICE";
@@ -112,8 +115,10 @@ struct Entry {
 
 enum Source {
     Cpu,
+    #[cfg(feature = "cuda")]
+    Cuda(Box<cuda::Found>),
     #[cfg(feature = "webgpu")]
-    WebGpu(Box<Found>),
+    WebGpu(Box<webgpu::Found>),
     /// The host application has it open already.
     #[cfg(feature = "webgpu")]
     Shared(WebGpu),
@@ -134,6 +139,8 @@ impl Entry {
         let tried = (|| -> Result<(Arc<dyn Backend>, Duration)> {
             let backend: Arc<dyn Backend> = match &self.source {
                 Source::Cpu => Arc::new(Cpu::new(None)?),
+                #[cfg(feature = "cuda")]
+                Source::Cuda(found) => Arc::new(Cuda::open(found, &cuda::OpenOptions::default())?),
                 #[cfg(feature = "webgpu")]
                 Source::WebGpu(found) => Arc::new(WebGpu::open(found, &OpenOptions::default())?),
                 #[cfg(feature = "webgpu")]
@@ -166,11 +173,36 @@ impl Entry {
         let name = self.candidate.name.to_lowercase();
         match wanted.to_lowercase().as_str() {
             "cpu" => self.candidate.kind == Kind::Cpu,
-            "cuda" => self.candidate.kind == Kind::Cuda,
+            // The first, or the absence of any.
+            "cuda" => self.candidate.kind == Kind::Cuda && (name == "cuda" || name.starts_with("cuda:0 ")),
+            part if part.starts_with("cuda:") => self.candidate.kind == Kind::Cuda && name.starts_with(part),
             "lavapipe" => self.candidate.kind == Kind::WebGpu && name.contains("llvmpipe"),
             part => self.candidate.kind == Kind::WebGpu && name.contains(part),
         }
     }
+}
+
+/// The CUDA devices.
+#[cfg(feature = "cuda")]
+fn cuda_entries(wanted: Option<&str>, not_tried: impl Fn(Class) -> Verdict) -> Vec<Entry> {
+    if wanted.is_some_and(|w| w.eq_ignore_ascii_case("cpu")) {
+        return vec![Entry::absent("cuda", Kind::Cuda, "not looked for: the CPU was asked for")];
+    }
+    let devices = Cuda::enumerate();
+    if devices.found.is_empty() {
+        return vec![Entry::absent("cuda", Kind::Cuda, &devices.why_none)];
+    }
+    let entry = |found: cuda::Found| {
+        let Caps { name, driver, class, .. } = found.caps.clone();
+        let candidate = Candidate { name, driver, kind: Kind::Cuda, class, caps: None, verdict: not_tried(class) };
+        Entry { candidate, source: Source::Cuda(Box::new(found)) }
+    };
+    devices.found.into_iter().map(entry).collect()
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda_entries(_: Option<&str>, _: impl Fn(Class) -> Verdict) -> Vec<Entry> {
+    vec![Entry::absent("cuda", Kind::Cuda, "built without the feature cuda")]
 }
 
 /// Everything that could be opened, in order of preference. Asking for adapters loads every graphics driver of the machine,
@@ -183,7 +215,7 @@ fn entries(wanted: Option<&str>) -> Vec<Entry> {
             (None, _) => "something better works".into(),
         })
     };
-    let mut entries = vec![Entry::absent("cuda", Kind::Cuda, "this build has no CUDA backend")];
+    let mut entries = cuda_entries(wanted, not_tried);
     #[cfg(feature = "webgpu")]
     if wanted.is_some_and(|w| w.eq_ignore_ascii_case("cpu")) {
         entries.push(Entry::absent("wgpu", Kind::WebGpu, "not looked for: the CPU was asked for"));

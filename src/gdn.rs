@@ -9,17 +9,20 @@
 //! ```
 //!
 //! The decay comes first, the error is taken against the decayed state, and the output is read after the write (Yang et al.,
-//! "Gated Delta Networks", 2024). Prefill computes the same in chunks; see [`crate::kernel::gdn`] for its two kernels.
+//! "Gated Delta Networks", 2024). Prefill computes the same in chunks; see [`crate::kernel::gdn`] for its two kernels. On a
+//! wide device that few heads do not occupy, long sequences are cut into segments that run at the same time; see
+//! [`crate::kernel::gdn_cut`] for how, [`crate::tune::Cut`] for when.
 //!
 //! # Inputs out of the ordinary
 //! - `g` is a log decay: at most 0. Minus infinity is legal and forgets everything. Host slices are checked, and NaN or a
 //!   positive value is an error; a kernel given device memory with such values computes something, and ends.
 //! - NaN or infinity in q, k, v, beta or the initial state spreads to the outputs of the same sequence and head from that
-//!   token's chunk on, and to nothing else.
+//!   token's chunk on, and to nothing else; not beyond a cut that the head has forgotten it before, unless [`Options::exact`].
 //! - Keys need not have unit length; with `beta |k|^2 > 2` the recurrence itself grows without bound.
 //! - A sequence of no tokens leaves its state as it is.
 
 mod backward;
+mod cut;
 mod host;
 mod prefill;
 mod step;
@@ -33,7 +36,7 @@ use crate::backend::View;
 use crate::error::{Error, Result};
 use crate::pass::Rows;
 use crate::shape::{Dtype, Heads, Shape};
-use crate::tune::Caps;
+use crate::tune::{Caps, Cut, Tile};
 
 /// How the operator is asked to compute.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -44,9 +47,23 @@ pub struct Options {
     pub qk_l2norm: bool,
     /// How q, k, v and o are stored on the device.
     pub store: Dtype,
+    /// Where a sequence is cut into segments that run at the same time, carry the whole state over every cut. Without, a head
+    /// leaves out there what its gates have shrunk to less than `exp(-17)`, or `exp(-12)` where numbers have 16 bits; see
+    /// [`crate::kernel::gdn_cut`].
+    pub exact: bool,
+    /// Chunks of a segment at most, 0 for sequences that are never cut; the device's own choice ([`crate::tune::Cut`]) if none.
+    pub cut: Option<u32>,
 }
 
 impl Options {
+    /// The tile with the cut that is asked for.
+    fn cut(&self, tile: Tile) -> Tile {
+        match self.cut {
+            None => tile,
+            Some(chunks) => Tile { cut: (chunks > 0).then_some(Cut::every(chunks)), ..tile },
+        }
+    }
+
     fn scale_for(&self, heads: &Heads) -> Result<f32> {
         match self.scale {
             None => Ok((heads.k as f32).powf(-0.5)),

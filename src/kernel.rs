@@ -5,6 +5,7 @@
 //! against its row.
 
 pub mod gdn;
+pub mod gdn_cut;
 pub mod gdn_grad;
 pub mod grad;
 pub mod model;
@@ -17,6 +18,8 @@ pub static ALL: &[&Kernel] = &[
     &gdn::GATE,
     // the operator
     &gdn::PREPARE,
+    &gdn_cut::CUT,
+    &gdn_cut::CARRY,
     &gdn::SCAN,
     &gdn::STEP,
     &gdn::GATED_NORM,

@@ -1,4 +1,4 @@
-//! Gated DeltaNet kernels and a Qwen3.5 runtime for the CPU and every GPU that wgpu reaches.
+//! Gated DeltaNet kernels and a Qwen3.5 runtime for the CPU, NVIDIA GPUs through CUDA, and every GPU that wgpu reaches.
 //!
 //! Gated DeltaNet is the linear-attention layer of Qwen3-Next and Qwen3.5: per head, a state `S [K, V]` of fixed size takes
 //! the place of a growing cache of keys and values.
@@ -66,6 +66,7 @@
 //! | [`kernel`] | the kernel table: the contract between launches, CPU functions and shaders |
 //! | [`backend`] | the seam: memory, and running a pass |
 //! | [`backend::cpu`] | the CPU: one function per kernel row, threads and SIMD chosen at run time |
+//! | `backend::cuda` | CUDA: the kernels of `cuda/`, compiled beforehand |
 //! | `backend::webgpu` | wgpu: Vulkan, Metal, DX12; `source` assembles `shaders/<row>.wgsl` |
 //! | [`shape`], [`error`] | lengths and heads with their checks; errors with their numbers |
 //!

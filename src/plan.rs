@@ -3,14 +3,18 @@
 //!
 //! - A *chunk* is up to C consecutive tokens of one sequence.
 //! - A *segment* is a run of chunks of one sequence that one scan cell walks in order, from the state in its slot and back
-//!   into it. Today a sequence has one segment per piece and slot n belongs to sequence n; further slots are room for cutting
-//!   a sequence into segments that run in parallel.
+//!   into it.
 //! - A *piece* is a run of segments that is launched together. Its windows of q, k, v and o fit the device's bindings and
 //!   its scratch fits the tile's budget, so memory does not grow with T.
+//!
+//! A sequence has one segment per piece, and slot n belongs to sequence n, unless the piece is *cut*: where its sequences are
+//! too few to occupy the device (the tile's [`Cut`]), the longer ones have several segments that run at the
+//! same time, each from a slot of its own. How their states come about is told in [`crate::kernel::gdn_cut`]. Lengths alone
+//! decide where sequences are cut; what is done at a cut is decided by the device, head by head.
 
 use crate::error::{Error, Result};
-use crate::shape::Shape;
-use crate::tune::Tile;
+use crate::shape::{Heads, Shape};
+use crate::tune::{Cut, Tile};
 
 /// Up to C consecutive tokens of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,8 +34,12 @@ pub struct Segment {
     pub first_chunk: u32,
     /// Number of chunks.
     pub chunks: u32,
-    /// Where its state is taken from and left, counted from the piece's first slot.
+    /// Where its state is taken from and left, counted from the piece's first slot: the slot of its sequence for the last
+    /// segment of one, else a slot after those of all sequences.
     pub slot: u32,
+    /// The same for the gradient of its state, which is walked from the last segment to the first: the slot of its sequence
+    /// for the first segment of one.
+    pub back: u32,
 }
 
 /// What is launched together.
@@ -49,6 +57,21 @@ pub struct Piece {
     pub chunk_table: u64,
     /// Byte offset of its segment table in [`Plan::tables`].
     pub segment_table: u64,
+    /// Byte offset of its sequence table in [`Plan::tables`]: first segment and segments of each of `slots`.
+    pub sequence_table: u64,
+}
+
+impl Piece {
+    /// Whether a sequence of it has several segments.
+    pub fn is_cut(&self) -> bool {
+        self.all_slots() > self.slots.len() as u64
+    }
+
+    /// Slots of its sequences and of its further segments.
+    pub fn all_slots(&self) -> u64 {
+        let further = self.segments.iter().map(|s| s.slot + 1).max().unwrap_or(0);
+        (self.slots.len() as u64).max(further as u64)
+    }
 }
 
 /// Limits that a plan keeps to.
@@ -77,7 +100,9 @@ pub struct Plan {
     pub most_chunks: u64,
     /// Bytes of the largest region of scratch: one piece's worth, used again by each.
     pub scratch: u64,
-    /// The chunk and segment tables of all pieces as the kernels read them, rows of four u32.
+    /// Slots and segments of the piece that has most of them among those that are cut, else 0.
+    pub cut_slots: u64,
+    /// The chunk, segment and sequence tables of all pieces as the kernels read them, rows of four u32.
     pub tables: Vec<u32>,
 }
 
@@ -97,6 +122,13 @@ pub const fn saved_per_chunk_head(chunk: u32, dk: u32, dv: u32) -> u64 {
 }
 
 impl Plan {
+    /// Bytes that cut pieces need beside, used again by each: walks, states and transitions, see [`crate::kernel::gdn_cut`].
+    pub fn cut_bytes(&self, heads: &Heads, align: u64) -> [u64; 3] {
+        let (slots, hv, k) = (self.cut_slots, heads.hv as u64, heads.k as u64);
+        let walks = 2 * (slots * hv * 16).next_multiple_of(align.max(16));
+        [walks, slots * heads.state_len() * 4, slots * hv * k * k * 4]
+    }
+
     /// Plans a prefill or a backward pass.
     ///
     /// # Errors
@@ -120,6 +152,10 @@ impl Plan {
             });
         }
         let most_chunks = (tile.scratch.min(limits.max_binding) / chunk_scratch).clamp(1, 1 << 20) as usize;
+        // Slots of a cut piece hold states [K, V] and transitions [K, K].
+        let transition_bytes = shape.heads.hv as u64 * (shape.heads.k as u64).pow(2) * 4;
+        let cut_slots = limits.max_binding / limits.state_bytes.max(transition_bytes).max(1);
+        let cut = tile.cut.filter(|_| cut_slots >= 2);
 
         let chunks: Vec<Chunk> = shape
             .cu_seqlens()
@@ -141,35 +177,62 @@ impl Plan {
         while first < chunks.len() {
             let Chunk { start: t0, seq: s0, .. } = chunks[first];
             let most = chunks.len().min(first + most_chunks);
-            let fits = |c: &Chunk| c.start + c.len as u64 - t0 <= window_tokens && ((c.seq - s0) as u64) < window_slots;
-            let end = (first + 1..most).find(|&i| !fits(&chunks[i])).unwrap_or(most);
-            pieces.push(piece(&chunks, first..end, limits.align, &mut tables));
+            let fits = |i: usize| {
+                let (c, sequences) = (&chunks[i], (chunks[i].seq - s0) as u64);
+                // Of n chunks of a sequence there are at most n / least segments beside the last.
+                let room = cut.is_none_or(|cut| sequences + (i + 1 - first) as u64 / cut.least() < cut_slots);
+                c.start + c.len as u64 - t0 <= window_tokens && sequences < window_slots && room
+            };
+            let end = (first + 1..most).find(|&i| !fits(i)).unwrap_or(most);
+            let span = cut.map_or(usize::MAX, |cut| span(&cut, &chunks[first..end], shape, tile));
+            pieces.push(piece(&chunks, first..end, span, limits.align, &mut tables));
             first = end;
         }
         let most = pieces.iter().map(|p| p.chunks.len()).max().unwrap_or(0) as u64;
-        Ok(Plan { chunks, pieces, most_chunks: most, scratch: most * chunk_scratch, tables })
+        let slots_of = |p: &Piece| p.all_slots().max(p.segments.len() as u64);
+        let cut_slots = pieces.iter().filter(|p| p.is_cut()).map(slots_of).max().unwrap_or(0);
+        Ok(Plan { chunks, pieces, most_chunks: most, scratch: most * chunk_scratch, cut_slots, tables })
     }
 }
 
-/// One piece and its rows in the tables.
-fn piece(chunks: &[Chunk], range: std::ops::Range<usize>, align: u64, tables: &mut Vec<u32>) -> Piece {
+/// Chunks of a segment of these chunks at most.
+fn span(cut: &Cut, chunks: &[Chunk], shape: &Shape, tile: &Tile) -> usize {
+    let longest = chunks.chunk_by(|a, b| a.seq == b.seq).map(<[Chunk]>::len).max().unwrap_or(0) as u64;
+    let cells = shape.heads.hv as u64 * (shape.heads.v / tile.dv_tile.max(1)) as u64;
+    usize::try_from(cut.span(chunks.len() as u64, longest, cells)).unwrap_or(usize::MAX)
+}
+
+/// One piece, with segments of at most `span` chunks, and its rows in the tables.
+fn piece(chunks: &[Chunk], range: std::ops::Range<usize>, span: usize, align: u64, tables: &mut Vec<u32>) -> Piece {
     let own = &chunks[range.clone()];
     let t0 = own[0].start;
     let last = own[own.len() - 1];
     let slots = own[0].seq..last.seq + 1;
     let mut segments: Vec<Segment> = Vec::new();
-    for (i, chunk) in own.iter().enumerate() {
-        let slot = chunk.seq - slots.start;
-        match segments.last_mut() {
-            Some(s) if s.slot == slot => s.chunks += 1,
-            _ => segments.push(Segment { first_chunk: i as u32, chunks: 1, slot }),
+    let mut sequences = vec![[0; 4]; slots.len()];
+    let (mut first_chunk, mut further) = (0, slots.len() as u32);
+    for run in own.chunk_by(|a, b| a.seq == b.seq) {
+        let seq = run[0].seq - slots.start;
+        // Segments of a sequence are equally long, but for the last.
+        let each = run.len().div_ceil(run.len().div_ceil(span));
+        let count = run.len().div_ceil(each) as u32;
+        sequences[seq as usize] = [segments.len() as u32, count, 0, 0];
+        for (i, part) in (0..count).zip(run.chunks(each)) {
+            let slot = if i + 1 == count { seq } else { further + i };
+            let back = if i == 0 { seq } else { further + i - 1 };
+            segments.push(Segment { first_chunk, chunks: part.len() as u32, slot, back });
+            first_chunk += part.len() as u32;
         }
+        further += count - 1;
     }
     let chunk_table = begin_table(tables, align);
     tables.extend(own.iter().flat_map(|c| [(c.start - t0) as u32, c.len, c.seq, 0]));
     let segment_table = begin_table(tables, align);
-    tables.extend(segments.iter().flat_map(|s| [s.first_chunk, s.chunks, s.slot, 0]));
-    Piece { chunks: range, segments, tokens: t0..last.start + last.len as u64, slots, chunk_table, segment_table }
+    tables.extend(segments.iter().flat_map(|s| [s.first_chunk, s.chunks, s.slot, s.back]));
+    let sequence_table = begin_table(tables, align);
+    tables.extend(sequences.iter().flatten());
+    let tokens = t0..last.start + last.len as u64;
+    Piece { chunks: range, segments, tokens, slots, chunk_table, segment_table, sequence_table }
 }
 
 /// Pads the tables so that the next one starts aligned; its byte offset.

@@ -33,8 +33,10 @@
 //! | [`sample`] | from logits to a token |
 //! | [`memory`] | what fits, before anything is allocated |
 //! | [`model`], [`session`], [`generate`] | loading, reading, answering |
+//! | [`batch`] | several sequences in one pass |
 //! | [`state`] | what a sequence carries, as a value: snapshots, forks, rewinding, the cache that finds them |
 
+pub mod batch;
 pub mod config;
 pub mod files;
 pub mod generate;
@@ -51,6 +53,7 @@ pub mod tokenizer;
 mod turns;
 mod weights;
 
+pub use batch::Batch;
 pub use config::{Config, GenerationConfig, LayerKind};
 pub use generate::{Event, Finish, GenerateOptions, Generation, Timings};
 pub use memory::MemoryPlan;

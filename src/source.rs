@@ -62,6 +62,8 @@ static FILES: &[(&str, &str)] = &[
     ("gate", include_str!("../shaders/gate.wgsl")),
     // the operator
     ("gdn_prepare", include_str!("../shaders/gdn_prepare.wgsl")),
+    ("gdn_cut", include_str!("../shaders/gdn_cut.wgsl")),
+    ("gdn_carry", include_str!("../shaders/gdn_carry.wgsl")),
     ("gdn_scan", include_str!("../shaders/gdn_scan.wgsl")),
     ("gdn_step", include_str!("../shaders/gdn_step.wgsl")),
     ("gated_norm", include_str!("../shaders/gated_norm.wgsl")),

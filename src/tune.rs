@@ -87,6 +87,45 @@ pub struct Tile {
     pub grad_scratch: u64,
     /// Bytes that the forward scans of a backward pass may save before the pieces that they were for are walked back.
     pub grad_states: u64,
+    /// When sequences are cut into segments that run at the same time; never if none.
+    pub cut: Option<Cut>,
+}
+
+/// When sequences are cut into segments that run at the same time, see [`crate::plan`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Cut {
+    /// Cells of a scan that occupy the device. Pieces with more than half as many are left whole, or with more than a third
+    /// as many if heads are to be cut exactly.
+    pub cells: u32,
+    /// Chunks that a segment has at least, but for the last of a sequence.
+    pub least: u32,
+    /// Whether a head is also cut where it has not forgotten what lies before; else it is left whole there.
+    pub exact: bool,
+}
+
+impl Cut {
+    /// Segments of at most this many chunks, however well the device is occupied: for tests and measurements.
+    pub const fn every(chunks: u32) -> Cut {
+        Cut { cells: u32::MAX, least: chunks, exact: true }
+    }
+
+    /// Chunks that a segment has at least, never 0.
+    pub fn least(&self) -> u64 {
+        self.least.max(1) as u64
+    }
+
+    /// Chunks of a segment at most, for `chunks` chunks of which `longest` are of one sequence, when each segment is walked by
+    /// `cells` cells.
+    pub fn span(&self, chunks: u64, longest: u64, cells: u64) -> u64 {
+        let work = chunks.saturating_mul(cells);
+        // A segment costs a warm-up more than its own walk, or with a transition 1.4 times as much more.
+        let worth = if self.exact { 3 } else { 2 };
+        // As the sequences are: the longest one is the time of all, the others fill the device beside it.
+        if work / longest.max(1) * worth > self.cells as u64 {
+            return u64::MAX;
+        }
+        work.div_ceil(self.cells.max(1) as u64).max(self.least())
+    }
 }
 
 /// The tile for these heads on this device.
@@ -112,9 +151,13 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             // The forward pass is walked twice but for what fits here: 2700 tokens of 16 heads of 128. With all else it stays
             // below 200 MB.
             grad_states: 128 << 20,
+            // A cell keeps a thread busy by itself. Few heads of one sequence leave threads idle only where there are more of
+            // them than the heads have tiles: one head on two cores takes 14 ms whole and 28 ms cut, and backward the same
+            // either way. 32 chunks are 1024 tokens: what comes with a segment is a few percent of it.
+            cut: Some(Cut { cells: caps.threads, least: 32, exact: true }),
         },
         // Threads are lanes of vector registers: two columns a thread, all in registers and the stack, no exchange.
-        Kind::WebGpu | Kind::Cuda if caps.class == Class::Software => Tile {
+        Kind::WebGpu if caps.class == Class::Software => Tile {
             // Four groups of four tokens: their sums are what the stack holds well.
             chunk: 16,
             dv_tile: divisor(heads.v, 128),
@@ -128,8 +171,31 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             grad_lanes: divisor(heads.v, 128) / 2,
             grad_scratch: 16 << 20,
             grad_states: 64 << 20,
+            // Two heads on two cores take 38 ms whole and 86 ms cut, one head 32 and 51.
+            cut: None,
         },
-        Kind::WebGpu | Kind::Cuda => {
+        Kind::Cuda => {
+            // The columns that kernels are compiled for: four a thread in 16 groups of rows, whatever K is.
+            let dv_tile = divisor(heads.v, 32);
+            let lanes = 4 * dv_tile;
+            Tile {
+                chunk: 32,
+                dv_tile,
+                dv_step: dv_tile,
+                prepare_lanes: 64,
+                scan_lanes: lanes,
+                step_lanes: lanes,
+                // No watchdog bounds a launch; a piece of 16 heads is 4096 tokens, enough to fill any GPU.
+                scratch: 64 << 20,
+                dv_grad: dv_tile,
+                grad_lanes: lanes,
+                grad_scratch: 64 << 20,
+                grad_states: 96 << 20,
+                // Not measured; where CUDA has the rows, Hopper gains with 16 heads: see cuda/hopper/NOTES.md.
+                cut: None,
+            }
+        }
+        Kind::WebGpu => {
             // A thread takes 4 columns, and 4 rows or a multiple: up to 16 row groups keep the registers of S below 64 for
             // every K.
             let row_groups = row_groups(heads.k, 16);
@@ -156,6 +222,13 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
                     _ => 16 << 20,
                 },
                 grad_states: 96 << 20,
+                cut: match (caps.kind, caps.class) {
+                    // 128 cells of 16/32 take hardly longer than 64 of 16/16 on an H100 (31.2 and 27.8 ms): up to there more
+                    // cells cost next to nothing. WebGPU does not tell how many processors a GPU has; smaller ones are
+                    // occupied by fewer, so no more is taken for granted.
+                    (Kind::WebGpu, Class::Discrete) => Some(Cut { cells: 128, least: 16, exact: true }),
+                    _ => None,
+                },
             }
         }
     }
@@ -199,6 +272,8 @@ pub fn matmul(caps: &Caps, m: u64, n: u64, k: u64, dtype: Dtype) -> MatmulTile {
     match (caps.kind, caps.class) {
         // Registers and caches are the business of the CPU kernel itself; a cell is what one thread takes at a time.
         (Kind::Cpu, _) => MatmulTile { tile_m: 128, tile_n: 256, tile_k: 256, reg_m: 1, reg_n: 1 },
+        // The one tile that kernels are compiled for.
+        (Kind::Cuda, _) => MatmulTile { tile_m: 64, tile_n: 64, tile_k: 32, reg_m: 4, reg_n: 4 },
         // Threads become lanes of one vector register, and every load is taken lane by lane at some ten times the price of a
         // product: 8 x 8 sums a thread pay 16 loads for 64 products of vectors. A workgroup of more than one register
         // costs another pass over memory for all that its threads keep.
@@ -291,6 +366,7 @@ pub fn attend(caps: &Caps, rows: u64, kv_heads: u32, keys: u64, slot: u64) -> At
     let (tile_q, lanes) = match (caps.kind, rows) {
         (Kind::Cpu, _) => (32, 1),
         (_, ..=4) => (4, 64),
+        (Kind::Cuda, _) => (32, 128),
         (_, ..=8) => (8, 64),
         (_, ..=16) => (16, 64),
         (_, 512..) if large && caps.class == Class::Discrete => (64, 256),
@@ -382,9 +458,20 @@ pub fn grad_qk_lanes(caps: &Caps, k: u32, chunk: u32) -> u32 {
         Kind::Cpu => 1,
         // Two columns a thread.
         _ if caps.class == Class::Software => k / 2,
+        // Kernels are compiled for 2, 4 and 8 rows a thread.
+        Kind::Cuda => k / 4 * (1 << (256 / (k / 4)).ilog2()).min(chunk / 2),
         // A thread has 4 columns of both `[C, K]` sums, and a share of the rows that is a power of two: 4 rows for 32 tokens
         // and K = 128.
-        Kind::WebGpu | Kind::Cuda => k / 4 * (1 << (256 / (k / 4)).ilog2()).min(chunk),
+        Kind::WebGpu => k / 4 * (1 << (256 / (k / 4)).ilog2()).min(chunk),
+    }
+}
+
+/// Threads of a `gdn_carry` workgroup for `columns` columns of the state.
+pub fn carry_lanes(caps: &Caps, heads: &Heads, columns: u32) -> u32 {
+    match caps.kind {
+        Kind::Cpu => 1,
+        // A thread takes 4 x 4 numbers of the state at a time.
+        Kind::WebGpu | Kind::Cuda => (heads.k / 4 * (columns / 4)).clamp(16, 256),
     }
 }
 

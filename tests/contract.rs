@@ -104,7 +104,9 @@ fn gdn_variants(caps: &Caps, heads: &Heads, out: &mut Vec<Variant>) {
                 out.push(variant(&STEP, caps, &step));
             }
         }
-        for save in 0..3 {
+        for (save, walk, grad) in
+            [(0, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 1), (2, 0, 0), (2, 1, 0), (2, 2, 0), (2, 2, 1)]
+        {
             let scan = [
                 ("chunk", tile.chunk),
                 ("dk", heads.k),
@@ -112,10 +114,37 @@ fn gdn_variants(caps: &Caps, heads: &Heads, out: &mut Vec<Variant>) {
                 ("qk_type", ty),
                 ("v_type", ty),
                 ("save", save),
+                ("walk", walk),
+                ("grad", grad),
                 ("lanes", tile.scan_lanes),
             ];
             out.push(variant(&SCAN, caps, &scan));
         }
+        // The state of a transition has K columns.
+        let square = tune::tile(caps, &Heads { v: heads.k, ..*heads });
+        for grad in 0..2 {
+            let scan = [
+                ("chunk", tile.chunk),
+                ("dk", heads.k),
+                ("dv_tile", square.dv_tile),
+                ("qk_type", ty),
+                ("v_type", ty),
+                ("save", 2),
+                ("walk", 3),
+                ("grad", grad),
+                ("lanes", square.scan_lanes),
+            ];
+            out.push(variant(&SCAN, caps, &scan));
+        }
+    }
+    for flags in 0..12 {
+        let cut = [("chunk", tile.chunk), ("grad", flags & 1), ("back", flags >> 1 & 1), ("exact", flags >> 2)];
+        out.push(variant(&kernel::gdn_cut::CUT, caps, &cut));
+    }
+    for back in 0..2 {
+        let lanes = tune::carry_lanes(caps, heads, tile.dv_tile);
+        let carry = [("dk", heads.k), ("dv_tile", tile.dv_tile), ("back", back), ("lanes", lanes)];
+        out.push(variant(&kernel::gdn_cut::CARRY, caps, &carry));
     }
     out.push(variant(&GATED_NORM, caps, &[("dv", heads.v), ("lanes", tune::head_lanes(caps, heads.v))]));
     let mix = [("dk", heads.k), ("dv", heads.v), ("lanes", tune::mix_lanes(caps, heads))];
@@ -147,15 +176,18 @@ fn grad_variants(caps: &Caps, heads: &Heads, out: &mut Vec<Variant>) {
     use kernel::gdn_grad::*;
     let tile = tune::tile(caps, heads);
     for ty in 0..3 {
-        let scan = [
-            ("chunk", tile.chunk),
-            ("dk", heads.k),
-            ("dv_tile", tile.dv_grad),
-            ("qk_type", ty),
-            ("v_type", ty),
-            ("lanes", tile.grad_lanes),
-        ];
-        out.push(variant(&GRAD_SCAN, caps, &scan));
+        for walk in 0..3 {
+            let scan = [
+                ("chunk", tile.chunk),
+                ("dk", heads.k),
+                ("dv_tile", tile.dv_grad),
+                ("qk_type", ty),
+                ("v_type", ty),
+                ("walk", walk),
+                ("lanes", tile.grad_lanes),
+            ];
+            out.push(variant(&GRAD_SCAN, caps, &scan));
+        }
         let chunk = [
             ("chunk", tile.chunk),
             ("dk", heads.k),

@@ -252,7 +252,17 @@ fn bad_numbers_and_tables_are_refused() {
             };
             let args = [&qkv, &qkv, &g, &g, &chunks_view, &ws];
             p.launch(&PREPARE, consts, params, &args, [chunks.len() as u32 / 4, 1, 1], 1);
-            let consts = ScanConsts { chunk: 16, dk: 16, dv_tile: 16, qk_type: 0, v_type: 0, save: 0, lanes: 1 };
+            let consts = ScanConsts {
+                chunk: 16,
+                dk: 16,
+                dv_tile: 16,
+                qk_type: 0,
+                v_type: 0,
+                save: 0,
+                walk: 0,
+                grad: 0,
+                lanes: 1,
+            };
             let params = ScanParams {
                 hk: 1,
                 hv: 1,

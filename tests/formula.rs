@@ -91,6 +91,8 @@ pub fn gdn_prepare(
         vectors[2 * c + i] = (sums[len - 1] - sums[i]).exp() * rk[i];
     }
     ws[2 * c * c + 3 * c] = sums[len - 1].exp();
+    let contracts = |i: usize| (0.0..=2.0).contains(&(beta[i] * rk[i] * rk[i] * dot(&row(k, i), &row(k, i))));
+    ws[2 * c * c + 3 * c + 1] = if (0..len).all(contracts) { 1.0 } else { 0.0 };
     ws
 }
 

@@ -7,8 +7,11 @@ mod burn;
 mod burn_gpu;
 #[cfg(feature = "burn")]
 mod burn_mix;
+#[cfg(feature = "webgpu")]
 mod contract;
 mod cpu;
+mod cuda;
+mod cut;
 mod formula;
 mod formula_grad;
 mod gdn;
@@ -23,6 +26,8 @@ mod plan;
 mod qwen;
 #[cfg(feature = "qwen")]
 mod qwen_bad;
+#[cfg(feature = "qwen")]
+mod qwen_batch;
 #[cfg(feature = "qwen")]
 mod qwen_naive;
 #[cfg(feature = "qwen")]

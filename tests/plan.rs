@@ -1,8 +1,8 @@
 //! The plan: every token in exactly one chunk, nothing crosses a sequence, everything fits its limits.
 
-use gatedelta::plan::{Limits, Plan, scratch_per_chunk_head};
+use gatedelta::plan::{Limits, Plan, Segment, scratch_per_chunk_head};
 use gatedelta::shape::{HeadMap, Heads, Shape};
-use gatedelta::tune::Tile;
+use gatedelta::tune::{Cut, Tile};
 use proptest::prelude::*;
 
 fn tile(chunk: u32, scratch: u64) -> Tile {
@@ -50,14 +50,46 @@ fn check(shape: &Shape, tile: &Tile, limits: &Limits) -> Plan {
         }
         let mut covered = 0;
         for (row, s) in rows(piece.segment_table, piece.segments.len()).zip(&piece.segments) {
-            assert_eq!(row, [s.first_chunk, s.chunks, s.slot, 0]);
+            assert_eq!(row, [s.first_chunk, s.chunks, s.slot, s.back]);
             assert_eq!(s.first_chunk, covered, "segments cover the piece's chunks in order");
             covered += s.chunks;
-            let seq = piece.slots.start + s.slot;
-            assert!(own[s.first_chunk as usize..covered as usize].iter().all(|c| c.seq == seq));
+            assert!(own[s.first_chunk as usize..covered as usize].windows(2).all(|c| c[0].seq == c[1].seq));
+        }
+        let sequences = piece.slots.len() as u32;
+        let mut segments = 0;
+        for (i, row) in rows(piece.sequence_table, piece.slots.len()).enumerate() {
+            let seq = piece.slots.start + i as u32;
+            let run: Vec<_> = piece.segments.iter().filter(|s| own[s.first_chunk as usize].seq == seq).collect();
+            assert_eq!(row[1] as usize, run.len());
+            assert!(run.is_empty() || row[0] == segments, "segments of a sequence follow each other");
+            segments += row[1];
+            // The last one leaves its state in the sequence's slot, backward the first one does; no others.
+            for (at, s) in run.iter().enumerate() {
+                assert_eq!(s.slot == i as u32, at + 1 == run.len());
+                assert_eq!(s.back == i as u32, at == 0);
+                assert!(s.slot == i as u32 || s.slot >= sequences);
+                assert!(s.back == i as u32 || s.back >= sequences);
+            }
+        }
+        assert_eq!(segments as usize, piece.segments.len());
+        for slot in [|s: &Segment| s.slot, |s: &Segment| s.back] {
+            let mut used: Vec<u32> = piece.segments.iter().map(slot).collect();
+            used.sort_unstable();
+            assert!(used.windows(2).all(|w| w[0] < w[1]), "each slot once");
+            assert!(used.iter().all(|&s| (s as u64) < piece.all_slots()));
+        }
+        if piece.is_cut() {
+            let bytes = limits.state_bytes.max(shape.heads.hv as u64 * (shape.heads.k as u64).pow(2) * 4);
+            assert!(piece.all_slots() * bytes <= limits.max_binding && piece.all_slots() <= plan.cut_slots);
+            assert!(piece.segments.len() as u64 <= plan.cut_slots);
         }
         assert_eq!(covered as usize, own.len());
-        for (offset, n) in [(piece.chunk_table, own.len()), (piece.segment_table, piece.segments.len())] {
+        let tables = [
+            (piece.chunk_table, own.len()),
+            (piece.segment_table, piece.segments.len()),
+            (piece.sequence_table, piece.slots.len()),
+        ];
+        for (offset, n) in tables {
             assert_eq!(offset % limits.align, 0);
             regions.push((offset, offset + n as u64 * 16));
         }
@@ -79,6 +111,7 @@ proptest! {
         extra in 0u64..200_000,
         scratch in 1u64..1_000_000,
         align in prop::sample::select(vec![16u64, 64, 256]),
+        cut in prop::option::of((1u32..8, prop_oneof![Just(u32::MAX), 1..200u32])),
     ) {
         let heads = Heads::new(1, hv, 32, 48, HeadMap::Div).unwrap();
         let cu = std::iter::once(0).chain(lens.iter().scan(0, |t, &n| { *t += n; Some(*t) })).collect();
@@ -88,7 +121,9 @@ proptest! {
         let least = (chunk as u64 * token_bytes + align)
             .max(state_bytes)
             .max(scratch_per_chunk_head(chunk) * hv as u64);
-        check(&shape, &tile(chunk, scratch), &Limits { max_binding: least + extra, align, token_bytes, state_bytes, chunk_bytes: scratch_per_chunk_head(chunk) });
+        let cut = cut.map(|(least, cells)| Cut { cells, least, exact: true });
+        let tile = Tile { cut, dv_tile: 16, ..tile(chunk, scratch) };
+        check(&shape, &tile, &Limits { max_binding: least + extra, align, token_bytes, state_bytes, chunk_bytes: scratch_per_chunk_head(chunk) });
     }
 }
 
@@ -134,4 +169,40 @@ fn a_chunk_that_does_not_fit_is_refused_with_the_numbers() {
     };
     let error = Plan::new(&Shape::one(heads, 100), &tile(64, 1 << 20), &limits).unwrap_err().to_string();
     assert!(error.contains("67108864") && error.contains("4096"), "{error}");
+}
+
+#[test]
+fn sequences_are_cut_while_the_device_is_not_occupied() {
+    let heads = Heads::new(2, 2, 32, 32, HeadMap::Div).unwrap();
+    let limits = Limits {
+        max_binding: 1 << 30,
+        align: 256,
+        token_bytes: 2 * 32 * 4,
+        state_bytes: heads.state_len() * 4,
+        chunk_bytes: scratch_per_chunk_head(32),
+    };
+    let segments = |cells: u32, least: u32, lens: &[u64]| {
+        let cut = Some(Cut { cells, least, exact: true });
+        let cu = std::iter::once(0)
+            .chain(lens.iter().scan(0, |t, &n| {
+                *t += n;
+                Some(*t)
+            }))
+            .collect();
+        let shape = Shape::new(heads, cu).unwrap();
+        let tile = Tile { cut, dv_tile: 16, ..tile(32, 1 << 30) };
+        let plan = check(&shape, &tile, &limits);
+        let of = |n: usize| {
+            plan.pieces[0].segments.iter().filter(|s| plan.chunks[s.first_chunk as usize].seq as usize == n).count()
+        };
+        (0..lens.len()).map(of).collect::<Vec<_>>()
+    };
+    // 64 chunks, 2 heads in 2 tiles: 4 cells a segment.
+    assert_eq!(segments(32, 1, &[2048]), [8]);
+    assert_eq!(segments(32, 16, &[2048]), [4]);
+    assert_eq!(segments(4, 1, &[2048]), [1]);
+    // Two alike are 8 cells; a short one beside a long one is hardly any.
+    assert_eq!(segments(8, 1, &[2048, 2048]), [1, 1]);
+    assert_eq!(segments(32, 1, &[2048, 2048]), [4, 4]);
+    assert_eq!(segments(16, 1, &[2048, 32, 0]), [4, 1, 0]);
 }

@@ -55,6 +55,8 @@ fn texts_encode_and_decode_as_in_python() {
             assert_eq!(got, ids(&case["ids"]), "{case}");
             let decoded = case["decoded"].as_str().unwrap();
             assert_eq!(tokenizer.decode(&got, true).unwrap(), decoded);
+            let bytes: Vec<u8> = got.iter().flat_map(|id| tokenizer.bytes(*id).unwrap()).copied().collect();
+            assert_eq!(String::from_utf8_lossy(&bytes), decoded);
         }
     }
 }
@@ -164,6 +166,7 @@ fn ids_without_a_token_are_refused() {
     let tokenizer = tokenizer(&models()[0]);
     for id in [511, 512, u32::MAX] {
         assert!(matches!(tokenizer.decode(&[0, id], true), Err(Error::Argument { .. })), "{id}");
+        assert!(tokenizer.bytes(id).is_none());
     }
 }
 

@@ -14,12 +14,25 @@ pub struct Device {
     pub backend: Arc<dyn Backend>,
 }
 
-/// The CPU; lavapipe as it is; and lavapipe taken for a GPU and held to WebGPU's default limits.
+/// The CPU; lavapipe as it is; lavapipe taken for a GPU and held to WebGPU's default limits; and the CUDA kernels on the stand-in
+/// for the driver. `GATEDELTA_TEST_DEVICE=cuda` takes this machine's CUDA device in the place of all but the CPU, `emulator` the
+/// stand-in alone.
 pub fn devices() -> &'static [Device] {
     static DEVICES: OnceLock<Vec<Device>> = OnceLock::new();
     DEVICES.get_or_init(|| {
         let mut devices = vec![Device { name: "cpu", backend: Arc::new(Cpu::new(None).unwrap()) }];
-        devices.extend(lavapipe());
+        match std::env::var("GATEDELTA_TEST_DEVICE").as_deref() {
+            Ok("cuda") => devices.push(crate::cuda::device("cuda").unwrap()),
+            Ok("emulator") => devices.push(crate::cuda::emulator().unwrap()),
+            Ok(other) => panic!("GATEDELTA_TEST_DEVICE is {other:?}, not cuda or emulator"),
+            Err(_) => {
+                devices.extend(lavapipe());
+                match crate::cuda::emulator() {
+                    Ok(device) => devices.push(device),
+                    Err(why) => skipped("emulator", &why),
+                }
+            }
+        }
         devices
     })
 }
@@ -239,6 +252,7 @@ fn case(path: &Path) -> Case {
                 scale: Some(meta["scale"].parse().unwrap()),
                 qk_l2norm: meta["qk_l2norm"] == "true",
                 store: Dtype::F32,
+                ..Options::default()
             },
         },
         o: wide("o"),

@@ -19,10 +19,10 @@ mod gate;
 mod gate_grad;
 mod gated_norm;
 mod gated_norm_grad;
+mod gdn_cut;
 mod gdn_grad_chunk;
 mod gdn_grad_qk;
 mod gdn_grad_scan;
-
 mod gdn_mix_step;
 mod gdn_prepare;
 mod gdn_scan;
@@ -47,7 +47,7 @@ use self::memory::{Memory, Scratch};
 use self::simd::Level;
 use super::{Backend, Buffer, HostBytes, Pending, Readback, Timing, View};
 use crate::error::{Error, Result};
-use crate::kernel::{gdn, gdn_grad, grad, model};
+use crate::kernel::{gdn, gdn_cut as cut_rows, gdn_grad, grad, model};
 use crate::pass::{Launch, Pass};
 use crate::tune::{Caps, Class, Kind};
 
@@ -149,6 +149,8 @@ fn bind<'p>(b: &Bind<'p>, launch: &Launch) -> Result<Box<dyn Task + 'p>> {
         k if *k == gdn::CONV_TAIL => Box::new(conv::ConvTail::bind(b)?),
         k if *k == gdn::GATE => Box::new(gate::Gate::bind(b)?),
         k if *k == gdn::PREPARE => Box::new(gdn_prepare::Prepare::bind(b)?),
+        k if *k == cut_rows::CUT => Box::new(gdn_cut::Cut::bind(b)?),
+        k if *k == cut_rows::CARRY => Box::new(gdn_cut::Carry::bind(b)?),
         k if *k == gdn::SCAN => Box::new(gdn_scan::Scan::bind(b)?),
         k if *k == gdn::STEP => Box::new(gdn_step::Step::bind(b)?),
         k if *k == gdn::GATED_NORM => Box::new(gated_norm::GatedNorm::bind(b)?),

@@ -6,7 +6,6 @@
 //! - Everything the device reports late (validation, memory, loss) is kept and returned by the next call (`fault`).
 
 mod bind;
-mod cut;
 mod exchange;
 mod fault;
 mod open;

@@ -1,6 +1,7 @@
 //! The gradients of a prefill.
 
-use super::prefill::{ChunkRows, Save, Tables, slots, upload};
+use super::cut::{CutBuffers, Scan};
+use super::prefill::{ChunkRows, Save, Tables, Walks, slots, upload};
 use super::{Options, Window, check_rows, need, window};
 use crate::backend::{Backend, Buffer, View};
 use crate::error::{Error, Result};
@@ -72,6 +73,7 @@ pub struct Backward {
     state: Buffer,
     /// `[blocks, Hv, K, V]`
     checkpoints: Buffer,
+    cut: Option<CutBuffers>,
     stride: u64,
 }
 
@@ -93,7 +95,7 @@ impl Backward {
     pub fn with_tile(backend: &dyn Backend, shape: &Shape, options: &Options, stride: u64, tile: Tile) -> Result<Self> {
         let (caps, heads) = (backend.caps().clone(), &shape.heads);
         options.scale_for(heads)?;
-        let tile = Tile { scratch: tile.grad_scratch, ..tile };
+        let tile = Tile { scratch: tile.grad_scratch, ..options.cut(tile) };
         let limits = Limits {
             max_binding: caps.max_binding,
             align: caps.align,
@@ -113,6 +115,7 @@ impl Backward {
         let checkpoints = if blocks.len() > 1 { blocks.len() as u64 * limits.state_bytes } else { 0 };
         let alloc = |what: &str, bytes: u64| backend.alloc(what, bytes.max(16));
         Ok(Backward {
+            cut: CutBuffers::new(backend, &plan, shape, options, &tile)?,
             tables: upload(backend, &plan)?,
             ws: alloc("scratch of a backward pass", most as u64 * ws_bytes + padding)?,
             saved: alloc("states of a backward pass", most as u64 * saved_bytes + padding)?,
@@ -134,7 +137,8 @@ impl Backward {
         [&self.tables, &self.ws, &self.saved, &self.dsaved, &self.state, &self.checkpoints]
             .iter()
             .map(|b| b.bytes())
-            .sum()
+            .sum::<u64>()
+            + self.cut.as_ref().map_or(0, CutBuffers::device_bytes)
     }
 
     /// The plan.
@@ -267,6 +271,8 @@ impl Backward {
         let own = regions(piece);
         Ok(GradPiece {
             all: self,
+            piece,
+            cut: self.cut.as_ref().filter(|_| piece.is_cut()),
             tables: Tables::new(&self.tables, piece)?,
             q: rows("q", &io.q, qk)?,
             k: rows("k", &io.k, qk)?,
@@ -303,6 +309,9 @@ fn blocks(plan: &Plan, most: usize) -> Vec<std::ops::Range<usize>> {
 /// One piece and the windows that its launches see.
 struct GradPiece<'a> {
     all: &'a Backward,
+    piece: &'a Piece,
+    /// Where the piece is cut.
+    cut: Option<&'a CutBuffers>,
     tables: Tables,
     q: Window,
     k: Window,
@@ -326,18 +335,43 @@ impl GradPiece<'_> {
     /// The states again: all that backward needs, or only the one after the piece.
     fn forward(&self, pass: &mut Pass, save: Save) -> Result<()> {
         let Backward { shape, options, tile, .. } = self.all;
-        let rows = ChunkRows::new(shape, options, tile)?;
+        let rows = ChunkRows::new(shape, options, tile, &self.all.caps)?;
         let saved = Window { view: self.saved.clone(), off: 0, stride: 0 };
-        rows.prepare(pass, &self.tables, save == Save::Saved, [&self.q, &self.k, &self.g, &self.beta], &self.ws);
-        rows.scan(pass, &self.tables, save, [&self.k, &self.k, &self.v], &self.ws, &self.state, &saved);
-        Ok(())
+        let grad = save == Save::Saved;
+        rows.prepare(pass, &self.tables, grad, [&self.q, &self.k, &self.g, &self.beta], &self.ws);
+        let scan = self.scan(save, grad, &saved);
+        match self.cut {
+            Some(cut) => cut.forward(pass, &rows, &scan, self.piece, &self.state),
+            None => {
+                rows.scan(pass, &scan, &Walks::All(&self.tables.segments), &self.state);
+                Ok(())
+            }
+        }
     }
 
-    fn backward(&self, pass: &mut Pass) -> Result<()> {
+    fn scan<'a>(&'a self, save: Save, grad: bool, o: &'a Window) -> Scan<'a> {
+        Scan { tables: &self.tables, save, grad, qkv: [&self.k, &self.k, &self.v], ws: &self.ws, o }
+    }
+
+    /// The gradients of the states.
+    fn scan_back(&self, pass: &mut Pass) -> Result<()> {
+        let Some(cut) = self.cut else {
+            self.grad_scan(pass, &Walks::All(&self.tables.segments), &self.dstate);
+            return Ok(());
+        };
+        let Backward { shape, options, tile, caps, .. } = self.all;
+        let rows = ChunkRows::new(shape, options, tile, caps)?;
+        let nothing = Window { view: self.dsaved.clone(), off: 0, stride: 0 };
+        let scan = self.scan(Save::Nothing, true, &nothing);
+        let grad_scan = |pass: &mut Pass, walks: &Walks, dstate: &View| self.grad_scan(pass, walks, dstate);
+        cut.backward(pass, &rows, &scan, self.piece, &self.dstate, &grad_scan)
+    }
+
+    fn grad_scan(&self, pass: &mut Pass, walks: &Walks, dstate: &View) {
         let Backward { shape, options, tile, .. } = self.all;
         let (h, store, tables) = (&shape.heads, options.store.code(), &self.tables);
         let (c, dk, dv) = (tile.chunk as u64, h.k as u64, h.v as u64);
-        let chunk_heads = tables.n_chunks as u64 * h.hv as u64;
+        let (walk, segments) = walks.parts();
         pass.launch(
             &GRAD_SCAN,
             GradScanConsts {
@@ -346,6 +380,7 @@ impl GradPiece<'_> {
                 dv_tile: tile.dv_grad,
                 qk_type: store,
                 v_type: store,
+                walk,
                 lanes: tile.grad_lanes,
             },
             GradScanParams {
@@ -360,19 +395,18 @@ impl GradPiece<'_> {
                 do_stride: self.d_o.stride,
                 do_off: self.d_o.off,
             },
-            &[
-                &self.q.view,
-                &self.k.view,
-                &self.d_o.view,
-                &self.ws,
-                &tables.chunks,
-                &tables.segments,
-                &self.dstate,
-                &self.dsaved,
-            ],
+            &[&self.q.view, &self.k.view, &self.d_o.view, &self.ws, &tables.chunks, segments, dstate, &self.dsaved],
             [tables.n_segments, h.hv, h.v / tile.dv_grad],
-            chunk_heads * (6 * c * dk * dv + 4 * c * c * dv),
+            tables.n_chunks as u64 * h.hv as u64 * (6 * c * dk * dv + 4 * c * c * dv),
         );
+    }
+
+    fn backward(&self, pass: &mut Pass) -> Result<()> {
+        let Backward { shape, options, tile, .. } = self.all;
+        let (h, store, tables) = (&shape.heads, options.store.code(), &self.tables);
+        let (c, dk, dv) = (tile.chunk as u64, h.k as u64, h.v as u64);
+        let chunk_heads = tables.n_chunks as u64 * h.hv as u64;
+        self.scan_back(pass)?;
         pass.launch(
             &GRAD_CHUNK,
             GradChunkConsts {

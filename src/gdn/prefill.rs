@@ -1,5 +1,6 @@
 //! Chunked prefill, and the launches that it shares with the backward pass.
 
+use super::cut::{CutBuffers, Scan};
 use super::{Io, Options, Window, window};
 use crate::backend::{Backend, Buffer, View};
 use crate::error::{Error, Result};
@@ -20,6 +21,7 @@ pub struct Prefill {
     caps: Caps,
     tables: Buffer,
     scratch: Buffer,
+    cut: Option<CutBuffers>,
     stride: u64,
 }
 
@@ -40,7 +42,7 @@ impl Prefill {
     /// # Errors
     /// As [`Prefill::new`].
     pub fn with_tile(backend: &dyn Backend, shape: &Shape, options: &Options, stride: u64, tile: Tile) -> Result<Self> {
-        let caps = backend.caps().clone();
+        let (caps, tile) = (backend.caps().clone(), options.cut(tile));
         options.scale_for(&shape.heads)?;
         let limits = Limits {
             max_binding: caps.max_binding,
@@ -52,12 +54,13 @@ impl Prefill {
         let plan = Plan::new(shape, &tile, &limits)?;
         let tables = upload(backend, &plan)?;
         let scratch = backend.alloc("scratch of a prefill", plan.scratch.max(16))?;
-        Ok(Prefill { shape: shape.clone(), options: *options, tile, plan, caps, tables, scratch, stride })
+        let cut = CutBuffers::new(backend, &plan, shape, options, &tile)?;
+        Ok(Prefill { shape: shape.clone(), options: *options, tile, plan, caps, tables, scratch, cut, stride })
     }
 
     /// Bytes of device memory that tables and scratch take.
     pub fn device_bytes(&self) -> u64 {
-        self.tables.bytes() + self.scratch.bytes()
+        self.tables.bytes() + self.scratch.bytes() + self.cut.as_ref().map_or(0, CutBuffers::device_bytes)
     }
 
     /// The plan.
@@ -81,7 +84,7 @@ impl Prefill {
         let size = self.options.store.size();
         let (qk, vo) = (heads.hk as u64 * heads.k as u64, heads.hv as u64 * heads.v as u64);
         let gates = |view: &View| Rows::packed(view.clone(), heads.hv as u64);
-        let rows = ChunkRows::new(&self.shape, &self.options, &self.tile)?;
+        let rows = ChunkRows::new(&self.shape, &self.options, &self.tile, &self.caps)?;
         for piece in &self.plan.pieces {
             let caps = &self.caps;
             let q = window(caps, "q", &io.q, &piece.tokens, qk, size)?;
@@ -95,7 +98,11 @@ impl Prefill {
             let ws = self.scratch.slice(0, tables.n_chunks as u64 * per_chunk)?;
             let state = slots(&io.state, &piece.slots, &heads)?;
             rows.prepare(pass, &tables, false, [&q, &k, &g, &beta], &ws);
-            rows.scan(pass, &tables, Save::Output, [&q, &k, &v], &ws, &state, &o);
+            let scan = Scan { tables: &tables, save: Save::Output, grad: false, qkv: [&q, &k, &v], ws: &ws, o: &o };
+            match self.cut.as_ref().filter(|_| piece.is_cut()) {
+                Some(cut) => cut.forward(pass, &rows, &scan, piece, &state)?,
+                None => rows.scan(pass, &scan, &Walks::All(&tables.segments), &state),
+            }
         }
         Ok(())
     }
@@ -105,6 +112,7 @@ impl Prefill {
 pub(super) struct Tables {
     pub chunks: View,
     pub segments: View,
+    pub sequences: View,
     pub n_chunks: u32,
     pub n_segments: u32,
 }
@@ -116,6 +124,7 @@ impl Tables {
         Ok(Tables {
             chunks: tables.slice(piece.chunk_table, n_chunks as u64 * 16)?,
             segments: tables.slice(piece.segment_table, n_segments as u64 * 16)?,
+            sequences: tables.slice(piece.sequence_table, piece.slots.len() as u64 * 16)?,
             n_chunks,
             n_segments,
         })
@@ -149,18 +158,44 @@ pub(super) enum Save {
     Nothing = 2,
 }
 
+/// Which walks a scan takes, see [`crate::kernel::gdn_cut`].
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Walks<'a> {
+    /// All heads the same: these segments.
+    All(&'a View),
+    /// Each head its own of these.
+    Own(&'a View),
+    /// Each head its own of these, from zero.
+    FromZero(&'a View),
+    /// Each head its own of these that have a transition, which becomes the state.
+    Transition(&'a View),
+}
+
+impl Walks<'_> {
+    /// The const of the row and the table.
+    pub fn parts(&self) -> (u32, &View) {
+        match self {
+            Walks::All(view) => (0, view),
+            Walks::Own(view) => (1, view),
+            Walks::FromZero(view) => (2, view),
+            Walks::Transition(view) => (3, view),
+        }
+    }
+}
+
 /// Launches of the two rows that walk chunks forward.
 pub(super) struct ChunkRows<'a> {
-    heads: Heads,
+    pub heads: Heads,
     options: &'a Options,
     scale: f32,
-    tile: &'a Tile,
+    pub tile: &'a Tile,
+    caps: &'a Caps,
 }
 
 impl<'a> ChunkRows<'a> {
     /// For this shape, under these options, with this tile.
-    pub fn new(shape: &Shape, options: &'a Options, tile: &'a Tile) -> Result<Self> {
-        Ok(ChunkRows { heads: shape.heads, options, scale: options.scale_for(&shape.heads)?, tile })
+    pub fn new(shape: &Shape, options: &'a Options, tile: &'a Tile, caps: &'a Caps) -> Result<Self> {
+        Ok(ChunkRows { heads: shape.heads, options, scale: options.scale_for(&shape.heads)?, tile, caps })
     }
 
     /// [`PREPARE`] over the chunks of a piece.
@@ -196,49 +231,53 @@ impl<'a> ChunkRows<'a> {
         );
     }
 
-    /// [`SCAN`] over the segments of a piece; `o` is what `save` says.
-    #[allow(clippy::too_many_arguments)]
-    pub fn scan(
-        &self,
-        pass: &mut Pass,
-        tables: &Tables,
-        save: Save,
-        qkv: [&Window; 3],
-        ws: &View,
-        state: &View,
-        o: &Window,
-    ) {
-        let ([q, k, v], heads, store) = (qkv, &self.heads, self.options.store.code());
-        let (c, dk, dv) = (self.tile.chunk as u64, heads.k as u64, heads.v as u64);
-        let products =
-            if save == Save::Output { 6 * c * dk * dv + 4 * c * c * dv } else { 4 * c * dk * dv + 2 * c * c * dv };
+    /// [`SCAN`] over the segments of a piece, or over what each head walks of them.
+    pub fn scan(&self, pass: &mut Pass, scan: &Scan, walks: &Walks, state: &View) {
+        let ([q, k, v], tables, save) = (scan.qkv, scan.tables, scan.save);
+        let (heads, store) = (&self.heads, self.options.store.code());
+        let (walk, segments) = walks.parts();
+        // The state of a transition has K columns.
+        let (dv, dv_tile, lanes) = match walks {
+            Walks::Transition(_) => {
+                let square = tune::tile(self.caps, &Heads { v: heads.k, ..*heads });
+                (heads.k, square.dv_tile, square.scan_lanes)
+            }
+            _ => (heads.v, self.tile.dv_tile, self.tile.scan_lanes),
+        };
+        let (c, k_len, v_len) = (self.tile.chunk as u64, heads.k as u64, dv as u64);
+        let products = match save {
+            Save::Output => 6 * c * k_len * v_len + 4 * c * c * v_len,
+            _ => 4 * c * k_len * v_len + 2 * c * c * v_len,
+        };
         pass.launch(
             &SCAN,
             ScanConsts {
                 chunk: self.tile.chunk,
                 dk: heads.k,
-                dv_tile: self.tile.dv_tile,
+                dv_tile,
                 qk_type: store,
                 v_type: store,
                 save: save as u32,
-                lanes: self.tile.scan_lanes,
+                walk,
+                grad: scan.grad as u32,
+                lanes,
             },
             ScanParams {
                 hk: heads.hk,
                 hv: heads.hv,
                 head_map: heads.map as u32,
-                dv: heads.v,
+                dv,
                 q_stride: q.stride,
                 q_off: q.off,
                 k_stride: k.stride,
                 k_off: k.off,
                 v_stride: v.stride,
                 v_off: v.off,
-                o_stride: o.stride,
-                o_off: o.off,
+                o_stride: scan.o.stride,
+                o_off: scan.o.off,
             },
-            &[&q.view, &k.view, &v.view, ws, &tables.chunks, &tables.segments, state, &o.view],
-            [tables.n_segments, heads.hv, heads.v / self.tile.dv_tile],
+            &[&q.view, &k.view, &v.view, scan.ws, &tables.chunks, segments, state, &scan.o.view],
+            [tables.n_segments, heads.hv, dv / dv_tile],
             tables.n_chunks as u64 * heads.hv as u64 * products,
         );
     }

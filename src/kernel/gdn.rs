@@ -156,7 +156,8 @@ fields! {
 /// ```
 /// - q, k `[window, *]`; g, beta `[window, Hv]` f32; chunks `[chunks]` of (first token in the window, tokens, sequence, 0)
 /// - ws per (chunk, value head), `2 C C + 4 C` f32: A `[C, C]`, P `[C, C]`, u `[C]`, o `[C]`, n `[C]`, then `[C]` whose
-///   first number is gamma_C. Rows and columns past a short chunk's end are 0, so the scan needs no masks.
+///   first number is gamma_C and whose second is 1 if no token of the chunk can make a state longer, `0 <= beta |rk k|^2 <= 2`,
+///   else 0. Rows and columns past a short chunk's end are 0, so the scan needs no masks.
 /// - with grad, ws per (chunk, value head) goes on to `5 C C + 9 C` f32: `B = (I + L)^-1` `[C, C]`, so that
 ///   `A = B diag(beta)`; G `[C, C]`; `R = strictlower(G o (rk K)(rk K)^T)` `[C, C]`, so that `L = diag(beta) R`; rk, rq,
 ///   beta `[C]`; and two `[C]` that [`super::gdn_grad`] fills
@@ -185,6 +186,10 @@ fields! {
         v_type: u32,
         /// 0: o is computed. 1: what the backward pass needs is stored in its place. 2: neither, only the state moves on.
         save: u32,
+        /// 0: all heads walk the segments. 1 to 3: each head its own, see [`super::gdn_cut`].
+        walk: u32,
+        /// 1: ws is the longer one of the backward pass.
+        grad: u32,
         /// Threads of a workgroup.
         lanes: u32,
     }
@@ -227,8 +232,10 @@ fields! {
 /// O = o o (Q S) + P N      S <- gamma_C S + K^T (n o N)
 /// ```
 /// - q, k, v, o `[window, *]`; ws, chunks as [`PREPARE`] wrote and read them
-/// - segments `[segments]` of (first chunk, chunks, state slot, 0); state `[slots, Hv, K, V]` f32, updated in place
-/// - save = 1: ws is the longer one; q is not read; o is f32, per (chunk of the launch, value head) `K V + 2 C V` numbers:
+/// - segments `[segments]` of (first chunk, chunks, state slot, _); state `[slots, Hv, K, V]` f32, updated in place
+/// - walk = 1 to 3: segments `[segments, Hv]`, walks of each head as [`super::gdn_cut`] says; with 2 and 3 save is 2, and with
+///   3 v is not read and V is K
+/// - save = 1: grad is 1; q is not read; o is f32, per (chunk of the launch, value head) `K V + 2 C V` numbers:
 ///   S before the chunk `[K, V]`, `U = u o (K S)` and N `[C, V]`, rows past a short chunk's end as 0
 /// - save = 2: neither q nor o is touched
 /// - grid: `[segments, Hv, V / dv_tile]`

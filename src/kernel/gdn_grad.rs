@@ -44,6 +44,8 @@ fields! {
         qk_type: u32,
         /// Type code of do.
         v_type: u32,
+        /// 0: all heads walk the segments. 1 and 2: each head its own, see [`super::gdn_cut`].
+        walk: u32,
         /// Threads of a workgroup.
         lanes: u32,
     }
@@ -83,6 +85,7 @@ fields! {
 /// - q, k, d_o `[window, *]`; ws, chunks, segments as `gdn_scan` read them
 /// - dstate `[slots, Hv, K, V]` f32, the gradient of the state after the segment, replaced by that of the state before it
 /// - dsaved is written
+/// - walk = 1 or 2: segments `[segments, Hv]`, walks of each head as [`super::gdn_cut`] says; with 2 dsaved is left alone
 /// - grid: `[segments, Hv, V / dv_tile]`
 pub static GRAD_SCAN: Kernel = Kernel {
     name: "gdn_grad_scan",

@@ -248,7 +248,7 @@ impl Sizes {
         Ok(Sizes {
             piece: t,
             logit_rows,
-            inputs: InputLayout::new(caps, config, t).bytes,
+            inputs: InputLayout::new(caps, config, &[t]).bytes,
             x: t * hidden * 4,
             normed: t * hidden * 4,
             wide: t * 4 * (config.linear_row() as u64).max(config.full_row() as u64).max(2 * ffn),
@@ -258,7 +258,8 @@ impl Sizes {
             gates: t * heads.hv as u64 * 4,
             part: (1..=t).map(part).max().unwrap_or(0),
             logits: logit_rows * vocab * 4,
-            recurrence: 2 * (plan.scratch + plan.tables.len() as u64 * 4),
+            recurrence: 2
+                * (plan.scratch + plan.tables.len() as u64 * 4 + plan.cut_bytes(heads, caps.align).iter().sum::<u64>()),
         })
     }
 
@@ -296,27 +297,41 @@ fn part_bytes(caps: &Caps, shape: &AttentionShape, tokens: u64, pages: &[(u64, u
     exact.max(one + (pages.len() as u64).saturating_sub(1) * slot)
 }
 
-/// Where the inputs of a piece of T tokens lie in their buffer: byte offsets that the device can bind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Where the inputs of a pass lie in their buffer: byte offsets that the device can bind.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct InputLayout {
-    /// `[T]` u32
+    /// `[T]` u32, of all lanes one after the other
     pub ids: u64,
-    /// `[T]` u32
-    pub pos: u64,
-    /// `[T, rotary]` f32
-    pub rope: u64,
-    /// `[1]` of (first token, tokens, slot, 0)
-    pub seqs: u64,
+    /// What each sequence has of its own.
+    pub lanes: Vec<LaneLayout>,
     /// All of it.
     pub bytes: u64,
 }
 
+/// The part of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LaneLayout {
+    /// `[tokens]` u32
+    pub pos: u64,
+    /// `[tokens, rotary]` f32
+    pub rope: u64,
+    /// `[1]` of (first row, tokens, slot, 0)
+    pub seqs: u64,
+}
+
 impl InputLayout {
-    pub fn new(caps: &Caps, config: &Config, tokens: u64) -> Self {
+    /// For so many tokens of each lane.
+    pub fn new(caps: &Caps, config: &Config, lanes: &[u64]) -> Self {
         let after = |at: u64, bytes: u64| (at + bytes).next_multiple_of(caps.align.max(16));
-        let pos = after(0, tokens * 4);
-        let rope = after(pos, tokens * 4);
-        let seqs = after(rope, tokens * config.rotary as u64 * 4);
-        InputLayout { ids: 0, pos, rope, seqs, bytes: seqs + 16 }
+        let mut end = after(0, lanes.iter().sum::<u64>() * 4);
+        let lane = |tokens: &u64| {
+            let pos = end;
+            let rope = after(pos, tokens * 4);
+            let seqs = after(rope, tokens * config.rotary as u64 * 4);
+            end = after(seqs, 16);
+            LaneLayout { pos, rope, seqs }
+        };
+        let lanes = lanes.iter().map(lane).collect();
+        InputLayout { ids: 0, lanes, bytes: end }
     }
 }

@@ -1,6 +1,8 @@
 //! One sequence on a device: tokens in, logits out.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
@@ -8,12 +10,11 @@ use crate::gdn;
 use crate::pass::Pass;
 use crate::qwen::config::LayerKind;
 use crate::qwen::generate::{Answer, GenerateOptions, Generation};
-use crate::qwen::layer::{self, Recorder, Scratch, Workspace};
-use crate::qwen::memory::InputLayout;
+use crate::qwen::layer::{self, Lane, Recorder, Scratch, Workspace};
 use crate::qwen::model::{Inner, Model};
+use crate::qwen::state::State;
 use crate::qwen::state::cache::{Cache, Origin, Reason, Restored};
 use crate::qwen::state::snapshot::Snapshot;
-use crate::qwen::state::{self, State};
 use crate::qwen::turns::Ended;
 
 /// A sequence of a [`Model`]: what it has read so far, and the memory to read more.
@@ -35,6 +36,8 @@ pub struct Session {
     state: State,
     /// The pass of one token, with the first position that it was not recorded for.
     step: Option<(Step, u64)>,
+    /// Changes with the memory that a recorded pass names; no two sessions have the same.
+    pub(crate) mark: u64,
     /// The answer under way, or the last one where it can go on.
     pub(crate) answer: Option<Answer>,
     cache: Option<Cache>,
@@ -77,7 +80,7 @@ impl Session {
         let backend = inner.backend.as_ref();
         let state = State::new(&inner.config, backend, inner.plan.context, inner.plan.kv)?;
         with_workspace(inner, |_| Ok(()))?;
-        Ok(Session { state, step: None, answer: None, cache: None, failed: false, model: model.clone() })
+        Ok(Session { state, step: None, mark: mark(), answer: None, cache: None, failed: false, model: model.clone() })
     }
 
     /// The model.
@@ -129,8 +132,8 @@ impl Session {
     pub fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
         snapshot.check(&self.model)?;
         self.failed = true;
-        // The recorded step names the pages of what the session was.
-        self.step = None;
+        // Recorded passes name the pages of what the session was.
+        self.moved();
         snapshot.put(&mut self.state)?;
         self.answer = snapshot.answer().cloned();
         self.failed = false;
@@ -258,7 +261,7 @@ impl Session {
                     let block = first..rows.min(first + step);
                     let n = block.end - block.start;
                     let mut pass = Pass::new();
-                    self.recorder(&work.scratch, rows, 0..1, None).head(&mut pass, block)?;
+                    recorder(&inner, &work.scratch, &[], None).head(&mut pass, block)?;
                     backend.load(&pass)?;
                     backend.run(&pass)?;
                     out.extend(backend.read(&work.scratch.logits.slice(0, n * vocab * 4)?)?.wait_as::<f32>()?);
@@ -343,7 +346,7 @@ impl Session {
         Ok(())
     }
 
-    fn check(&self, ids: &[u32]) -> Result<()> {
+    pub(crate) fn check(&self, ids: &[u32]) -> Result<()> {
         self.usable()?;
         if ids.is_empty() {
             return Err(Error::argument("ids", "none", "at least one"));
@@ -370,11 +373,9 @@ impl Session {
         let (config, backend) = (&inner.config, inner.backend.as_ref());
         let (start, tokens) = (self.state.position(), ids.len() as u64);
         // Memory first: without it the sequence is still what it was.
-        if self.grow(start + tokens)? {
-            self.step = None;
-        }
+        self.grow(start + tokens)?;
         self.failed = true;
-        backend.write(&work.scratch.inputs.view(), &self.inputs(ids, start))?;
+        backend.write(&work.scratch.inputs.view(), &layer::inputs(backend.caps(), config, &[(ids, start)]))?;
         if tokens == 1 {
             self.record_step(&work.scratch, start, want)?;
             if let Some((step, _)) = &self.step {
@@ -401,17 +402,51 @@ impl Session {
         Ok(got)
     }
 
-    /// Makes room for the positions up to `end`, if need be in place of what the cache holds; true if pages came or changed.
-    fn grow(&mut self, end: u64) -> Result<bool> {
+    /// Makes room for one token more, which another's pass is going to append.
+    pub(crate) fn grow_one(&mut self) -> Result<()> {
+        self.grow(self.state.position() + 1)
+    }
+
+    /// A pass that appends to the sequence begins: until it is [done](Session::pass_done), the sequence is in between.
+    pub(crate) fn pass_begins(&mut self) {
+        (self.failed, self.answer) = (true, None);
+    }
+
+    /// The pass has appended this token.
+    pub(crate) fn pass_done(&mut self, id: u32) {
+        self.state.history.push(&[id]);
+        self.failed = false;
+        if self.is_due() {
+            self.keep(Some(Reason::Every));
+        }
+    }
+
+    /// The sequence as a lane of a pass over one token, at one of these positions.
+    pub(crate) fn lane(&self, positions: Range<u64>) -> Lane<'_> {
+        Lane { state: &self.state, tokens: 1, positions }
+    }
+
+    /// Makes room for the positions up to `end`, if need be in place of what the cache holds.
+    fn grow(&mut self, end: u64) -> Result<()> {
         let inner = self.model.inner.clone();
-        match (self.state.grow(inner.backend.as_ref(), end), &self.cache) {
+        let moved = match (self.state.grow(inner.backend.as_ref(), end), &self.cache) {
             (Err(why @ Error::OutOfMemory { .. }), Some(cache)) => {
                 log::warn!("the cache is cleared: {why}");
                 cache.clear();
                 self.state.grow(inner.backend.as_ref(), end).map(|_| true)
             }
             (grown, _) => grown,
+        }?;
+        if moved {
+            self.moved();
         }
+        Ok(())
+    }
+
+    /// The memory of the sequence is elsewhere now.
+    fn moved(&mut self) {
+        self.step = None;
+        self.mark = mark();
     }
 
     fn read(&self, scratch: &Scratch, want: Want) -> Result<Got> {
@@ -440,24 +475,30 @@ impl Session {
         if self.step.as_ref().is_some_and(|(step, end)| step.want == want && at < *end) {
             return Ok(());
         }
-        // Without full attention nothing in the pass depends on the position.
-        let full = self.model.inner.config.count(LayerKind::Full) > 0;
-        let end = if full { self.state.page_end(at).min((at / STEP_POSITIONS + 1) * STEP_POSITIONS) } else { u64::MAX };
+        let end = self.step_end(at);
         let pass = self.record(scratch, 1, at..end, None, want)?;
         self.model.inner.backend.load(&pass)?;
         self.step = Some((Step { want, pass }, end));
         Ok(())
     }
 
+    /// The first position that a pass of one token, recorded for position `at`, is not good for.
+    pub(crate) fn step_end(&self, at: u64) -> u64 {
+        // Without full attention nothing in the pass depends on the position.
+        let full = self.model.inner.config.count(LayerKind::Full) > 0;
+        if full { self.state.page_end(at).min((at / STEP_POSITIONS + 1) * STEP_POSITIONS) } else { u64::MAX }
+    }
+
     fn record(
         &self,
         scratch: &Scratch,
         tokens: u64,
-        positions: std::ops::Range<u64>,
+        positions: Range<u64>,
         prefill: Option<&gdn::Prefill>,
         want: Want,
     ) -> Result<Pass> {
-        let recorder = self.recorder(scratch, tokens, positions, prefill);
+        let lanes = [Lane { state: &self.state, tokens, positions }];
+        let recorder = recorder(&self.model.inner, scratch, &lanes, prefill);
         let mut pass = Pass::new();
         recorder.trunk(&mut pass)?;
         if want != Want::State {
@@ -468,46 +509,34 @@ impl Session {
         }
         Ok(pass)
     }
+}
 
-    fn recorder<'a>(
-        &'a self,
-        scratch: &'a Scratch,
-        tokens: u64,
-        positions: std::ops::Range<u64>,
-        prefill: Option<&'a gdn::Prefill>,
-    ) -> Recorder<'a> {
-        let inner = &self.model.inner;
-        Recorder {
-            config: &inner.config,
-            weights: &inner.weights,
-            caps: inner.backend.caps(),
-            scratch,
-            state: &self.state,
-            kv: inner.plan.kv,
-            prefill,
-            tokens,
-            positions,
-        }
-    }
-
-    /// What the host writes for a piece, laid out as [`InputLayout`] says.
-    fn inputs(&self, ids: &[u32], start: u64) -> Vec<u8> {
-        let config = &self.model.inner.config;
-        let tokens = ids.len() as u64;
-        let layout = InputLayout::new(self.model.inner.backend.caps(), config, tokens);
-        let mut bytes = vec![0u8; layout.bytes as usize];
-        let mut put = |at: u64, data: &[u8]| bytes[at as usize..at as usize + data.len()].copy_from_slice(data);
-        let positions: Vec<u32> = (start..start + tokens).map(|p| p as u32).collect();
-        put(layout.ids, bytemuck::cast_slice(ids));
-        put(layout.pos, bytemuck::cast_slice(&positions));
-        put(layout.rope, bytemuck::cast_slice(&state::rope(config, start, tokens)));
-        put(layout.seqs, bytemuck::cast_slice(&[0, tokens as u32, 0, 0]));
-        bytes
+/// What passes of a model are recorded with.
+pub(crate) fn recorder<'a>(
+    inner: &'a Inner,
+    scratch: &'a Scratch,
+    lanes: &'a [Lane<'a>],
+    prefill: Option<&'a gdn::Prefill>,
+) -> Recorder<'a> {
+    Recorder {
+        config: &inner.config,
+        weights: &inner.weights,
+        caps: inner.backend.caps(),
+        scratch,
+        kv: inner.plan.kv,
+        lanes,
+        prefill,
     }
 }
 
+/// A number that no session has yet.
+fn mark() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
 /// Does something in the model's workspace, while no other session does.
-fn with_workspace<T>(inner: &Inner, work: impl FnOnce(&mut Workspace) -> Result<T>) -> Result<T> {
+pub(crate) fn with_workspace<T>(inner: &Inner, work: impl FnOnce(&mut Workspace) -> Result<T>) -> Result<T> {
     let mut guard = inner.workspace.lock().unwrap_or_else(|e| e.into_inner());
     let workspace = match &mut *guard {
         Some(workspace) => workspace,

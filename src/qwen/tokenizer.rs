@@ -90,6 +90,11 @@ impl Tokenizer {
         self.inner.tokenizer.token_to_id(token)
     }
 
+    /// The bytes that an id stands for, which need not be whole characters; none for an id without a token.
+    pub fn bytes(&self, id: u32) -> Option<&[u8]> {
+        self.inner.bytes.get(id as usize)?.as_deref()
+    }
+
     /// True if the id has a token.
     pub fn has(&self, id: u32) -> bool {
         self.inner.bytes.get(id as usize).is_some_and(Option::is_some)

@@ -202,6 +202,8 @@ impl Batch {
                 qk_type: dtype.code(),
                 v_type: dtype.code(),
                 save: 0,
+                walk: 0,
+                grad: 0,
                 lanes: 1,
             };
             let params = ScanParams {

@@ -233,6 +233,8 @@ fn prepare_and_scan(gpu: &dyn Backend, case: &Case) -> (Vec<f32>, Vec<f32>, Vec<
             qk_type: ty.code(),
             v_type: ty.code(),
             save: 0,
+            walk: 0,
+            grad: 0,
             lanes: tile.scan_lanes,
         },
         ScanParams {
@@ -306,9 +308,9 @@ fn gdn_prepare_and_gdn_scan() {
                         for (i, t) in t.clone().enumerate() {
                             answer_o[(t * hv + h) * dv..][..dv].copy_from_slice(&out[i * dv..][..dv]);
                         }
-                        // gamma_C stands in the first of its C numbers; the others are free.
-                        let found = &ws[(n * hv + h) * per_head..][..per_head - c + 1];
-                        close(&format!("{what} ws"), found, &one[..per_head - c + 1], 2e-6);
+                        // gamma_C and one more stand in the first of C numbers; the others are free.
+                        let found = &ws[(n * hv + h) * per_head..][..per_head - c + 2];
+                        close(&format!("{what} ws"), found, &one[..per_head - c + 2], 2e-6);
                         answer_ws.extend(one);
                     }
                 }

@@ -92,6 +92,8 @@ const NAME_LIMIT: usize = 64;
 /// See the [module](self).
 pub struct Parser {
     tools: Arc<[Spec]>,
+    /// Calls count; without, their tags are text.
+    calls: bool,
     raw: String,
     /// Prose before this has been handed out or dropped.
     shown: usize,
@@ -165,6 +167,7 @@ impl Parser {
     pub fn new(tools: Arc<[Spec]>, reasoning: bool) -> Self {
         Parser {
             tools,
+            calls: true,
             raw: String::new(),
             shown: 0,
             solid: 0,
@@ -174,6 +177,11 @@ impl Parser {
             state: State::Prose,
             events: Vec::new(),
         }
+    }
+
+    /// A parser for an answer that can call nothing: all but its reasoning is text.
+    pub fn prose(reasoning: bool) -> Self {
+        Parser { calls: false, ..Parser::new(Arc::new([]), reasoning) }
     }
 
     /// Everything pushed so far.
@@ -332,8 +340,8 @@ impl Parser {
     fn prose_tag(&mut self, tag: &str, start: usize, end: usize) {
         let answer_begins = self.blank && !self.spoken;
         match tag {
-            OPEN_CALL => self.state = State::Opened { start, tag: None },
-            OPEN_FUNCTION if !self.reasoning && self.line_begins(start) => {
+            OPEN_CALL if self.calls => self.state = State::Opened { start, tag: None },
+            OPEN_FUNCTION if self.calls && !self.reasoning && self.line_begins(start) => {
                 self.state = State::Name { start, name: end, bare: true };
             }
             CLOSE_THINK if self.reasoning || answer_begins => self.section(false, end),

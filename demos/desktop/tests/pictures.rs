@@ -96,7 +96,7 @@ fn samples() -> Samples {
     for n in 0..200 {
         let writing = (40..90).contains(&n) || (130..160).contains(&n);
         let rate = if writing { 700.0 + f64::from(n * 37 % 90) } else { 0.0 };
-        samples.push(Sample { time: f64::from(n) * 0.5, rate, memory: Some((120 << 20) + (n as u64 * 150 << 10)) });
+        samples.push(Sample { time: f64::from(n) * 0.5, rate, memory: Some((120 << 20) + ((n as u64 * 150) << 10)) });
     }
     samples
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use gatedelta::backend::Backend;
 use gatedelta::device::{self, class_name};
+use gatedelta::gdn::Options;
 use gatedelta::shape::{Dtype, Heads};
 use gatedelta::tune::Kind;
 use serde_json::{Value, json};
@@ -54,6 +55,12 @@ pub struct Args {
     /// How the operator's q, k, v and o are stored: f32, f16 or bf16
     #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = dtype)]
     store: Dtype,
+    /// Cut sequences of the operator into segments of at most so many chunks, 0 for never; without it, as the device is best used
+    #[arg(long, value_name = "CHUNKS")]
+    cut: Option<u32>,
+    /// Carry the whole state over every cut
+    #[arg(long)]
+    exact: bool,
     /// Type of random weights: f32, f16 or bf16
     #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = dtype)]
     weights: Dtype,
@@ -140,7 +147,8 @@ fn operator(
             notes.push_str(&format!("{name} {size} left out: a run would take about {seconds:.0} s (--longest)\n"));
             continue;
         }
-        match bench_op::row(&**backend, what, heads, args.store, seconds) {
+        let options = Options { store: args.store, cut: args.cut, exact: args.exact, ..Options::default() };
+        match bench_op::row(&**backend, what, heads, options, seconds) {
             Ok(row) => {
                 if args.json {
                     print_json(row_json(&row, args.store, peak, &done));

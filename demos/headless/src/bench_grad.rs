@@ -28,12 +28,12 @@ const CHECKED_TOKENS: u64 = 512;
 ///
 /// # Errors
 /// Whatever the device reports, and a gradient that is not right.
-pub fn row(backend: &dyn Backend, tokens: u64, heads: Heads, store: Dtype, budget: Duration) -> Result<Row> {
+pub fn row(backend: &dyn Backend, tokens: u64, heads: Heads, options: Options, budget: Duration) -> Result<Row> {
+    let store = options.store;
     let shape = Shape::one(heads, tokens);
     let mut block = oracle::inputs("bench", Shape::one(heads, tokens.min(CHECKED_TOKENS)), false, true, 7);
     block.cotangents = Some(oracle_grad::cotangents(&block, 8));
     let memory = Memory::new(backend, &shape, store, &mut block)?;
-    let options = Options { store, ..Options::default() };
     let stride = (heads.hk as u64 * heads.k as u64).max(heads.hv as u64 * heads.v as u64);
     let mut pass = Pass::new();
     Backward::new(backend, &shape, &options, stride)?.record(&mut pass, &memory.io)?;
@@ -175,7 +175,7 @@ mod tests {
     fn operations_are_counted_by_hand_once() {
         let backend = gatedelta::device::open(Some("cpu")).unwrap().0;
         let heads = bench_op::heads(1, 2).unwrap();
-        let row = row(&*backend, 96, heads, Dtype::F32, Duration::ZERO).unwrap();
+        let row = row(&*backend, 96, heads, Options::default(), Duration::ZERO).unwrap();
         let c = tune::tile(backend.caps(), &heads).chunk as f64;
         // All states are kept: K = V = d, 8 C d d, 5 C C d of values, 3 C C d of keys, the inverse, and two per key head.
         let d = 128.0;

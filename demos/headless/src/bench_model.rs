@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use gatedelta::backend::Backend;
-use gatedelta::qwen::{Config, Event, Finish, GenerateOptions, LayerKind, LoadOptions, Model, Sampling, Session};
+use gatedelta::qwen::{
+    Batch, Config, Event, Finish, GenerateOptions, LayerKind, LoadOptions, Model, Sampling, Session,
+};
 use gatedelta::shape::Dtype;
 use serde_json::json;
 
@@ -27,6 +29,9 @@ const CHECKED: usize = 24;
 
 /// Ids of the answer that are timed one by one.
 const ANSWER: u64 = 48;
+
+/// Numbers of sequences that are written together.
+const TOGETHER: [usize; 3] = [2, 4, 8];
 
 /// The largest relative difference of logits between the two ways to read a prompt.
 const BOUND: f64 = 1e-4;
@@ -63,6 +68,9 @@ pub fn run(backend: &Arc<dyn Backend>, which: &Which, seconds: Duration, json: b
     let difference = check(&mut session, &ids[..CHECKED])?;
     let prefill = time_prefill(&mut session, &ids, seconds)?;
     let decode = time_decode(&mut session, &ids)?;
+    drop(session);
+    let together: Vec<(usize, Sample)> =
+        TOGETHER.iter().map(|n| Ok((*n, time_together(&model, &ids, *n)?))).collect::<Result<_>>()?;
     let (prefill_rate, decode_rate) = (PROMPT as f64 / prefill.median(), 1.0 / decode.median());
     let weights = model.memory().weights;
     let peak_memory = peak_memory();
@@ -79,6 +87,9 @@ pub fn run(backend: &Arc<dyn Backend>, which: &Which, seconds: Duration, json: b
             "decode_tokens_per_s": decode_rate,
             "decode_median_s": decode.median(), "decode_min_s": decode.min(), "decode_max_s": decode.max(),
             "decode_runs": decode.runs(), "decode_share_of_peak": decode_share,
+            "together": together.iter().map(|(n, sample)| json!({
+                "sequences": n, "tokens_per_s": *n as f64 / sample.median(), "median_s": sample.median(),
+            })).collect::<Vec<_>>(),
             "peak_memory_bytes": peak_memory, "relative_difference": difference,
         }));
         return Ok(());
@@ -92,6 +103,13 @@ pub fn run(backend: &Arc<dyn Backend>, which: &Which, seconds: Duration, json: b
         let ms = |s: f64| significant(s * 1e3);
         let spread = format!("{}..{}", ms(sample.min()), ms(sample.max()));
         table.row(vec![what, significant(rate), ms(sample.median()), spread, sample.runs().to_string(), share]);
+    }
+    for (n, sample) in &together {
+        let ms = |s: f64| significant(s * 1e3);
+        let spread = format!("{}..{}", ms(sample.min()), ms(sample.max()));
+        let rate = significant(*n as f64 / sample.median());
+        let what = format!("decode of {n} sequences together");
+        table.row(vec![what, rate, ms(sample.median()), spread, sample.runs().to_string(), "-".into()]);
     }
     let memory = peak_memory.map_or("not known here".into(), |n| {
         // Measuring the machine took memory too: beside small weights it is the larger part.
@@ -171,6 +189,24 @@ fn time_decode(session: &mut Session, ids: &[u32]) -> Result<Sample> {
     }
     if times.len() < 5 {
         bail!("the answer ended after {} ids", times.len());
+    }
+    Ok(Sample::new(times.split_off(4), false, 0.0))
+}
+
+/// Times of one token of each of `n` sequences in one pass; the first few do not count.
+fn time_together(model: &Model, ids: &[u32], n: usize) -> Result<Sample> {
+    let mut sessions = (0..n).map(|_| model.session()).collect::<Result<Vec<_>, _>>()?;
+    for (session, i) in sessions.iter_mut().zip(1..) {
+        // Each has a length of its own.
+        session.prefill(&ids[..CHECKED - i.min(CHECKED - 1)], &mut |_, _| {})?;
+    }
+    let mut batch = Batch::new(model);
+    let mut times = Vec::new();
+    for at in 0..ANSWER as usize / 2 + 4 {
+        let next: Vec<u32> = (0..n).map(|i| ids[(at * n + i) % ids.len()]).collect();
+        let begin = Instant::now();
+        batch.step(&mut sessions.iter_mut().collect::<Vec<_>>(), &next)?;
+        times.push(begin.elapsed().as_secs_f64());
     }
     Ok(Sample::new(times.split_off(4), false, 0.0))
 }

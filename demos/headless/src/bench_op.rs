@@ -101,9 +101,10 @@ pub fn heads(hk: u32, hv: u32) -> gatedelta::Result<Heads> {
 ///
 /// # Errors
 /// Whatever the device reports, and an answer that is not right.
-pub fn row(backend: &dyn Backend, what: What, heads: Heads, store: Dtype, budget: Duration) -> Result<Row> {
+pub fn row(backend: &dyn Backend, what: What, heads: Heads, options: Options, budget: Duration) -> Result<Row> {
+    let store = options.store;
     let (shape, layers) = match what {
-        What::Backward(tokens) => return bench_grad::row(backend, tokens, heads, store, budget),
+        What::Backward(tokens) => return bench_grad::row(backend, tokens, heads, options, budget),
         What::Prefill(tokens) => (Shape::one(heads, tokens), 1),
         What::Decode { sequences, layers } => (Shape::new(heads, (0..=sequences).collect())?, layers),
     };
@@ -111,7 +112,6 @@ pub fn row(backend: &dyn Backend, what: What, heads: Heads, store: Dtype, budget
     // Inputs repeat after the tokens that are checked: time does not depend on them, and making them takes time.
     let block = oracle::inputs("bench", prefix(&shape, tokens.min(CHECKED_TOKENS))?, false, true, 7);
     let memory = Memory::new(backend, &shape, layers, store, &block)?;
-    let options = Options { store, ..Options::default() };
     let stride = (heads.hk as u64 * heads.k as u64).max(heads.hv as u64 * heads.v as u64);
     let mut pass = Pass::new();
     match what {

@@ -70,6 +70,8 @@ pub struct Case {
     pub scale: Option<f32>,
     /// q and k are divided by `sqrt(sum of squares + 1e-6)`.
     pub qk_l2norm: bool,
+    /// Not of the file: how to cut its sequences, see [`Options::cut`].
+    pub cut: Option<u32>,
     /// The file's answers, if it holds both.
     pub answers: Option<Answers>,
     /// The gradient to go back from, if the file has it.
@@ -155,6 +157,7 @@ impl Case {
             shape,
             scale,
             qk_l2norm,
+            cut: None,
             answers,
             cotangents,
             gradients,
@@ -177,7 +180,7 @@ impl Case {
 
     /// Scale, norm and storage.
     pub fn options(&self, store: Dtype) -> Options {
-        Options { scale: self.scale, qk_l2norm: self.qk_l2norm, store }
+        Options { scale: self.scale, qk_l2norm: self.qk_l2norm, store, cut: self.cut, exact: false }
     }
 
     /// `[T, Hk, K]`.

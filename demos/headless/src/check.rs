@@ -38,6 +38,9 @@ pub struct Args {
     /// Directory of checkpoints with answers; without it, the repository's own
     #[arg(long, value_name = "DIR")]
     models: Option<PathBuf>,
+    /// Cut sequences into segments of at most so many chunks, 0 for never; without it, as the device is best used
+    #[arg(long, value_name = "CHUNKS")]
+    cut: Option<u32>,
     /// Write a JUnit report
     #[arg(long, value_name = "FILE")]
     junit: Option<PathBuf>,
@@ -81,6 +84,7 @@ pub fn run(args: &Args) -> Result<bool> {
         cases.push(case);
     }
     cases.extend(oracle::generated()?);
+    cases.iter_mut().for_each(|case| case.cut = args.cut);
     let checkpoints = checkpoints::read(&directory(&args.models, "models")?)?;
 
     let mut suites = Vec::new();

@@ -7,7 +7,9 @@ use pulp::Simd;
 use super::bind::{Bind, Read, Stored, Write};
 use super::engine::{Local, Row};
 use super::gdn_prepare::{check_heads, ws_size};
-use super::gdn_scan::{Columns, check_chunks, check_columns, key_head, saved_size};
+use super::gdn_scan::{
+    Bounds, Columns, FROM_ZERO, Walk, begin, check_columns, check_walks, key_head, saved_size, table_rows,
+};
 use super::memory::cut;
 use super::product::{Left, WIDTH, product, product_upper};
 use super::simd::{fma, load, store, widen};
@@ -25,6 +27,7 @@ pub(super) struct GradScan<'p> {
     /// `[chunks, Hv, 5 C C + 9 C]`
     ws: Read<'p, f32>,
     chunks: Read<'p, Entry>,
+    /// `[segments]` or `[segments, Hv]`
     segments: Read<'p, Entry>,
     /// Segments in the launch.
     count: usize,
@@ -42,6 +45,7 @@ impl<'p> GradScan<'p> {
         check_heads(b, p.hk, p.hv, c.dk, None)?;
         check_columns(b, p.dv, c.dv_tile)?;
         check_chunk(b, c.chunk)?;
+        b.expect("walk", c.walk, c.walk <= FROM_ZERO, "0, 1 or 2")?;
         let count = b.grid()[0];
         b.expect_grid([count, p.hv as usize, (p.dv / c.dv_tile) as usize])?;
         let (qk, vo) = (b.dtype("qk_type", c.qk_type)?, b.dtype("v_type", c.v_type)?);
@@ -57,7 +61,7 @@ impl<'p> GradScan<'p> {
             d_o,
             ws: b.read(3, 0)?,
             chunks: b.read(4, 0)?,
-            segments: b.read(5, count as u64)?,
+            segments: b.read(5, table_rows(c.walk, count, p.hv))?,
             count,
             dstate: b.write(6, 0)?,
             dsaved: b.write(7, 0)?,
@@ -78,13 +82,14 @@ impl Row for GradScan<'_> {
         let (c, p) = (&self.consts, &self.params);
         let hv = p.hv as usize;
         let chunks = self.chunks.all();
-        let limit = chunks
-            .len()
-            .min(self.ws.all().len() / (ws_size(c.chunk, true) * hv))
-            .min(self.dsaved.len() / (saved_size(c.chunk, c.dk, p.dv) * hv));
+        let mut limit = chunks.len().min(self.ws.all().len() / (ws_size(c.chunk, true) * hv));
+        if c.walk != FROM_ZERO {
+            limit = limit.min(self.dsaved.len() / (saved_size(c.chunk, c.dk, p.dv) * hv));
+        }
         let slots = self.dstate.len() / (hv * c.dk as usize * p.dv as usize);
-        let segments = &self.segments.all()[..self.count];
-        check_chunks(GRAD_SCAN.name, segments, &chunks[..limit], slots, c.chunk, self.tokens)
+        let segments = &self.segments.all()[..table_rows(c.walk, self.count, p.hv) as usize];
+        let bounds = Bounds { slots, most: c.chunk, tokens: self.tokens };
+        check_walks(GRAD_SCAN.name, segments, c.walk, hv, &chunks[..limit], bounds)
     }
 
     fn phases(&self) -> Vec<usize> {
@@ -99,17 +104,19 @@ impl Row for GradScan<'_> {
         let (column, rest) = (cell % (dv / tile) * tile, cell / (dv / tile));
         let (h, segment) = (rest % hv, rest / hv);
         let hk = key_head(p.head_map, p.hk, p.hv, h);
-        let [first_chunk, chunks, slot, _] = self.segments.all()[segment].map(|n| n as usize);
+        let Some(walk) = Walk::of(self.segments.all(), self.consts.walk, hv, segment, h) else { return Ok(()) };
+        let Walk { first_chunk, chunks, start, to } = walk;
 
-        let rest = &mut local.scratch.floats(dk * tile + 2 * c * dk + c * tile + 3 * c * WIDTH);
+        let rest = &mut local.scratch.floats(dk * tile + 2 * c * dk + c * tile + 5 * c * WIDTH);
         let panels = cut(rest, dk * tile); // dS: [tile / 16][K, 16]
         let rows = cut(rest, 2 * c * dk); // K, then Q: [2 len, K]
         let d_o = cut(rest, c * tile); // dO: [len, tile]
         let (d_n, yz) = (cut(rest, c * WIDTH), cut(rest, 2 * c * WIDTH));
+        let dropped = cut(rest, 2 * c * WIDTH); // X and Z where they are not saved
 
-        let columns = Columns { first: (slot * hv + h) * dk * dv + column, dk, dv, tile };
-        // SAFETY: these columns of this head of this slot belong to this cell alone.
-        unsafe { columns.read(&self.dstate, panels) };
+        let columns = |slot: usize| Columns { first: (slot * hv + h) * dk * dv + column, dk, dv, tile };
+        // SAFETY: these columns of this head of the slots of this walk belong to this cell alone.
+        unsafe { begin(start, columns, column, &self.dstate, panels) };
 
         let size = ws_size(self.consts.chunk, true);
         for chunk in (first_chunk..first_chunk + chunks).rev() {
@@ -124,6 +131,13 @@ impl Row for GradScan<'_> {
             let dsaved = (chunk * hv + h) * saved_size(self.consts.chunk, self.consts.dk, p.dv) + column;
             for j in 0..tile / WIDTH {
                 let panel = &mut panels[j * dk * WIDTH..][..dk * WIDTH];
+                let chunk = Chunk { s, c, len, dk, tile, rows, ws };
+                if self.consts.walk == FROM_ZERO {
+                    let xz = dropped.as_mut_ptr();
+                    // SAFETY: 2 C rows of 16 numbers of this thread.
+                    unsafe { chunk.panel(panel, &d_o[j * WIDTH..], d_n, yz, xz, WIDTH) }
+                    continue;
+                }
                 let at = dsaved + j * WIDTH;
                 for (i, row) in panel.chunks_exact(WIDTH).enumerate() {
                     // SAFETY: these columns of this chunk and head belong to this cell alone.
@@ -135,14 +149,13 @@ impl Row for GradScan<'_> {
                     unsafe { self.dsaved.part(row, WIDTH) }.fill(0.0);
                 }
                 let xz = self.dsaved.at(xz, (2 * c - 1) * dv + WIDTH);
-                let chunk = Chunk { s, c, len, dk, tile, rows, ws };
                 // SAFETY: rows of X and Z are V apart, C of each.
                 unsafe { chunk.panel(panel, &d_o[j * WIDTH..], d_n, yz, xz, dv) }
             }
         }
 
         // SAFETY: as above.
-        unsafe { columns.write(panels, &self.dstate) };
+        unsafe { columns(to).write(panels, &self.dstate) };
         Ok(())
     }
 }

@@ -30,6 +30,9 @@ pub(super) struct Prepare<'p> {
     ws: Write<'p, f32>,
 }
 
+/// The largest `beta |rk k|^2` of a token that counts as one that makes no state longer.
+const LONGEST_STEP: f32 = 2.0 + 1e-5;
+
 /// Numbers of scratch per chunk and value head.
 pub(super) fn ws_size(chunk: u32, grad: bool) -> usize {
     let bytes = if grad { grad_scratch_per_chunk_head(chunk) } else { scratch_per_chunk_head(chunk) };
@@ -260,6 +263,9 @@ impl Prepare<'_> {
             }
         }
 
+        // No token makes a state longer; a little over 2 is what rounding makes of 2. NaN fails.
+        let step = |t: usize| beta[t] * x.rk[t] * x.rk[t] * x.kk[t * c + t];
+        let contracts = (0..len).all(|t| (0.0..=LONGEST_STEP).contains(&step(t)));
         let last = if len == 0 { 0.0 } else { sums[len - 1] };
         for t in 0..len {
             let gamma = sums[t] as f32;
@@ -281,6 +287,7 @@ impl Prepare<'_> {
             #[inline(always)]
             |v| exp(s, v),
         );
+        vectors[3 * c + 1] = if contracts { 1.0 } else { 0.0 };
         for t in 0..len {
             vectors[t] *= x.rk[t];
             vectors[c + t] *= p.scale * x.rq[t];

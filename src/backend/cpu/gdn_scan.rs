@@ -27,6 +27,7 @@ pub(super) struct Scan<'p> {
     /// `[chunks, Hv, 2 C C + 4 C]`
     ws: Read<'p, f32>,
     chunks: Read<'p, Entry>,
+    /// `[segments]` or `[segments, Hv]`
     segments: Read<'p, Entry>,
     /// Segments in the launch.
     count: usize,
@@ -79,6 +80,32 @@ impl Columns {
     }
 }
 
+/// Panels of the state that a walk starts from; they begin at column `column` of it.
+///
+/// # Safety
+/// Nothing writes these columns meanwhile.
+#[inline(always)]
+pub(super) unsafe fn begin(
+    start: Start,
+    columns: impl Fn(usize) -> Columns,
+    column: usize,
+    state: &Write<f32>,
+    panels: &mut [f32],
+) {
+    match start {
+        // SAFETY: as the caller promises.
+        Start::Slot(slot) => unsafe { columns(slot).read(state, panels) },
+        Start::Zero => panels.fill(0.0),
+        Start::Identity => {
+            let Columns { dk, tile, .. } = columns(0);
+            panels.fill(0.0);
+            for j in 0..tile {
+                panels[(j / WIDTH * dk + column + j) * WIDTH + j % WIDTH] = 1.0;
+            }
+        }
+    }
+}
+
 /// What a scan leaves behind besides the state.
 enum Out<'p> {
     /// o `[window, *]`
@@ -98,10 +125,15 @@ impl<'p> Scan<'p> {
         b.expect_grid([count, p.hv as usize, (p.dv / c.dv_tile) as usize])?;
         let (qk, vo) = (b.dtype("qk_type", c.qk_type)?, b.dtype("v_type", c.v_type)?);
         b.expect("save", c.save, c.save <= 2, "0, 1 or 2")?;
+        b.expect("grad", c.grad, c.grad <= 1 && (c.save != 1 || c.grad == 1), "0 or 1, with save 1 only 1")?;
+        b.expect("walk", c.walk, c.walk <= 1 || (c.walk <= 3 && c.save == 2), "0 or 1, with save 2 also 2 or 3")?;
+        b.expect("dv", p.dv, c.walk != TRANSITION || p.dv == c.dk, "dk for a transition")?;
         let (q, k, v) = (b.stored(0, qk, 0)?, b.stored(1, qk, 0)?, b.stored(2, vo, 0)?);
         let (wide_k, wide_v) = ((p.hk * c.dk) as usize, (p.hv * p.dv) as usize);
-        let mut tokens =
-            b.rows(1, k.len, p.k_off, p.k_stride, wide_k)?.min(b.rows(2, v.len, p.v_off, p.v_stride, wide_v)?);
+        let mut tokens = b.rows(1, k.len, p.k_off, p.k_stride, wide_k)?;
+        if c.walk != TRANSITION {
+            tokens = tokens.min(b.rows(2, v.len, p.v_off, p.v_stride, wide_v)?);
+        }
         let out = match c.save {
             0 => {
                 let o = b.stored_mut(7, vo, 0)?;
@@ -120,7 +152,7 @@ impl<'p> Scan<'p> {
             v,
             ws: b.read(3, 0)?,
             chunks: b.read(4, 0)?,
-            segments: b.read(5, count as u64)?,
+            segments: b.read(5, table_rows(c.walk, count, p.hv))?,
             count,
             state,
             out,
@@ -137,26 +169,102 @@ pub(super) fn check_columns(b: &Bind, dv: u32, tile: u32) -> Result<()> {
     b.expect("dv_tile", tile, tile > 0 && tile % 16 == 0 && dv % tile == 0, "a multiple of 16 that divides dv")
 }
 
-/// Checks segments of (first chunk, chunks, slot, ..) over chunks of (first token, tokens, ..).
-pub(super) fn check_chunks(
+/// `walk` of a row: walks from zero, and those of transitions from the identity.
+pub(super) const FROM_ZERO: u32 = 2;
+pub(super) const TRANSITION: u32 = 3;
+
+/// Rows of the table of segments or of walks.
+pub(super) fn table_rows(walk: u32, segments: usize, hv: u32) -> u64 {
+    segments as u64 * if walk == 0 { 1 } else { hv as u64 }
+}
+
+/// What a cell walks.
+#[derive(Clone, Copy)]
+pub(super) struct Walk {
+    pub first_chunk: usize,
+    pub chunks: usize,
+    pub start: Start,
+    /// The slot that the state is left in.
+    pub to: usize,
+}
+
+/// The state that a walk starts from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Start {
+    Slot(usize),
+    Zero,
+    Identity,
+}
+
+impl Walk {
+    /// That of head `h` of a segment, if it has one.
+    pub fn of(table: &[Entry], walk: u32, hv: usize, segment: usize, h: usize) -> Option<Walk> {
+        let [first_chunk, chunks, third, fourth] = match walk {
+            0 => table[segment],
+            _ => table[segment * hv + h],
+        }
+        .map(|n| n as usize);
+        let (start, to) = match walk {
+            0 => (Start::Slot(third), third),
+            1 => (Start::Slot(third), fourth),
+            FROM_ZERO => (Start::Zero, fourth),
+            _ => (Start::Identity, fourth),
+        };
+        let taken = chunks > 0 && (walk != TRANSITION || third == 1);
+        taken.then_some(Walk { first_chunk, chunks, start, to })
+    }
+}
+
+/// What the walks of a launch must keep to.
+pub(super) struct Bounds {
+    pub slots: usize,
+    /// Tokens of a chunk.
+    pub most: u32,
+    /// Tokens of the window.
+    pub tokens: usize,
+}
+
+/// Checks segments, or the walks of each head, over chunks of (first token, tokens, ..): walks share no chunk, and no slot that
+/// either leaves a state in.
+pub(super) fn check_walks(
     kernel: &str,
-    segments: &[Entry],
+    table: &[Entry],
+    walk: u32,
+    hv: usize,
     chunks: &[Entry],
-    slots: usize,
-    most: u32,
-    tokens: usize,
+    bounds: Bounds,
 ) -> Result<()> {
+    if walk == 0 {
+        return check_chunks(kernel, table, chunks, bounds);
+    }
+    for h in 0..hv {
+        let own: Vec<Walk> = (0..table.len() / hv).filter_map(|s| Walk::of(table, walk, hv, s, h)).collect();
+        let entry = |w: &Walk| [w.first_chunk as u32, w.chunks as u32, w.to as u32, 0];
+        let mut entries: Vec<Entry> = own.iter().map(entry).collect();
+        let Bounds { slots, most, tokens } = bounds;
+        check_chunks(kernel, &entries, chunks, Bounds { slots, most, tokens })?;
+        entries.extend(own.iter().filter_map(|w| match w.start {
+            Start::Slot(from) if from != w.to => Some([0, 0, from as u32, 0]),
+            _ => None,
+        }));
+        distinct_slots(kernel, "segments", &entries, slots)?;
+    }
+    Ok(())
+}
+
+/// Checks segments of (first chunk, chunks, slot, ..) over chunks of (first token, tokens, ..).
+fn check_chunks(kernel: &str, segments: &[Entry], chunks: &[Entry], bounds: Bounds) -> Result<()> {
     runs(kernel, "segments", segments, chunks.len())?;
-    distinct_slots(kernel, "segments", segments, slots)?;
+    distinct_slots(kernel, "segments", segments, bounds.slots)?;
     let mut used: Vec<Entry> = Vec::new();
     for &[first, count, ..] in segments {
         let own = first as usize..(first + count) as usize;
         for (i, chunk) in own.clone().zip(&chunks[own]) {
-            chunk_length(i, chunk, most)?;
+            chunk_length(i, chunk, bounds.most)?;
             used.push(*chunk);
         }
     }
-    runs(kernel, "chunks", &used, tokens)
+    runs(kernel, "chunks", &used, bounds.tokens)
 }
 
 /// The key head that value head `h` reads.
@@ -169,12 +277,13 @@ impl Row for Scan<'_> {
         let hv = self.params.hv as usize;
         let chunks = self.chunks.all();
         let mut limit =
-            chunks.len().min(self.ws.all().len() / (ws_size(self.consts.chunk, self.consts.save == 1) * hv));
+            chunks.len().min(self.ws.all().len() / (ws_size(self.consts.chunk, self.consts.grad == 1) * hv));
         if let Out::Saved(saved) = &self.out {
             limit = limit.min(saved.len() / (saved_size(self.consts.chunk, self.consts.dk, self.params.dv) * hv));
         }
-        let segments = &self.segments.all()[..self.count];
-        check_chunks(SCAN.name, segments, &chunks[..limit], self.slots, self.consts.chunk, self.tokens)
+        let segments = &self.segments.all()[..table_rows(self.consts.walk, self.count, self.params.hv) as usize];
+        let bounds = Bounds { slots: self.slots, most: self.consts.chunk, tokens: self.tokens };
+        check_walks(SCAN.name, segments, self.consts.walk, hv, &chunks[..limit], bounds)
     }
 
     fn phases(&self) -> Vec<usize> {
@@ -189,7 +298,8 @@ impl Row for Scan<'_> {
         let (column, rest) = (cell % (dv / tile) * tile, cell / (dv / tile));
         let (h, segment) = (rest % hv, rest / hv);
         let hk = key_head(p.head_map, p.hk, p.hv, h);
-        let [first_chunk, chunks, slot, _] = self.segments.all()[segment].map(|n| n as usize);
+        let Some(walk) = Walk::of(self.segments.all(), self.consts.walk, hv, segment, h) else { return Ok(()) };
+        let Walk { first_chunk, chunks, start, to } = walk;
 
         let rest = &mut local.scratch.floats(dk * tile + 2 * c * dk + c * tile + 3 * c * WIDTH);
         let panels = cut(rest, dk * tile); // S: [tile / 16][K, 16]
@@ -197,12 +307,12 @@ impl Row for Scan<'_> {
         let values = cut(rest, c * tile); // V: [len, tile], then O
         let (w, n, n_decayed) = (cut(rest, c * WIDTH), cut(rest, c * WIDTH), cut(rest, c * WIDTH));
 
-        let columns = Columns { first: (slot * hv + h) * dk * dv + column, dk, dv, tile };
-        // SAFETY: these columns of this head of this slot belong to this cell alone.
-        unsafe { columns.read(&self.state, panels) };
+        let columns = |slot: usize| Columns { first: (slot * hv + h) * dk * dv + column, dk, dv, tile };
+        // SAFETY: these columns of this head of the slots of this walk belong to this cell alone.
+        unsafe { begin(start, columns, column, &self.state, panels) };
 
         let output = matches!(self.out, Out::Output(_));
-        let size = ws_size(self.consts.chunk, self.consts.save == 1);
+        let size = ws_size(self.consts.chunk, self.consts.grad == 1);
         for chunk in first_chunk..first_chunk + chunks {
             let [first, len, ..] = self.chunks.all()[chunk].map(|n| n as usize);
             for t in 0..len {
@@ -211,7 +321,11 @@ impl Row for Scan<'_> {
                 if output {
                     widen(&self.q, at(p.q_off, p.q_stride, hk * dk), &mut rows[(len + t) * dk..][..dk]);
                 }
-                widen(&self.v, at(p.v_off, p.v_stride, h * dv + column), &mut values[t * tile..][..tile]);
+                if start == Start::Identity {
+                    values[t * tile..][..tile].fill(0.0);
+                } else {
+                    widen(&self.v, at(p.v_off, p.v_stride, h * dv + column), &mut values[t * tile..][..tile]);
+                }
             }
             let ws = &self.ws.all()[(chunk * hv + h) * size..][..size];
             let next = if chunk + 1 < first_chunk + chunks { self.chunks.all()[chunk + 1][1] as usize } else { 0 };
@@ -246,7 +360,7 @@ impl Row for Scan<'_> {
         }
 
         // SAFETY: as above.
-        unsafe { columns.write(panels, &self.state) };
+        unsafe { columns(to).write(panels, &self.state) };
         Ok(())
     }
 }

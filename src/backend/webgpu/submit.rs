@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::pipeline::{BASE_BYTES, Pipeline};
-use super::{Shared, cut, lock};
-use crate::backend::Timing;
+use super::{Shared, lock};
+use crate::backend::{Timing, cut};
 use crate::error::{Error, Result};
 use crate::pass::Pass;
 use crate::tune::Class;

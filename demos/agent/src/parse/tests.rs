@@ -53,6 +53,15 @@ fn call(name: &str, arguments: Value) -> [Event; 2] {
 }
 
 #[test]
+fn prose_calls_nothing() {
+    let call = "<tool_call>\n<function=clock>\n</function>\n</tool_call>\n<function=clock></function> <think>";
+    let mut parser = Parser::prose(true);
+    let mut events = parser.push(&format!("why\n</think>\n\n{call}"));
+    events.extend(parser.finish());
+    assert_eq!(join(events), [Event::Reasoning("why".into()), text(call)]);
+}
+
+#[test]
 fn the_form_of_the_template() {
     let out = "why\n</think>\n\nLooking.\n\n<tool_call>\n<function=note>\n<parameter=text>\na\nb\n</parameter>\n\
         <parameter=tag>\n7\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=add>\n<parameter=a>\n3\n</parameter>\n\

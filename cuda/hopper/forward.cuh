@@ -1,0 +1,107 @@
+// What the two forward kernels of Gated DeltaNet share on Hopper: the numbers of a launch, the tables, and the image that
+// `prepare` leaves for `scan`.
+//
+// Per chunk of C = 64 tokens and value head, with c the gates summed within the chunk (Yang, Kautz, Hatamizadeh, "Gated Delta
+// Networks", 2024; the inverse as in Yang et al., "Parallelizing Linear Transformers with the Delta Rule over Sequence
+// Length", 2024):
+//
+//   G_ij = e^(c_i - c_j), i >= j      A = (I + strictlower(diag(beta) G o K K^T))^-1 diag(beta)      P = s lower(G o Q K^T)
+//   N = A (V - e^c o (K S))           O = s e^c o (Q S) + P N           S <- e^(c_C) S + K^T (e^(c_C - c) o N)
+//
+// `prepare` makes A, P and the vectors, for all chunks at once; `scan` walks the chunks of one sequence. With L2 norms, K and Q
+// stay as they are and their factors rk, rq go into A, P and the vectors.
+#pragma once
+#include "roles.cuh"
+#include "types.cuh"
+
+namespace hopper {
+
+constexpr int CHUNK = 64;
+constexpr int PANEL = CHUNK * 128;  // bytes of a panel [64, 64]
+
+// The image of one chunk and value head. A and P are lower triangular: of columns 16 x to 16 x + 15 the rows from 16 x on are
+// kept, in blocks of 8 x 8 (128 bytes, rows contiguous), two blocks side by side, then the 8 rows below.
+constexpr int IMAGE_A = 0;
+constexpr int IMAGE_P = 5120;
+constexpr int IMAGE_VEC = 2 * 5120;  // f32: [64] e^c rk, [64] e^(c_C - c) rk, [64] s e^c rq, then the numbers below
+constexpr int IMAGE_BYTES = 2 * 5120 + 1024;
+// Where columns 16 x begin.
+__host__ __device__ constexpr int image_columns(int x) { return 256 * (8 * x - x * (x - 1)); }
+constexpr int VEC_IN = 0, VEC_STATE = 64, VEC_OUT = 128;
+constexpr int VEC_LAST = 192;   // e^(c_C)
+constexpr int VEC_TOTAL = 193;  // c_C log2(e)
+constexpr int VEC_GROWS = 194;  // 1 if beta |k|^2 > 2 for some token of the first half; next: of the second
+
+// A log decay below this is as good as none: sums of larger ones lose digits.
+constexpr float G_MIN = -30.f;
+constexpr float LOG2E = 1.4426950408889634f;
+
+// Up to C tokens of one sequence.
+struct Chunk {
+    int token;  // the first
+    int len;    // 1 to C, or 0: an empty place
+};
+
+// A run of chunks of one sequence that one block walks.
+struct Segment {
+    int token;   // the first
+    int tokens;  // how many; only the last segment of a sequence may end within a chunk
+    int chunk;   // the first, as an index into the images
+    int in;      // row of the states it starts from, -1: zeros
+    int out;     // row of the states it leaves, -1: none
+    int origin;  // first chunk of its sequence
+    int pad[2];
+};
+
+// The segments of one sequence that is cut.
+struct Cut {
+    int first;  // segment, and row of the states that they start from; the others follow
+    int count;
+    int in;  // row of the initial states, -1: zeros
+    int pad;
+};
+
+struct PrepareArgs {
+    const void* q;      // [T, q_stride]
+    const void* k;      // [T, k_stride]
+    const float* g;     // [T, Hv]
+    const float* beta;  // [T, Hv]
+    const Chunk* chunks;
+    char* images;  // [chunks, Hv, IMAGE_BYTES]
+    long long q_stride, k_stride;
+    float scale;
+    int hk, hv;
+    int mod;     // value head h has key head h mod Hk; else h / (Hv / Hk)
+    int l2norm;  // divide q and k by sqrt(sum of squares + 1e-6)
+};
+
+struct ScanArgs {
+    const Segment* segments;
+    const char* images;      // [chunks, Hv, IMAGE_BYTES]
+    const float* states_in;  // [.., Hv, K, V]
+    float* states_out;       // [.., Hv, K, V]
+    float* transitions;      // [.., Hv, K, K], for `state`
+    const int* warm;         // [segments, Hv], for `state`: see `warm`
+    void* o;                 // [T, o_stride]
+    long long o_stride;
+    int hk, hv;
+    int mod;
+    int v;           // V
+    uint32_t* hung;  // host memory, or null: see mbar_wait
+};
+
+struct CarryArgs {
+    const Segment* segments;
+    const Cut* cuts;
+    const char* images;
+    int* warm;           // [segments, Hv]: chunks that the state behind a segment remembers, -1: more than there are
+    const float* h0;     // [.., Hv, K, V]
+    float* states;       // [segments, Hv, K, V]: before each segment
+    const float* transitions;  // [segments, Hv, K, K]: over the segment before
+    float threshold;     // sum of log decays behind which nothing is remembered
+    int segment_count, hv, v;
+};
+
+__device__ __forceinline__ int key_head(int h, int hk, int hv, int mod) { return mod ? h % hk : h / (hv / hk); }
+
+}  // namespace hopper

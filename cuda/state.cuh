@@ -1,0 +1,56 @@
+// A slice of a head's state in registers, as the scans and the step hold it.
+//
+// Threads form a grid of GROUPS x QUADS; thread (ty, tx) holds rows ty * ROWS to ty * ROWS + ROWS - 1 of columns 4 tx to 4 tx + 3.
+// KP is K rounded up to what the kernel is compiled for; rows from K on are 0.
+#pragma once
+#include "common.cuh"
+
+constexpr u32 GROUPS = 16;
+
+template <u32 KP, u32 VT>
+struct Slice {
+    static constexpr u32 QUADS = VT / 4;
+    static constexpr u32 THREADS = GROUPS * QUADS;
+    static constexpr u32 ROWS = KP / GROUPS;
+    static_assert(VT % 16 == 0 && ROWS % 4 == 0, "rows and columns in fours");
+
+    // state [K, V], from this thread's first row and column on
+    static __device__ __forceinline__ void load(float4 (&s)[ROWS], const float* state, u32 row0, u32 dk, u32 dv) {
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++) s[r] = row0 + r < dk ? *(const float4*)(state + (size_t)r * dv) : four(0.f);
+    }
+    // From the identity; its last rows and columns may lie outside K.
+    static __device__ __forceinline__ void identity(float4 (&s)[ROWS], u32 row0, u32 column) {
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++) {
+            const u32 at = row0 + r - column;
+            s[r] = make_float4(at == 0 ? 1.f : 0.f, at == 1 ? 1.f : 0.f, at == 2 ? 1.f : 0.f, at == 3 ? 1.f : 0.f);
+        }
+    }
+    static __device__ __forceinline__ void store(const float4 (&s)[ROWS], float* state, u32 row0, u32 dk, u32 dv) {
+#pragma unroll
+        for (u32 r = 0; r < ROWS; r++)
+            if (row0 + r < dk) *(float4*)(state + (size_t)r * dv) = s[r];
+    }
+};
+
+// sum += x . (s0, s1, s2, s3), the rows that belong to the four numbers of x
+__device__ __forceinline__ void add_rows(float4& sum, float4 x, float4 s0, float4 s1, float4 s2, float4 s3) {
+    add(sum, x.x, s0);
+    add(sum, x.y, s1);
+    add(sum, x.z, s2);
+    add(sum, x.w, s3);
+}
+
+// The models' columns for each K; those of a V that 32 does not divide for the largest alone.
+#define STATE_KERNELS(NAME, ROW, BODY)              \
+    STATE_KERNELS_OF(NAME##_f32, ROW, BODY, F32)    \
+    STATE_KERNELS_OF(NAME##_f16, ROW, BODY, F16)    \
+    STATE_KERNELS_OF(NAME##_bf16, ROW, BODY, Bf16)
+#define STATE_KERNELS_OF(NAME, ROW, BODY, T)      \
+    STATE_KERNEL(NAME, ROW, BODY, T, 64, 32)      \
+    STATE_KERNEL(NAME, ROW, BODY, T, 128, 32)     \
+    STATE_KERNEL(NAME, ROW, BODY, T, 256, 32)     \
+    STATE_KERNEL(NAME, ROW, BODY, T, 256, 16)
+#define STATE_KERNEL(NAME, ROW, BODY, T, KP, VT) \
+    KERNEL(NAME##_k##KP##_v##VT, ROW, (Slice<KP, VT>::THREADS)) { BODY<T, KP, VT>(l); }

@@ -1,0 +1,118 @@
+//! When the Hopper kernels stand in for the rows of a prefill, and when not. They need a GPU to run: see `cuda/README.md`.
+
+use std::path::Path;
+
+use gatedelta::backend::Backend;
+use gatedelta::backend::cpu::Cpu;
+use gatedelta::backend::cuda::special;
+use gatedelta::gdn::{Io, Options, Prefill};
+use gatedelta::pass::{Pass, Rows};
+use gatedelta::shape::{Dtype, HeadMap, Heads, Shape};
+use gatedelta::tune::{Caps, Class, Kind};
+
+/// The launches of a prefill of 100 tokens as the CUDA backend gets them, with rows that start `off` numbers into their views.
+fn launches(k: u32, v: u32, store: Dtype, off: u64) -> Pass {
+    let backend = Cpu::new(Some(1)).unwrap();
+    let caps = Caps { kind: Kind::Cuda, class: Class::Discrete, align: 256, ..backend.caps().clone() };
+    let heads = Heads::new(2, 4, k, v, HeadMap::Div).unwrap();
+    let (shape, options) = (Shape::one(heads, 100), Options { store, ..Options::default() });
+    let backend = As { backend, caps };
+    let prefill = Prefill::new(&backend, &shape, &options, 8192).unwrap();
+    let rows = |width: u64| {
+        let bytes = (100 * width + off) * store.size();
+        Rows { view: backend.alloc("rows", bytes).unwrap().view(), off, stride: width }
+    };
+    let gates = || backend.alloc("gates", 100 * 4 * 4).unwrap().view();
+    let io = Io {
+        q: rows(2 * k as u64),
+        k: rows(2 * k as u64),
+        v: rows(4 * v as u64),
+        g: gates(),
+        beta: gates(),
+        state: backend.alloc("state", heads.state_len() * 4).unwrap().view(),
+        o: rows(4 * v as u64),
+    };
+    let mut pass = Pass::new();
+    prefill.record(&mut pass, &io).unwrap();
+    pass
+}
+
+/// The CPU's memory with the capabilities of a CUDA device: what builders of passes see.
+struct As {
+    backend: Cpu,
+    caps: Caps,
+}
+
+impl Backend for As {
+    fn caps(&self) -> &Caps {
+        &self.caps
+    }
+    fn alloc(&self, what: &str, bytes: u64) -> gatedelta::Result<gatedelta::backend::Buffer> {
+        self.backend.alloc(what, bytes)
+    }
+    fn import(
+        &self,
+        what: &str,
+        bytes: gatedelta::backend::HostBytes,
+    ) -> gatedelta::Result<gatedelta::backend::Buffer> {
+        self.backend.import(what, bytes)
+    }
+    fn write(&self, to: &gatedelta::backend::View, bytes: &[u8]) -> gatedelta::Result<()> {
+        self.backend.write(to, bytes)
+    }
+    fn read(&self, from: &gatedelta::backend::View) -> gatedelta::Result<gatedelta::backend::Readback> {
+        self.backend.read(from)
+    }
+    fn load(&self, _: &Pass) -> gatedelta::Result<()> {
+        Ok(())
+    }
+    fn run(&self, pass: &Pass) -> gatedelta::Result<()> {
+        self.backend.run(pass)
+    }
+    fn wait(&self) -> gatedelta::Result<()> {
+        self.backend.wait()
+    }
+    fn time(&self, pass: &Pass) -> gatedelta::Result<gatedelta::backend::Timing> {
+        self.backend.time(pass)
+    }
+}
+
+#[test]
+fn prefills_of_16_bits_and_released_heads_are_replaced() {
+    for (k, v, consumers) in [(128, 128, 1), (64, 64, 1), (64, 128, 1), (128, 64, 1)] {
+        for (store, name) in [(Dtype::Bf16, "bf16"), (Dtype::F16, "f16")] {
+            let pass = launches(k, v, store, 8);
+            let found = special(&pass.launches, 0, 132).unwrap();
+            assert_eq!(found.launches, pass.launches.len());
+            assert_eq!(found.prepare, format!("hopper_prepare_{name}_k{k}"));
+            assert_eq!(found.scan, format!("hopper_scan_{name}_k{k}_w{consumers}"));
+            let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda/compiled/hopper.txt");
+            let compiled = std::fs::read_to_string(table).unwrap();
+            for kernel in [&found.prepare, &found.scan] {
+                assert!(compiled.contains(&format!("{kernel} sm_90a ")), "{kernel}");
+            }
+            // What a block of an H100 may have.
+            assert!(found.prepare_bytes.max(found.scan_bytes) <= 227 << 10, "{found:?}");
+        }
+    }
+    // Few blocks take one consumer each, many two.
+    let pass = launches(128, 128, Dtype::Bf16, 0);
+    assert_eq!(special(&pass.launches, 0, 132).unwrap().consumers, 1);
+    assert_eq!(special(&pass.launches, 0, 4).unwrap().consumers, 2);
+}
+
+#[test]
+fn others_are_not() {
+    assert_eq!(special(&launches(128, 128, Dtype::F32, 0).launches, 0, 132), None, "f32");
+    assert_eq!(special(&launches(96, 128, Dtype::Bf16, 0).launches, 0, 132), None, "K = 96");
+    assert_eq!(special(&launches(128, 256, Dtype::Bf16, 0).launches, 0, 132), None, "V = 256");
+    assert_eq!(special(&launches(128, 128, Dtype::Bf16, 2).launches, 0, 132), None, "rows that start at 4 bytes");
+    let pass = launches(128, 128, Dtype::Bf16, 0);
+    assert_eq!(special(&pass.launches, 1, 132), None, "a scan alone");
+    assert_eq!(special(&pass.launches[..1], 0, 132), None, "chunks alone");
+    // Somebody else reads what lies between the two.
+    let mut seen = pass.clone();
+    seen.launches.push(pass.launches[1].clone());
+    seen.launches[2].args[2] = pass.launches[0].args[5].clone();
+    assert_eq!(special(&seen.launches, 0, 132), None, "scratch that is seen");
+}
