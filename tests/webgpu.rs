@@ -8,6 +8,7 @@ use gatedelta::kernel::gdn::{GATED_NORM, GatedNormConsts, GatedNormParams};
 use gatedelta::kernel::model::{COPY, FILL, WordsConsts, WordsParams};
 use gatedelta::pass::Pass;
 use gatedelta::shape::Dtype;
+use gatedelta::tune::Kind;
 
 use crate::formula;
 use crate::util::{Device, devices, skipped};
@@ -16,7 +17,7 @@ mod operator;
 
 /// The software driver with its own limits and with WebGPU's defaults.
 fn gpus() -> Vec<&'static Device> {
-    devices().iter().filter(|d| d.name != "cpu").collect()
+    devices().iter().filter(|d| d.backend.caps().kind == Kind::WebGpu).collect()
 }
 
 /// A buffer that is larger than its content, which is NaN where nothing was written.

@@ -1,6 +1,7 @@
 //! Bytes back to the host, through mapped staging buffers.
 
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use super::{Shared, lock, submit};
 use crate::backend::{Pending, Readback, View};
@@ -89,8 +90,18 @@ impl Pending for Reading {
         if let Some(done) = self.collect() {
             return done;
         }
-        submit::drain(&self.shared)?;
-        self.collect().unwrap_or_else(|| Err(self.failure(&"the device never mapped the bytes")))
+        let end = Instant::now() + submit::PATIENCE;
+        loop {
+            submit::drain(&self.shared)?;
+            if let Some(done) = self.collect() {
+                return done;
+            }
+            // Another thread that waits may have taken this mapping's callback along, and not have called it yet.
+            if Instant::now() > end {
+                return Err(self.failure(&"the device never mapped the bytes"));
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
     }
 
     fn poll(&mut self) -> Option<Result<Vec<u8>>> {
