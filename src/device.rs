@@ -119,6 +119,9 @@ enum Source {
     Cuda(Box<cuda::Found>),
     #[cfg(feature = "webgpu")]
     WebGpu(Box<webgpu::Found>),
+    /// The host application has it open already.
+    #[cfg(feature = "webgpu")]
+    Shared(WebGpu),
     Nothing,
 }
 
@@ -140,6 +143,8 @@ impl Entry {
                 Source::Cuda(found) => Arc::new(Cuda::open(found, &cuda::OpenOptions::default())?),
                 #[cfg(feature = "webgpu")]
                 Source::WebGpu(found) => Arc::new(WebGpu::open(found, &OpenOptions::default())?),
+                #[cfg(feature = "webgpu")]
+                Source::Shared(gpu) => Arc::new(gpu.clone()),
                 Source::Nothing => {
                     let why = self.candidate.verdict.to_string();
                     return Err(Error::NoDevice { wanted: self.candidate.name.clone(), why });
@@ -284,9 +289,30 @@ fn reason(entries: &[Entry], chosen: usize) -> String {
 /// [`Error::NoDevice`] with the choices if the name fits none or several; what opening or the self-test of a named device
 /// reported. Without a name there is always the CPU.
 pub fn open(name: Option<&str>) -> Result<(Arc<dyn Backend>, Account)> {
+    choose(name, |_| {})
+}
+
+/// Opens a device as [`open`] does, in a host application that has one open for itself, to draw its window for instance. Where
+/// the choice falls on the host's adapter, its device is used and no second one is opened: the two then share memory and queue.
+///
+/// # Errors
+/// As [`open`].
+#[cfg(feature = "webgpu")]
+pub fn open_beside(host: &WebGpu, name: Option<&str>) -> Result<(Arc<dyn Backend>, Account)> {
+    let caps = host.caps();
+    choose(name, |entries| {
+        let same = |e: &&mut Entry| e.candidate.name == caps.name && e.candidate.driver == caps.driver;
+        if let Some(entry) = entries.iter_mut().find(same) {
+            entry.source = Source::Shared(host.clone());
+        }
+    })
+}
+
+fn choose(name: Option<&str>, adapt: impl FnOnce(&mut [Entry])) -> Result<(Arc<dyn Backend>, Account)> {
     let from_environment = std::env::var(VARIABLE).ok().filter(|v| !v.is_empty());
     let wanted = name.or(from_environment.as_deref());
     let mut entries = entries(wanted);
+    adapt(&mut entries);
     let (backend, chosen, why) = match (wanted, name) {
         (Some(wanted), Some(_)) => open_named(&mut entries, wanted, "asked for by name")?,
         (Some(wanted), None) => open_named(&mut entries, wanted, &format!("asked for by {VARIABLE}"))?,

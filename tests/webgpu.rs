@@ -281,6 +281,12 @@ fn a_host_shares_its_device() {
     assert_eq!(guest.read(&a.view()).unwrap().wait_as::<u32>().unwrap(), vec![5; 16]);
     // Memory belongs to the one that allocated it, though the device is the same.
     assert!(host.read(&a.view()).is_err());
+    // Where the choice falls on the host's adapter, the host's device is what runs.
+    let (chosen, account) = gatedelta::device::open_beside(&guest, Some(&first)).unwrap();
+    assert_eq!(chosen.read(&a.view()).unwrap().wait_as::<u32>().unwrap(), vec![5; 16]);
+    assert_eq!(account.chosen.map(|at| account.candidates[at].name.clone()), Some(first));
+    let (other, _) = gatedelta::device::open_beside(&guest, Some("cpu")).unwrap();
+    assert!(other.read(&a.view()).is_err());
 }
 
 #[test]

@@ -192,6 +192,16 @@ impl<E: Engine> Agent<E> {
         self.messages = messages;
     }
 
+    /// The model.
+    pub fn engine(&self) -> &E {
+        &self.engine
+    }
+
+    /// The same, to be used between questions.
+    pub fn engine_mut(&mut self) -> &mut E {
+        &mut self.engine
+    }
+
     /// What the model is told about its tools.
     pub fn specs(&self) -> &[Spec] {
         &self.specs
@@ -410,6 +420,6 @@ fn appended(prompt: String, before: &str, wrote: &str) -> String {
 }
 
 /// A tool's answer without the markers of the chat format, which would end its turn and begin another.
-fn defuse(text: &str) -> String {
+pub fn defuse(text: &str) -> String {
     text.replace("<|", "< |").replace("</tool_response", "< /tool_response")
 }

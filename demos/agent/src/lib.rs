@@ -124,9 +124,14 @@ fn keep(args: &Args, conversation: bool, local: &mut Local) -> Result<Option<Kep
     }
 }
 
-type Tools = (Vec<Arc<dyn Tool>>, Option<Arc<Folder>>);
+/// Tools, and the folder that they see.
+pub type Tools = (Vec<Arc<dyn Tool>>, Option<Arc<Folder>>);
 
-fn tools(args: &Args) -> Result<Tools> {
+/// The tools that the command line asks for.
+///
+/// # Errors
+/// If the folder cannot be opened.
+pub fn tools(args: &Args) -> Result<Tools> {
     if args.no_tools {
         return Ok((Vec::new(), None));
     }

@@ -15,7 +15,7 @@ pub const SYSTEM: &str = "You are a helpful assistant in a terminal. Be brief. F
 ///
 /// Without --prompt it converses: /help lists what it understands, Ctrl-C stops an answer, /exit ends it. Where the standard
 /// input is no terminal, each line is a question.
-#[derive(Debug, Parser)]
+#[derive(Debug, Clone, Parser)]
 #[command(version)]
 pub struct Args {
     /// A Qwen3.5 checkpoint: a directory with config.json, safetensors and tokenizer.json [default: a small one inside the
@@ -111,6 +111,13 @@ pub struct Args {
     /// Tells on the standard error what happens inside
     #[arg(long, short, action = ArgAction::SetTrue)]
     pub verbose: bool,
+}
+
+impl Default for Args {
+    /// An empty command line.
+    fn default() -> Self {
+        Args::parse_from(["gatedelta-agent"])
+    }
 }
 
 impl Args {

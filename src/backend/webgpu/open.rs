@@ -77,16 +77,7 @@ impl WebGpu {
     /// # Errors
     /// [`Error::Unsupported`] if the driver refuses the limits or the features.
     pub fn open(found: &Found, options: &OpenOptions) -> Result<WebGpu> {
-        let features = wanted_features(found.features, options.default_limits);
-        let limits = wanted_limits(&found.limits, options.default_limits);
-        let descriptor = wgpu::DeviceDescriptor {
-            label: Some("gatedelta"),
-            required_features: features,
-            required_limits: limits.clone(),
-            // Weights come in pieces of all sizes: large reserved blocks would waste what a small card has.
-            memory_hints: wgpu::MemoryHints::MemoryUsage,
-            ..Default::default()
-        };
+        let descriptor = descriptor(found.features, &found.limits, options.default_limits);
         let (device, queue) = pollster::block_on(found.adapter.request_device(&descriptor)).map_err(|e| {
             Error::Unsupported { what: "opening the device".into(), by: found.info.name.clone(), why: e.to_string() }
         })?;
@@ -108,8 +99,13 @@ impl WebGpu {
         Ok(gpu)
     }
 
-    /// Uses a device that a host application opened, with the limits and features it chose. `info` is its adapter's.
-    /// Features that pay: `SUBGROUP`, `TIMESTAMP_QUERY`. The host keeps its own callbacks for uncaptured errors and the
+    /// What a host application asks of an adapter for a device that it will share: its own needs can be added.
+    pub fn descriptor(adapter: &wgpu::Adapter) -> wgpu::DeviceDescriptor<'static> {
+        descriptor(adapter.features(), &adapter.limits(), false)
+    }
+
+    /// Uses a device that a host application opened, with the limits and features it chose ([`WebGpu::descriptor`]
+    /// suggests some). `info` is its adapter's. Features that pay: `SUBGROUP`, `TIMESTAMP_QUERY`. The host keeps its own callbacks for uncaptured errors and the
     /// loss of the device; it tells of a loss through [`WebGpu::lost`].
     ///
     /// # Errors
@@ -163,6 +159,22 @@ impl WebGpu {
     /// Notes that the device is lost, for hosts that own it: every later call returns [`Error::DeviceLost`].
     pub fn lost(&self, why: &str) {
         self.shared.fault.lose(why.into());
+    }
+}
+
+/// What is asked of an adapter that has these features and limits.
+fn descriptor(
+    features: wgpu::Features,
+    limits: &wgpu::Limits,
+    default_limits: bool,
+) -> wgpu::DeviceDescriptor<'static> {
+    wgpu::DeviceDescriptor {
+        label: Some("gatedelta"),
+        required_features: wanted_features(features, default_limits),
+        required_limits: wanted_limits(limits, default_limits),
+        // Weights come in pieces of all sizes: large reserved blocks would waste what a small card has.
+        memory_hints: wgpu::MemoryHints::MemoryUsage,
+        ..Default::default()
     }
 }
 

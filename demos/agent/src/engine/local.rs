@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
+use gatedelta::backend::Backend;
 use gatedelta::device::{self, Account};
 use gatedelta::qwen::{
-    Cache, Event, Finish, GenerateOptions, LoadOptions, Model, Reason, Restored, Sampling, Session, Store,
+    Cache, Event, Finish, GenerateOptions, LoadOptions, MemoryPlan, Model, Reason, Restored, Sampling, Session, Store,
 };
 use serde_json::{Value, json};
 
@@ -53,6 +54,30 @@ impl Local {
     /// # Errors
     /// Whatever is wrong with the device's name, the checkpoint or the sampling options.
     pub fn load(args: &Args) -> Result<Self> {
+        let open = || {
+            let busy = ui::spinner("looking for devices");
+            let opened = device::open(args.device.as_deref());
+            busy.finish_and_clear();
+            opened
+        };
+        let bar = ui::progress(0, "loading {bar:30} {bytes}/{total_bytes}, {eta} left");
+        let local = Self::load_on(args, open, &mut |done, total| {
+            bar.set_length(total);
+            bar.set_position(done);
+        });
+        bar.finish_and_clear();
+        local
+    }
+
+    /// Loads the checkpoint onto the device that `open` gives; `progress` hears of bytes loaded and bytes in all.
+    ///
+    /// # Errors
+    /// Whatever is wrong with the checkpoint or the sampling options, and what `open` gives.
+    pub fn load_on(
+        args: &Args,
+        open: impl FnOnce() -> gatedelta::Result<(Arc<dyn Backend>, Account)>,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self> {
         let unpacked = match &args.model {
             Some(_) => None,
             None => {
@@ -71,19 +96,9 @@ impl Local {
         if !dir.is_dir() {
             bail!("--model {}: there is no such directory", dir.display());
         }
-        let busy = ui::spinner("looking for devices");
-        let opened = device::open(args.device.as_deref());
-        busy.finish_and_clear();
-        let (backend, account) = opened?;
-
-        let bar = ui::progress(0, "loading {bar:30} {bytes}/{total_bytes}, {eta} left");
+        let (backend, account) = open()?;
         let options = LoadOptions { context: args.context.map(|n| n as u64), ..LoadOptions::default() };
-        let model = Model::load_with(&dir, backend, &options, &mut |done, total| {
-            bar.set_length(total);
-            bar.set_position(done);
-        });
-        bar.finish_and_clear();
-        let model = model?;
+        let model = Model::load_with(&dir, backend, &options, &mut |done, total| progress(done, total))?;
         let tokenizer = model.tokenizer().map(|_| ());
         tokenizer.and_then(|()| model.chat_template().map(|_| ())).context("this checkpoint cannot chat")?;
 
@@ -127,6 +142,21 @@ impl Local {
     /// Which devices there are and why this one was chosen.
     pub fn account(&self) -> &Account {
         &self.account
+    }
+
+    /// The snapshots to go back to.
+    pub fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    /// All tokens that were read and written for the last answer.
+    pub fn held(&self) -> &[u32] {
+        self.session.ids()
+    }
+
+    /// What the model and its session take on the device.
+    pub fn memory(&self) -> &MemoryPlan {
+        self.model.memory()
     }
 
     /// What to tell the user at the start; the tools are filled in by others.
@@ -405,7 +435,8 @@ mod tests {
         // And back.
         let (_, back) = ids(&mut local, &prompt(""), 12);
         assert!(back.reused >= first.prompt - 4, "{back:?}");
-        assert!(local.memory().contains("tokens were not read again"), "{}", local.memory());
+        let told = Engine::memory(&local);
+        assert!(told.contains("tokens were not read again"), "{told}");
     }
 
     #[test]

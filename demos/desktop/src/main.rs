@@ -1,0 +1,7 @@
+//! The program `gatedelta-desktop`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    gatedelta_desktop::main()
+}
