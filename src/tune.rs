@@ -222,13 +222,9 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
                     _ => 16 << 20,
                 },
                 grad_states: 96 << 20,
-                cut: match (caps.kind, caps.class) {
-                    // 128 cells of 16/32 take hardly longer than 64 of 16/16 on an H100 (31.2 and 27.8 ms): up to there more
-                    // cells cost next to nothing. WebGPU does not tell how many processors a GPU has; smaller ones are
-                    // occupied by fewer, so no more is taken for granted.
-                    (Kind::WebGpu, Class::Discrete) => Some(Cut { cells: 128, least: 16, exact: true }),
-                    _ => None,
-                },
+                // Not yet measured on a GPU, so only where it is asked for. 128 cells of 16/32 take hardly longer than 64 of 16/16
+                // on an H100 (31.2 and 27.8 ms): up to there more cells should cost next to nothing.
+                cut: None,
             }
         }
     }

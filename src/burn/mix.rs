@@ -53,7 +53,8 @@ pub struct MixInputs {
 /// All inputs get gradients, of first order only. Kept for the backward pass: the inputs and o. Arithmetic is f32.
 ///
 /// # Panics
-/// As [`gated_delta_rule`](super::gated_delta_rule).
+/// If a shape does not fit, naming the argument; if the device reports an error, tensors that it cannot bind whole among
+/// them. NaN passes through.
 #[track_caller]
 pub fn gated_delta_mix(engine: &Engine, sizes: [usize; 4], x: MixInputs, eps: f64) -> Tensor<3> {
     let mix = match mix(sizes, &x, eps) {
