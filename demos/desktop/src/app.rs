@@ -339,6 +339,8 @@ impl App {
             Ok((figures, messages)) if !messages.is_empty() => {
                 (turn.figures, turn.messages) = (Some(figures), messages);
             }
+            // Nothing was written before the window closes: the question stays, as after a crash.
+            _ if self.closed => {}
             // Nothing was written: the question goes back to where it was typed.
             other => {
                 let question = turn.question.clone();
