@@ -8,6 +8,7 @@
 // Memory is the host's, work is done when its call returns, and an event is the time when it was recorded. The environment says
 // what else the device should be:
 //   GATEDELTA_EMULATE=devices=0|version=11040|arch=75|memory=1000000|launch=719|init=100     (any of them, with commas)
+// and with `tell=1` the name of each kernel goes to the standard error as it starts.
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -112,6 +113,7 @@ int launch(Function* f, const uint32_t grid[3], const uint32_t block[3], uint32_
         return INVALID_VALUE;
     }
     if (shared > (uint32_t)shared_bytes()) return INVALID_VALUE;
+    if (setting("tell", 0)) fprintf(stderr, "kernel %s\n", f->name.c_str());
     return emulator::run_grid(f->body, f->several ? (const void*)args : args[0], grid, block[0], shared) ? SUCCESS : LAUNCH_FAILED;
 }
 
