@@ -5,8 +5,8 @@
 #   sh tests/run.sh [arguments of cargo test]
 #
 # GATEDELTA_REQUIRE=lavapipe   a missing driver fails the run instead of skipping its tests; with the feature cuda also `emulator`
-#                              (needs g++) and `nvcc` (needs the CUDA compiler), with commas; `openai` is the official OpenAI
-#                              client, which the server's tests install with pip
+#                              (needs g++) and `nvcc` (needs the CUDA compiler), with commas; `xvfb` is a virtual display for the
+#                              window; `openai` is the official OpenAI client, which the server's tests install with pip
 # GATEDELTA_NO_INSTALL=1       never installs anything
 set -eu
 cd "$(dirname "$0")/.."

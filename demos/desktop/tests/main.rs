@@ -1,5 +1,7 @@
 //! The window, driven by its accessibility tree.
 
+#[cfg(target_os = "linux")]
+mod display;
 mod frames;
 mod pictures;
 mod window;
