@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use crate::bench_model::{self, Which};
 use crate::bench_op::{self, Row, What};
+use crate::bench_rows::{self, Ask};
 use crate::doors::dtype;
 use crate::peak::{self, Peak};
 use crate::say;
@@ -43,6 +44,18 @@ pub struct Args {
     /// Only a whole model: this checkpoint
     #[arg(long, value_name = "DIR", conflicts_with_all = ["op", "shape"])]
     model: Option<PathBuf>,
+    /// Only the operator over the rows of this file, which other programs run too; with --json a JSON object a line
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["op", "shape", "model"])]
+    rows: Option<PathBuf>,
+    /// Directory of float64 answers to compare with, as compare/peers_cuda.py makes them; without it small rows only can be checked
+    #[arg(long, value_name = "DIR", requires = "rows")]
+    answers: Option<PathBuf>,
+    /// Begin no row after so many seconds
+    #[arg(long, value_name = "SECONDS", requires = "rows", default_value_t = f64::INFINITY)]
+    within: f64,
+    /// Kinds of rows: forward, backward, decode
+    #[arg(long, value_name = "LIST", requires = "rows", value_delimiter = ',', default_value = "forward,backward,decode")]
+    kinds: Vec<String>,
     /// Cut the vocabulary of a model with random weights to so many ids
     #[arg(long, value_name = "IDS")]
     vocab: Option<u32>,
@@ -100,6 +113,11 @@ pub fn run(args: &Args) -> Result<bool> {
             }
             None => say("no peak is known for this device\n\n"),
         }
+    }
+    if let Some(file) = &args.rows {
+        let options = Options { store: args.store, cut: args.cut, exact: args.exact, ..Options::default() };
+        let ask = Ask { answers: args.answers.as_deref(), kinds: &args.kinds, options, seconds, within: args.within };
+        return bench_rows::run(&*backend, file, &ask, args.json);
     }
     let mut right = true;
     if args.shape.is_none() && args.model.is_none() {
