@@ -74,6 +74,9 @@ pub struct Args {
     /// Carry the whole state over every cut
     #[arg(long)]
     exact: bool,
+    /// Ids of the prompt that a model reads
+    #[arg(long, value_name = "IDS", default_value_t = 512)]
+    prompt: usize,
     /// Type of random weights: f32, f16 or bf16
     #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = dtype)]
     weights: Dtype,
@@ -131,7 +134,7 @@ pub fn run(args: &Args) -> Result<bool> {
             Some(dir) => Which::Files(dir),
             None => Which::Random { size, vocab: args.vocab, dtype: args.weights },
         };
-        bench_model::run(&backend, &which, seconds, args.json, peak)?;
+        bench_model::run(&backend, &which, args.prompt, seconds, args.json, peak)?;
     }
     Ok(right)
 }
