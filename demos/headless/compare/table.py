@@ -78,7 +78,8 @@ class Results:
 def side_of(line):
     """A side, and how it was asked to compute where that is not the default."""
     options = line.get("options") or {}
-    asked = [f"cut {options['cut']}"] if options.get("cut") is not None else []
+    asked = ["hopper"] if options.get("hopper") else []
+    asked += [f"cut {options['cut']}"] if options.get("cut") is not None else []
     asked += ["exact"] if options.get("exact") else []
     return " ".join([line["side"], *asked])
 
@@ -308,7 +309,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=pathlib.Path, help="rows.json")
     parser.add_argument("results", type=pathlib.Path, nargs="+", help="JSON lines of any sides")
-    parser.add_argument("--ours", default="gatedelta-cuda", help="the side that is judged (gatedelta-cuda)")
+    parser.add_argument("--ours", default="gatedelta-cuda", help="the side that is judged, as its column is called in the results (gatedelta-cuda)")
     args = parser.parse_args()
     rows = json.loads(args.rows.read_text())["rows"]
     results = Results(rows, [line for path in args.results for line in read(path)])

@@ -17,6 +17,7 @@ use gatedelta::gdn::{Backward, Commit, GradIo, Io, Options, Prefill, Step};
 use gatedelta::ops;
 use gatedelta::pass::{Pass, Rows};
 use gatedelta::shape::{Dtype, HeadMap, Heads, Shape};
+use gatedelta::tune;
 use half::bf16;
 use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
@@ -127,7 +128,10 @@ pub fn run(backend: &dyn Backend, path: &Path, ask: &Ask<'_>, json: bool) -> Res
     ensure!(!rows.is_empty(), "{}: no row of these kinds", path.display());
     let (begin, caps) = (Instant::now(), backend.caps());
     let side = format!("gatedelta-{}", backend_name(caps.kind));
-    let how = json!({ "store": ask.options.store.to_string(), "cut": ask.options.cut, "exact": ask.options.exact });
+    let hopper = caps.kind == tune::Kind::Cuda && std::env::var_os("GATEDELTA_HOPPER").is_some_and(|v| v == "1");
+    let how = json!({
+        "store": ask.options.store.to_string(), "cut": ask.options.cut, "exact": ask.options.exact, "hopper": hopper,
+    });
     if json {
         print_json(json!({
             "bench": "peer", "side": side, "device": caps.name, "driver": caps.driver, "class": class_name(caps.class),
