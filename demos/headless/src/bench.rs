@@ -54,7 +54,13 @@ pub struct Args {
     #[arg(long, value_name = "SECONDS", requires = "rows", default_value_t = f64::INFINITY)]
     within: f64,
     /// Kinds of rows: forward, backward, decode
-    #[arg(long, value_name = "LIST", requires = "rows", value_delimiter = ',', default_value = "forward,backward,decode")]
+    #[arg(
+        long,
+        value_name = "LIST",
+        requires = "rows",
+        value_delimiter = ',',
+        default_value = "forward,backward,decode"
+    )]
     kinds: Vec<String>,
     /// Cut the vocabulary of a model with random weights to so many ids
     #[arg(long, value_name = "IDS")]
@@ -100,6 +106,11 @@ pub fn run(args: &Args) -> Result<bool> {
     let seconds = Duration::try_from_secs_f64(args.seconds).with_context(wrong)?;
     let heads = args.heads.iter().map(|text| parse_heads(text)).collect::<Result<Vec<_>>>()?;
     let (backend, account) = device::open(args.device.as_deref())?;
+    if let Some(file) = &args.rows {
+        let options = Options { store: args.store, cut: args.cut, exact: args.exact, ..Options::default() };
+        let ask = Ask { answers: args.answers.as_deref(), kinds: &args.kinds, options, seconds, within: args.within };
+        return bench_rows::run(&*backend, file, &ask, args.json);
+    }
     let caps = backend.caps();
     let peak = peak::of(&*backend);
     if args.json {
@@ -116,11 +127,6 @@ pub fn run(args: &Args) -> Result<bool> {
             }
             None => say("no peak is known for this device\n\n"),
         }
-    }
-    if let Some(file) = &args.rows {
-        let options = Options { store: args.store, cut: args.cut, exact: args.exact, ..Options::default() };
-        let ask = Ask { answers: args.answers.as_deref(), kinds: &args.kinds, options, seconds, within: args.within };
-        return bench_rows::run(&*backend, file, &ask, args.json);
     }
     let mut right = true;
     if args.shape.is_none() && args.model.is_none() {

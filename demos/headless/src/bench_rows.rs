@@ -112,7 +112,8 @@ fn read(path: &Path) -> Result<(Vec<Row>, u64)> {
     };
     let rows = file["rows"].as_array().with_context(|| format!("{}: rows: expected a list", path.display()))?;
     let seed = number(&file, "seed").with_context(of_file)?;
-    let rows = rows.iter().enumerate().map(|(i, row)| parse(row).with_context(|| format!("{}: row {i}", path.display())));
+    let rows =
+        rows.iter().enumerate().map(|(i, row)| parse(row).with_context(|| format!("{}: row {i}", path.display())));
     Ok((rows.collect::<Result<_>>()?, seed))
 }
 
@@ -284,7 +285,8 @@ impl Kept {
     /// The row as a case, for the float64 recurrence.
     fn case(&self, row: &Row) -> Case {
         let (shape, (qk, vo)) = (row.shape.clone(), widths(&row.shape.heads));
-        let floats = |x: &[bf16], width: u64| x[..(shape.tokens() * width) as usize].iter().map(|x| x.to_f32()).collect();
+        let floats =
+            |x: &[bf16], width: u64| x[..(shape.tokens() * width) as usize].iter().map(|x| x.to_f32()).collect();
         let gates = |x: &[f32]| x[..(shape.tokens() * shape.heads.hv as u64) as usize].to_vec();
         Case {
             name: row.id.clone(),
@@ -426,7 +428,12 @@ fn measure(backend: &dyn Backend, kept: &Kept, row: &Row, ask: &Ask<'_>) -> Resu
     for (name, view, width, store) in &outputs {
         let found = sample(backend, name, view, *width, *store, shape)?;
         let wanted = wanted.iter().find(|(n, _)| n == name).with_context(|| format!("the answers have no {name}"))?;
-        ensure!(found.len() == wanted.1.len(), "{name}: {} numbers in the answers, expected {}", wanted.1.len(), found.len());
+        ensure!(
+            found.len() == wanted.1.len(),
+            "{name}: {} numbers in the answers, expected {}",
+            wanted.1.len(),
+            found.len()
+        );
         errors.push((*name, oracle::error(&found, &wanted.1)));
     }
     let sample = timing::flushed(backend, &pass, &kept.flush, ask.seconds)?;
@@ -487,15 +494,22 @@ fn answers(kept: &Kept, row: &Row, ask: &Ask<'_>) -> Result<(Vec<(String, Vec<f3
         let of_file = || path.display().to_string();
         let (_, header) = SafeTensors::read_metadata(&data).with_context(of_file)?;
         let theirs = header.metadata().as_ref().and_then(|m| m.get("inputs").cloned());
-        let (ours, theirs) = (kept.checksum(&row.shape), theirs.with_context(|| format!("{}: no inputs", path.display()))?);
+        let (ours, theirs) =
+            (kept.checksum(&row.shape), theirs.with_context(|| format!("{}: no inputs", path.display()))?);
         ensure!(ours == theirs, "{}: answers for other inputs: {theirs}, expected {ours}", path.display());
         let file = SafeTensors::deserialize(&data).with_context(of_file)?;
         let names = file.names();
         let read = names.into_iter().map(|name| Ok((name.to_string(), case::floats(&file, name)?.1)));
-        return Ok((read.collect::<Result<_>>().with_context(of_file)?, "float64 answers, at sampled tokens and states"));
+        return Ok((
+            read.collect::<Result<_>>().with_context(of_file)?,
+            "float64 answers, at sampled tokens and states",
+        ));
     }
     let work = row.shape.tokens() * row.shape.heads.hv as u64;
-    ensure!(work <= OWN, "nothing to compare with: no answers for a row of {work} tokens times heads, at most {OWN} without");
+    ensure!(
+        work <= OWN,
+        "nothing to compare with: no answers for a row of {work} tokens times heads, at most {OWN} without"
+    );
     let (mut case, heads) = (kept.case(row), row.shape.heads);
     let picked = sampled(&row.shape);
     let at_tokens = |x: &[f32], width: u64| -> Vec<f32> {
@@ -533,9 +547,8 @@ mod tests {
         // compare/reference.py: sampled([5, 3]), sampled([100, 0, 33]).
         let heads = Heads::new(1, 1, 16, 16, HeadMap::Div).unwrap();
         assert_eq!(sampled(&Shape::new(heads, vec![0, 5, 8]).unwrap()), (0..8).collect::<Vec<_>>());
-        let wanted = [
-            0, 5, 11, 17, 22, 28, 34, 40, 45, 51, 57, 63, 68, 74, 80, 86, 91, 97, 99, 103, 109, 114, 120, 126, 132,
-        ];
+        let wanted =
+            [0, 5, 11, 17, 22, 28, 34, 40, 45, 51, 57, 63, 68, 74, 80, 86, 91, 97, 99, 103, 109, 114, 120, 126, 132];
         assert_eq!(sampled(&Shape::new(heads, vec![0, 100, 100, 133]).unwrap()), wanted);
     }
 

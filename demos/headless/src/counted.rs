@@ -189,12 +189,10 @@ mod tests {
         // From compare/inputs.py: 133 tokens of 2/8 heads, seed 7.
         let (q, k) = (unit(Tensor::Q, 7, 266, 128), unit(Tensor::K, 7, 266, 128));
         let v = normal(Tensor::V, 7, 133 * 8, 128);
-        assert_eq!(q[..4].iter().map(|x| x.to_f64()).collect::<Vec<_>>(), [
-            0.2412109375,
-            -0.05224609375,
-            -0.1552734375,
-            0.034423828125
-        ]);
+        assert_eq!(
+            q[..4].iter().map(|x| x.to_f64()).collect::<Vec<_>>(),
+            [0.2412109375, -0.05224609375, -0.1552734375, 0.034423828125]
+        );
         let last = &v[v.len() - 128..];
         assert_eq!(last[..4].iter().map(|x| x.to_f64()).collect::<Vec<_>>(), [0.8125, 0.67578125, -1.0, 0.8046875]);
         let sum = bits(&q).wrapping_add(bits(&k).wrapping_mul(3)).wrapping_add(bits(&v).wrapping_mul(5));
