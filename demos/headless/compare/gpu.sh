@@ -64,7 +64,10 @@ limited() {
     fi
     timeout -k 5 "$seconds" "$@" 2>>"$log" >>"$results"
     code=$?
-    [ $code -eq 0 ] || note "ended with $code: $*"
+    if [ $code -ne 0 ]; then
+        note "ended with $code: $*"
+        printf '{"bench": "part", "part": "%s", "code": %d}\n' "$part_name" $code >>"$results"
+    fi
     return $code
 }
 

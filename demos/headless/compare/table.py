@@ -284,7 +284,9 @@ def rest(results):
             body.append([NAMES.get(x["side"], x["side"]), x["kind"], found.replace("|", "/").replace("\n", " ")[:200]])
         text += "\n### Self-check of each library on a small ragged batch\n\n" + table(["side", "kind", "relative errors"], body)
     for x in results.other:
-        if x.get("bench") == "peer" and "failed" in x:
+        if x.get("bench") == "part":
+            text += f"\nThe part {x['part']} ended with {x['code']}; 124 is a part whose time was over.\n"
+        elif x.get("bench") == "peer" and "failed" in x:
             text += f"\n{NAMES.get(x['side'], x['side'])} did not run: {x['failed']}.\n"
         elif x.get("bench") == "left":
             text += f"\n{NAMES.get(x['side'], x['side'])}: {len(x['rows'])} rows were not reached, the first {x['rows'][0]}.\n"
