@@ -80,6 +80,7 @@ def side_of(line):
     options = line.get("options") or {}
     asked = ["hopper"] if options.get("hopper") else []
     asked += [f"cut {options['cut']}"] if options.get("cut") is not None else []
+    asked += [f"hopper cut {options['hopper_cut']}"] if options.get("hopper_cut") is not None else []
     asked += ["exact"] if options.get("exact") else []
     return " ".join([line["side"], *asked])
 

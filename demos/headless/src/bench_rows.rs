@@ -129,9 +129,14 @@ pub fn run(backend: &dyn Backend, path: &Path, ask: &Ask<'_>, json: bool) -> Res
     ensure!(!rows.is_empty(), "{}: no row of these kinds", path.display());
     let (begin, caps) = (Instant::now(), backend.caps());
     let side = format!("gatedelta-{}", backend_name(caps.kind));
-    let hopper = caps.kind == tune::Kind::Cuda && std::env::var_os("GATEDELTA_HOPPER").is_some_and(|v| v == "1");
+    // What the CUDA backend goes by: rows computed otherwise must not pass for these.
+    let variable = |name: &str| std::env::var(name).ok().filter(|_| caps.kind == tune::Kind::Cuda);
     let how = json!({
-        "store": ask.options.store.to_string(), "cut": ask.options.cut, "exact": ask.options.exact, "hopper": hopper,
+        "store": ask.options.store.to_string(),
+        "cut": ask.options.cut,
+        "exact": ask.options.exact,
+        "hopper": variable("GATEDELTA_HOPPER").is_some_and(|v| v == "1"),
+        "hopper_cut": variable("GATEDELTA_HOPPER_CUT").and_then(|v| v.parse::<u32>().ok()),
     });
     if json {
         print_json(json!({
