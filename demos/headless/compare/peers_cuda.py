@@ -92,7 +92,7 @@ def supervise(args, peer):
         command = [sys.executable, __file__, *sys.argv[1:], "--child", peer, "--seconds", f"{budget:.1f}"]
         command += ["--after", after] if after else []
         # What libraries print on the way is not a result; their complaints go where ours go.
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=HERE, bufsize=0)
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0)
         heard, buffer, stuck = time.monotonic(), b"", False
         at = None
         while True:

@@ -183,7 +183,7 @@ pub fn run(backend: &dyn Backend, path: &Path, ask: &Ask<'_>, json: bool) -> Res
                     ("finite", json!(true)),
                     ("right", json!(done.worst() <= grads::bound(ask.options.store))),
                     ("checked", json!(done.checked)),
-                    ("inputs", json!(kept.checksum(&row.shape))),
+                    ("inputs", json!(done.inputs)),
                     ("options", how.clone()),
                 ] {
                     entry(&mut line, name, value);
@@ -305,6 +305,7 @@ impl Kept {
             scale: None,
             qk_l2norm: false,
             cut: None,
+            large: false,
             answers: None,
             cotangents: None,
             gradients: None,
@@ -357,6 +358,9 @@ fn poison(backend: &dyn Backend, pass: &mut Pass, view: &View) -> Result<()> {
 /// A tensor that a row gives: its name, where it is, numbers of a token (0 for states), how they are stored.
 type Output = (&'static str, View, u64, Dtype);
 
+/// What outputs should be at the sampled places, by their names.
+type Wanted = Vec<(String, Vec<f32>)>;
+
 /// One measured row.
 struct Done {
     sample: timing::Sample,
@@ -364,6 +368,8 @@ struct Done {
     first: f64,
     errors: Vec<(&'static str, f64)>,
     checked: &'static str,
+    /// The checksum of the inputs.
+    inputs: String,
 }
 
 impl Done {
@@ -428,7 +434,8 @@ fn measure(backend: &dyn Backend, kept: &Kept, row: &Row, ask: &Ask<'_>) -> Resu
     backend.run(&pass)?;
     backend.wait()?;
     let first = begin.elapsed().as_secs_f64();
-    let (wanted, checked) = answers(kept, row, ask)?;
+    let inputs = kept.checksum(shape);
+    let (wanted, checked) = answers(kept, row, ask, &inputs)?;
     let mut errors = Vec::new();
     for (name, view, width, store) in &outputs {
         let found = sample(backend, name, view, *width, *store, shape)?;
@@ -442,7 +449,7 @@ fn measure(backend: &dyn Backend, kept: &Kept, row: &Row, ask: &Ask<'_>) -> Resu
         errors.push((*name, oracle::error(&found, &wanted.1)));
     }
     let sample = timing::flushed(backend, &pass, &kept.flush, ask.seconds)?;
-    Ok(Done { sample, first, errors, checked })
+    Ok(Done { sample, first, errors, checked, inputs })
 }
 
 /// The tokens whose outputs are compared: spread evenly, and the last of each sequence.
@@ -475,23 +482,36 @@ fn sample(backend: &dyn Backend, name: &str, view: &View, width: u64, store: Dty
     for at in (0..rows).step_by(step as usize) {
         let count = step.min(rows - at);
         let size = per_row * store.size();
-        let numbers = loaded(&backend.read(&view.slice(at * size, count * size)?)?.wait()?, store);
-        let bad = numbers.iter().filter(|x| !x.is_finite()).count();
+        let bytes = backend.read(&view.slice(at * size, count * size)?)?.wait()?;
+        let bad = not_finite(&bytes, store);
         ensure!(bad == 0, "the answer is wrong: {bad} numbers of {name} are not finite");
         if width == 0 {
-            kept.extend(of_states(&numbers, &shape.heads));
+            kept.extend(of_states(&loaded(&bytes, store), &shape.heads));
         } else {
             for token in picked.iter().filter(|&&t| (at..at + count).contains(&t)) {
-                let from = ((token - at) * width) as usize;
-                kept.extend_from_slice(&numbers[from..from + width as usize]);
+                let from = ((token - at) * size) as usize;
+                kept.extend(loaded(&bytes[from..from + size as usize], store));
             }
         }
     }
     Ok(kept)
 }
 
+/// How many stored numbers are NaN or infinite: their exponent is all ones.
+fn not_finite(bytes: &[u8], store: Dtype) -> usize {
+    let halves = |ones: u16| bytes.chunks_exact(2).filter(|b| u16::from_le_bytes([b[0], b[1]]) & ones == ones).count();
+    match store {
+        Dtype::Bf16 => halves(0x7f80),
+        Dtype::F16 => halves(0x7c00),
+        Dtype::F32 => {
+            let words = bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+            words.filter(|word| word & 0x7f80_0000 == 0x7f80_0000).count()
+        }
+    }
+}
+
 /// What the row should give at the sampled places, and where that comes from.
-fn answers(kept: &Kept, row: &Row, ask: &Ask<'_>) -> Result<(Vec<(String, Vec<f32>)>, &'static str)> {
+fn answers(kept: &Kept, row: &Row, ask: &Ask<'_>, inputs: &str) -> Result<(Wanted, &'static str)> {
     let path: Option<PathBuf> =
         ask.answers.map(|dir| dir.join(row.id.replace(['/', ' '], "_") + ".safetensors")).filter(|path| path.exists());
     if let Some(path) = path {
@@ -499,9 +519,8 @@ fn answers(kept: &Kept, row: &Row, ask: &Ask<'_>) -> Result<(Vec<(String, Vec<f3
         let of_file = || path.display().to_string();
         let (_, header) = SafeTensors::read_metadata(&data).with_context(of_file)?;
         let theirs = header.metadata().as_ref().and_then(|m| m.get("inputs").cloned());
-        let (ours, theirs) =
-            (kept.checksum(&row.shape), theirs.with_context(|| format!("{}: no inputs", path.display()))?);
-        ensure!(ours == theirs, "{}: answers for other inputs: {theirs}, expected {ours}", path.display());
+        let theirs = theirs.with_context(|| format!("{}: no inputs", path.display()))?;
+        ensure!(inputs == theirs, "{}: answers for other inputs: {theirs}, expected {inputs}", path.display());
         let file = SafeTensors::deserialize(&data).with_context(of_file)?;
         let names = file.names();
         let read = names.into_iter().map(|name| Ok((name.to_string(), case::floats(&file, name)?.1)));
@@ -555,6 +574,17 @@ mod tests {
         let wanted =
             [0, 5, 11, 17, 22, 28, 34, 40, 45, 51, 57, 63, 68, 74, 80, 86, 91, 97, 99, 103, 109, 114, 120, 126, 132];
         assert_eq!(sampled(&Shape::new(heads, vec![0, 100, 100, 133]).unwrap()), wanted);
+    }
+
+    #[test]
+    fn what_is_not_finite_is_counted() {
+        let numbers = [0.0, -1.5, f32::NAN, 3e-39, f32::INFINITY, f32::NEG_INFINITY, 6e4];
+        for store in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+            assert_eq!(not_finite(&stored(&numbers, store), store), 3, "{store}");
+        }
+        assert_eq!(not_finite(&NAN.to_le_bytes(), Dtype::F32), 1);
+        assert_eq!(not_finite(&NAN.to_le_bytes(), Dtype::Bf16), 2);
+        assert_eq!(not_finite(&NAN.to_le_bytes(), Dtype::F16), 2);
     }
 
     #[test]
