@@ -121,6 +121,9 @@ run() {
         GATEDELTA_HOPPER=1 limited "$(share 8)" "$headless" bench --json --device cuda --shape 0.8b --prompt 8192 --seconds 1
         ;;
     start)
+        if "$headless" bench --help 2>>"$log" | grep -q -e '--start'; then
+            GATEDELTA_HOPPER=1 limited "$(share 4)" "$headless" bench --json --device cuda --start
+        fi
         for library in flashinfer fla flash_qla; do
             COMPARE_CACHE=filled limited "$(share 6)" "$python" "$here/peers_cuda.py" --first-call --peers $library
         done
