@@ -122,7 +122,7 @@ run() {
         ;;
     start)
         if "$headless" bench --help 2>>"$log" | grep -q -e '--start'; then
-            GATEDELTA_HOPPER=1 limited "$(share 4)" "$headless" bench --json --device cuda --start
+            GATEDELTA_HOPPER=1 limited "$(share 8)" "$headless" bench --json --device cuda --start --runs 2
         fi
         for library in flashinfer fla flash_qla; do
             COMPARE_CACHE=filled limited "$(share 6)" "$python" "$here/peers_cuda.py" --first-call --peers $library

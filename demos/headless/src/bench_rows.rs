@@ -147,7 +147,7 @@ pub fn run(backend: &dyn Backend, path: &Path, ask: &Ask<'_>, json: bool) -> Res
     let mut table = Table::new(1, &["row", "median ms", "min..max ms", "runs", "error"]);
     let (mut notes, mut right) = (String::new(), true);
     let mut kept = Kept::new(backend, seed, ask.options.store)?;
-    let mut left = Vec::new();
+    let (mut left, mut called) = (Vec::new(), false);
     for (i, row) in rows.iter().enumerate() {
         if begin.elapsed().as_secs_f64() > ask.within {
             left.extend(rows[i..].iter().map(|row| row.id.as_str()));
@@ -160,6 +160,14 @@ pub fn run(backend: &dyn Backend, path: &Path, ask: &Ask<'_>, json: bool) -> Res
         match kept.prepare(backend, row, tokens).and_then(|()| measure(backend, &kept, row, ask)) {
             Ok(done) => {
                 let s = &done.sample;
+                if json && !called {
+                    // A process's first: what starting costs beyond opening the device.
+                    let (first, second) = (done.first, s.median());
+                    print_json(json!({
+                        "bench": "first_call", "side": side, "id": row.id, "first_call_s": first, "second_call_s": second,
+                    }));
+                    called = true;
+                }
                 table.row(vec![
                     row.id.clone(),
                     significant(s.median() * 1e3),
@@ -364,7 +372,7 @@ type Wanted = Vec<(String, Vec<f32>)>;
 /// One measured row.
 struct Done {
     sample: timing::Sample,
-    /// Seconds of the first run, compiling included.
+    /// Seconds of planning, loading and the first run.
     first: f64,
     errors: Vec<(&'static str, f64)>,
     checked: &'static str,
@@ -387,10 +395,10 @@ fn measure(backend: &dyn Backend, kept: &Kept, row: &Row, ask: &Ask<'_>) -> Resu
     let (q, k, v) = (packed(&device.q, qk)?, packed(&device.k, qk)?, packed(&device.v, vo)?);
     let gates = heads.hv as u64;
     let (g, beta) = (cut(&device.g, gates, Dtype::F32)?, cut(&device.beta, gates, Dtype::F32)?);
-    let begin = Instant::now();
     let (mut pass, mut fill) = (Pass::new(), Pass::new());
     let h0 = upload(backend, "h0", bytemuck::cast_slice(&kept.states(Tensor::H0, shape)))?;
     let mut new = |what, numbers, store| fresh(backend, &mut fill, what, numbers, store);
+    let begin;
     let outputs: Vec<Output> = if row.kind == Kind::Backward {
         let d_o = counted::normal(Tensor::DO, kept.seed, tokens * gates, heads.v);
         let dht = kept.states(Tensor::Dht, shape);
@@ -409,6 +417,7 @@ fn measure(backend: &dyn Backend, kept: &Kept, row: &Row, ask: &Ask<'_>) -> Resu
             dbeta: new("dbeta", tokens * gates, Dtype::F32)?,
             dstate: upload(backend, "dht", bytemuck::cast_slice(&dht))?,
         };
+        begin = filled(backend, &fill)?;
         Backward::new(backend, shape, options, qk.max(vo))?.record(&mut pass, &io)?;
         vec![
             ("dq", io.dq.view, qk, store),
@@ -421,6 +430,7 @@ fn measure(backend: &dyn Backend, kept: &Kept, row: &Row, ask: &Ask<'_>) -> Resu
     } else {
         let o = new("o", tokens * vo, store)?;
         let io = Io { q, k, v, g, beta, state: h0, o: Rows::packed(o.clone(), vo) };
+        begin = filled(backend, &fill)?;
         if row.kind == Kind::Forward {
             Prefill::new(backend, shape, options, qk.max(vo))?.record(&mut pass, &io)?;
         } else {
@@ -430,7 +440,6 @@ fn measure(backend: &dyn Backend, kept: &Kept, row: &Row, ask: &Ask<'_>) -> Resu
         vec![("o", o, vo, store), ("ht", io.state, 0, Dtype::F32)]
     };
     backend.load(&pass)?;
-    backend.run(&fill)?;
     backend.run(&pass)?;
     backend.wait()?;
     let first = begin.elapsed().as_secs_f64();
@@ -450,6 +459,13 @@ fn measure(backend: &dyn Backend, kept: &Kept, row: &Row, ask: &Ask<'_>) -> Resu
     }
     let sample = timing::flushed(backend, &pass, &kept.flush, ask.seconds)?;
     Ok(Done { sample, first, errors, checked, inputs })
+}
+
+/// When outputs are full of NaN: what comes then is the call.
+fn filled(backend: &dyn Backend, fill: &Pass) -> Result<Instant> {
+    backend.run(fill)?;
+    backend.wait()?;
+    Ok(Instant::now())
 }
 
 /// The tokens whose outputs are compared: spread evenly, and the last of each sequence.
