@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use crate::bench_model::{self, Which};
 use crate::bench_op::{self, Row, What};
+use crate::bench_rows::{self, Ask};
 use crate::doors::dtype;
 use crate::peak::{self, Peak};
 use crate::say;
@@ -43,6 +44,24 @@ pub struct Args {
     /// Only a whole model: this checkpoint
     #[arg(long, value_name = "DIR", conflicts_with_all = ["op", "shape"])]
     model: Option<PathBuf>,
+    /// Only the operator over the rows of this file, which other programs run too; with --json a JSON object a line
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["op", "shape", "model"])]
+    rows: Option<PathBuf>,
+    /// Directory of float64 answers to compare with, as compare/peers_cuda.py makes them; without it small rows only can be checked
+    #[arg(long, value_name = "DIR", requires = "rows")]
+    answers: Option<PathBuf>,
+    /// Begin no row after so many seconds
+    #[arg(long, value_name = "SECONDS", requires = "rows", default_value_t = f64::INFINITY)]
+    within: f64,
+    /// Kinds of rows: forward, backward, decode
+    #[arg(
+        long,
+        value_name = "LIST",
+        requires = "rows",
+        value_delimiter = ',',
+        default_value = "forward,backward,decode"
+    )]
+    kinds: Vec<String>,
     /// Cut the vocabulary of a model with random weights to so many ids
     #[arg(long, value_name = "IDS")]
     vocab: Option<u32>,
@@ -61,6 +80,9 @@ pub struct Args {
     /// Carry the whole state over every cut
     #[arg(long)]
     exact: bool,
+    /// Ids of the prompt that a model reads
+    #[arg(long, value_name = "IDS", default_value_t = 512)]
+    prompt: usize,
     /// Type of random weights: f32, f16 or bf16
     #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = dtype)]
     weights: Dtype,
@@ -84,6 +106,11 @@ pub fn run(args: &Args) -> Result<bool> {
     let seconds = Duration::try_from_secs_f64(args.seconds).with_context(wrong)?;
     let heads = args.heads.iter().map(|text| parse_heads(text)).collect::<Result<Vec<_>>>()?;
     let (backend, account) = device::open(args.device.as_deref())?;
+    if let Some(file) = &args.rows {
+        let options = Options { store: args.store, cut: args.cut, exact: args.exact, ..Options::default() };
+        let ask = Ask { answers: args.answers.as_deref(), kinds: &args.kinds, options, seconds, within: args.within };
+        return bench_rows::run(&*backend, file, &ask, args.json);
+    }
     let caps = backend.caps();
     let peak = peak::of(&*backend);
     if args.json {
@@ -113,7 +140,7 @@ pub fn run(args: &Args) -> Result<bool> {
             Some(dir) => Which::Files(dir),
             None => Which::Random { size, vocab: args.vocab, dtype: args.weights },
         };
-        bench_model::run(&backend, &which, seconds, args.json, peak)?;
+        bench_model::run(&backend, &which, args.prompt, seconds, args.json, peak)?;
     }
     Ok(right)
 }

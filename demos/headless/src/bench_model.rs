@@ -21,9 +21,6 @@ use crate::say;
 use crate::table::{Table, bytes, error, significant};
 use crate::timing::Sample;
 
-/// Ids of the prompt that is timed.
-const PROMPT: usize = 512;
-
 /// Ids of the prompt whose logits are compared.
 const CHECKED: usize = 24;
 
@@ -51,18 +48,26 @@ pub enum Which {
     Files(PathBuf),
 }
 
-/// Loads, checks and times a model.
+/// Loads, checks and times a model, with a prompt of so many ids.
 ///
 /// # Errors
 /// A size that does not exist, a model that cannot be loaded or does not fit, an answer that is not right, whatever the
 /// device reports.
-pub fn run(backend: &Arc<dyn Backend>, which: &Which, seconds: Duration, json: bool, peak: Option<Peak>) -> Result<()> {
+pub fn run(
+    backend: &Arc<dyn Backend>,
+    which: &Which,
+    prompt: usize,
+    seconds: Duration,
+    json: bool,
+    peak: Option<Peak>,
+) -> Result<()> {
+    ensure!(prompt >= CHECKED, "--prompt {prompt}: expected {CHECKED} or more");
     let begin = Instant::now();
-    let (model, name) = load(backend, which)?;
+    let (model, name) = load(backend, which, prompt)?;
     let load = begin.elapsed().as_secs_f64();
     let mut random = Random::new(11);
     let vocab = model.config().vocab;
-    let ids: Vec<u32> = (0..PROMPT).map(|_| ((random.uniform() * vocab as f32) as u32).min(vocab - 1)).collect();
+    let ids: Vec<u32> = (0..prompt).map(|_| ((random.uniform() * vocab as f32) as u32).min(vocab - 1)).collect();
 
     let mut session = model.session()?;
     let difference = check(&mut session, &ids[..CHECKED])?;
@@ -71,17 +76,17 @@ pub fn run(backend: &Arc<dyn Backend>, which: &Which, seconds: Duration, json: b
     drop(session);
     let together: Vec<(usize, Sample)> =
         TOGETHER.iter().map(|n| Ok((*n, time_together(&model, &ids, *n)?))).collect::<Result<_>>()?;
-    let (prefill_rate, decode_rate) = (PROMPT as f64 / prefill.median(), 1.0 / decode.median());
+    let (prefill_rate, decode_rate) = (prompt as f64 / prefill.median(), 1.0 / decode.median());
     let weights = model.memory().weights;
     let peak_memory = peak_memory();
-    let (prompt_flops, answer_bytes) = cost(model.config(), weights);
+    let (prompt_flops, answer_bytes) = cost(model.config(), weights, prompt);
     let prefill_share = peak.map(|p| prompt_flops / prefill.median() / p.flops);
     let decode_share = peak.map(|p| answer_bytes / decode.median() / p.read);
     if json {
         print_json(json!({
             "bench": "model", "model": name, "vocab": vocab,
             "weight_bytes": weights, "load_s": load,
-            "prompt_tokens": PROMPT, "prefill_tokens_per_s": prefill_rate,
+            "prompt_tokens": prompt, "prefill_tokens_per_s": prefill_rate,
             "prefill_median_s": prefill.median(), "prefill_min_s": prefill.min(), "prefill_max_s": prefill.max(),
             "prefill_runs": prefill.runs(), "prefill_share_of_peak": prefill_share,
             "decode_tokens_per_s": decode_rate,
@@ -97,7 +102,7 @@ pub fn run(backend: &Arc<dyn Backend>, which: &Which, seconds: Duration, json: b
     let share = |share: Option<f64>, of: &str| share.map_or("-".into(), |s| format!("{:.0} % {of}", s * 100.0));
     let mut table = Table::new(1, &["", "tokens/s", "median ms", "min..max ms", "runs", "of peak"]);
     for (what, rate, sample, share) in [
-        (format!("prefill of {PROMPT}"), prefill_rate, &prefill, share(prefill_share, "arithmetic")),
+        (format!("prefill of {prompt}"), prefill_rate, &prefill, share(prefill_share, "arithmetic")),
         ("decode".into(), decode_rate, &decode, share(decode_share, "memory")),
     ] {
         let ms = |s: f64| significant(s * 1e3);
@@ -126,8 +131,8 @@ pub fn run(backend: &Arc<dyn Backend>, which: &Which, seconds: Duration, json: b
     Ok(())
 }
 
-fn load(backend: &Arc<dyn Backend>, which: &Which) -> Result<(Model, String)> {
-    let options = LoadOptions { context: Some(PROMPT as u64 + 2 * ANSWER), ..LoadOptions::default() };
+fn load(backend: &Arc<dyn Backend>, which: &Which, prompt: usize) -> Result<(Model, String)> {
+    let options = LoadOptions { context: Some(prompt as u64 + 2 * ANSWER), ..LoadOptions::default() };
     Ok(match which {
         Which::Files(dir) => (Model::load(dir, backend.clone(), &options)?, dir.display().to_string()),
         Which::Random { size, vocab, dtype } => {
@@ -212,7 +217,7 @@ fn time_together(model: &Model, ids: &[u32], n: usize) -> Result<Sample> {
 }
 
 /// Operations with weights to read the prompt, and bytes of weights and states to write one id.
-fn cost(config: &Config, weights: u64) -> (f64, f64) {
+fn cost(config: &Config, weights: u64, prompt: usize) -> (f64, f64) {
     let c = config;
     let heads = c.linear;
     let (hidden, ffn) = (c.hidden as f64, c.ffn as f64);
@@ -226,7 +231,7 @@ fn cost(config: &Config, weights: u64) -> (f64, f64) {
     // An untied model has a table of embeddings beside its head, of which an id reads one row.
     let table = if c.tied { 0.0 } else { head / (body + 2.0 * head) * weights as f64 };
     let states = count(LayerKind::Linear) * 8.0 * heads.state_len() as f64;
-    (2.0 * (body * PROMPT as f64 + head), weights as f64 - table + states)
+    (2.0 * (body * prompt as f64 + head), weights as f64 - table + states)
 }
 
 /// The largest amount of memory that this process has had, where the system tells.

@@ -64,6 +64,23 @@ pub fn pass(backend: &dyn Backend, pass: &Pass, budget: Duration) -> Result<Samp
     Ok(Sample::new(seconds, device_clock, longest.as_secs_f64()))
 }
 
+/// The same with `flush` run before every time: what it writes over is no longer in any cache.
+///
+/// # Errors
+/// Whatever the device reports.
+pub fn flushed(backend: &dyn Backend, pass: &Pass, flush: &Pass, budget: Duration) -> Result<Sample> {
+    let begin = Instant::now();
+    let (mut seconds, mut device_clock, mut longest) = (Vec::new(), true, Duration::ZERO);
+    while seconds.len() < 5 || (begin.elapsed() < budget && seconds.len() < 400) {
+        backend.run(flush)?;
+        let timing = backend.time(pass)?;
+        seconds.push(timing.total.as_secs_f64());
+        device_clock &= timing.device_clock;
+        longest = longest.max(timing.longest_submission);
+    }
+    Ok(Sample::new(seconds, device_clock, longest.as_secs_f64()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,5 +1,7 @@
 //! The built program, from outside: exit codes, error texts, files and printed ids.
 
+mod rows;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
