@@ -261,7 +261,7 @@ fn caps(memory: u64) -> Caps {
 #[test]
 fn the_plan_says_what_does_not_fit_and_what_would() {
     let dir = golden("models/tiny-vision");
-    let plan = |context, memory| Model::plan(&dir, &caps(memory), &LoadOptions { context, kv: Dtype::F32 });
+    let plan = |context, memory| Model::plan(&dir, &caps(memory), &LoadOptions { context, ..LoadOptions::default() });
     let whole = plan(Some(50_000), 1 << 40).unwrap();
     assert_eq!(whole.states, 6 * 2 * 128 * 128 * 4);
     assert_eq!(whole.tails, 6 * 3 * 512 * 4);
