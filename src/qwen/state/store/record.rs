@@ -226,6 +226,20 @@ mod tests {
         }
     }
 
+    /// An answer is read as it was written or not at all, wherever the record says that it ends.
+    #[test]
+    fn an_answer_that_would_be_written_otherwise_is_refused() {
+        let sampler = Sampler::from_parts(Sampling::default(), SplitMix64::new(1), vec![2]);
+        let bytes = put_answer(Some(&Answer { sampler, next: None, begin: 3, given: 2 }));
+        assert!(get_answer(&bytes, u64::MAX).is_some() && get_answer(&bytes, 2).is_none());
+        // Whether there is a next token, and which.
+        for (at, value) in [(20, 2u32), (20, u32::MAX), (24, 7)] {
+            let mut bytes = bytes.clone();
+            bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            assert!(get_answer(&bytes, 9).is_none(), "{value} at {at}");
+        }
+    }
+
     proptest! {
         #[test]
         fn anything_else_is_refused(mut bytes in prop::collection::vec(any::<u8>(), 0..300), lies in any::<u64>()) {
