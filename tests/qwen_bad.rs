@@ -246,6 +246,14 @@ fn the_texts_beside_the_weights_are_checked_too() {
     let dir = text();
     edit(dir.path(), "tokenizer.json", |t| t["added_tokens"] = json!([]));
     refused(dir.path(), &["tokenizer.json", "no token 468", "another"]);
+    // The library panics here; an escape that is none, and a file that ends inside of its decoder.
+    let whole = std::fs::read_to_string(dir.path().join("tokenizer.json")).unwrap();
+    let at = whole.rfind("\"ByteLevel\"").unwrap();
+    assert!(whole[..at].trim_end().ends_with("\"type\":"));
+    for broken in [whole[..at].to_string(), whole[..at].to_string() + "\"\\ud800\"" + &whole[at + 11..]] {
+        std::fs::write(dir.path().join("tokenizer.json"), broken).unwrap();
+        refused(dir.path(), &["tokenizer.json"]);
+    }
     let dir = text();
     std::fs::write(dir.path().join("chat_template.jinja"), "{% for %}").unwrap();
     refused(dir.path(), &["chat_template.jinja", "broken template"]);
