@@ -442,7 +442,7 @@ fn a_checkpoint_runs_in_the_runtime_and_gives_the_same_logits() {
         model.save_checkpoint(&dir, dtype).unwrap();
         assert_eq!(std::fs::read_dir(&dir).unwrap().count(), 2);
         for device in devices() {
-            let options = LoadOptions { context: Some(128), kv: Dtype::F32 };
+            let options = LoadOptions { context: Some(128), ..LoadOptions::default() };
             let runtime = Model::load(&dir, device.backend.clone(), &options).unwrap();
             let found = runtime.session().unwrap().logits(&numbers).unwrap();
             let e = error(&found, &wide(model.forward(ids.clone())));

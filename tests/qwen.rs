@@ -19,7 +19,7 @@ fn cpu() -> Arc<dyn Backend> {
 }
 
 fn options(context: u64, kv: Dtype) -> LoadOptions {
-    LoadOptions { context: Some(context), kv }
+    LoadOptions { context: Some(context), kv, ..LoadOptions::default() }
 }
 
 /// What transformers computed for one prompt.

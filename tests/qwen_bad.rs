@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use gatedelta::Error;
-use gatedelta::qwen::{LoadOptions, Model};
+use gatedelta::qwen::{Config, LoadOptions, MemoryPlan, Model};
 use gatedelta::shape::Dtype;
 use gatedelta::tune::Caps;
 use proptest::prelude::*;
@@ -199,6 +199,31 @@ fn a_config_that_contradicts_the_tensors_is_refused() {
     refused(dir.path(), &[FILE, "belongs to layer 3 and the config has 3"]);
 }
 
+/// Row lengths are computed in u32: a config whose rows do not fit is refused before anybody does.
+#[test]
+fn a_config_of_rows_without_measure_is_refused() {
+    let dir = text();
+    let config = |heads: u64, kv: u64, dim: u64| {
+        edit(dir.path(), "config.json", |c| {
+            c["num_attention_heads"] = json!(heads);
+            c["num_key_value_heads"] = json!(kv);
+            c["head_dim"] = json!(dim);
+        });
+        Config::read(&dir.path().join("config.json"))
+    };
+    for (heads, kv, dim) in [(1 << 24, 1, 256), (1 << 24, 1 << 24, 256), (1 << 23, 1, 4)] {
+        let why = config(heads, kv, dim).unwrap_err().to_string();
+        assert!(why.contains("num_attention_heads") && why.contains("at most 2^24"), "{why}");
+    }
+    let wide = config(1 << 14, 1 << 14, 256).unwrap();
+    assert!(wide.parameters() > 1 << 24 && wide.full_row() == 1 << 24);
+    // Keys of one position are 16 MiB: a device that sees 32 at a time would need a page for two positions.
+    let small = Caps { max_binding: 32 << 20, ..caps(1 << 40) };
+    let options = LoadOptions { context: Some(1000), ..LoadOptions::default() };
+    let why = MemoryPlan::new(&wide, &small, 0, &options).unwrap_err();
+    assert!(matches!(&why, Error::Unsupported { .. }) && why.to_string().contains("a context of 1000"), "{why}");
+}
+
 #[test]
 fn other_architectures_are_named() {
     for name in ["LlamaForCausalLM", "Qwen3_5MoeForConditionalGeneration", "Qwen3NextForCausalLM"] {
@@ -221,6 +246,14 @@ fn the_texts_beside_the_weights_are_checked_too() {
     let dir = text();
     edit(dir.path(), "tokenizer.json", |t| t["added_tokens"] = json!([]));
     refused(dir.path(), &["tokenizer.json", "no token 468", "another"]);
+    // The library panics here; an escape that is none, and a file that ends inside of its decoder.
+    let whole = std::fs::read_to_string(dir.path().join("tokenizer.json")).unwrap();
+    let at = whole.rfind("\"ByteLevel\"").unwrap();
+    assert!(whole[..at].trim_end().ends_with("\"type\":"));
+    for broken in [whole[..at].to_string(), whole[..at].to_string() + "\"\\ud800\"" + &whole[at + 11..]] {
+        std::fs::write(dir.path().join("tokenizer.json"), broken).unwrap();
+        refused(dir.path(), &["tokenizer.json"]);
+    }
     let dir = text();
     std::fs::write(dir.path().join("chat_template.jinja"), "{% for %}").unwrap();
     refused(dir.path(), &["chat_template.jinja", "broken template"]);
@@ -261,7 +294,7 @@ fn caps(memory: u64) -> Caps {
 #[test]
 fn the_plan_says_what_does_not_fit_and_what_would() {
     let dir = golden("models/tiny-vision");
-    let plan = |context, memory| Model::plan(&dir, &caps(memory), &LoadOptions { context, kv: Dtype::F32 });
+    let plan = |context, memory| Model::plan(&dir, &caps(memory), &LoadOptions { context, ..LoadOptions::default() });
     let whole = plan(Some(50_000), 1 << 40).unwrap();
     assert_eq!(whole.states, 6 * 2 * 128 * 128 * 4);
     assert_eq!(whole.tails, 6 * 3 * 512 * 4);
@@ -279,6 +312,18 @@ fn the_plan_says_what_does_not_fit_and_what_would() {
     assert!(free.context < 32_768 && free.fits());
     let e = plan(None, 1 << 20).unwrap_err().to_string();
     assert!(e.contains("without any context it needs"), "{e}");
+    // Snapshots are a part of it: they leave that much less for the context.
+    let options = LoadOptions { context: Some(50_000), snapshots: 3 << 20, ..LoadOptions::default() };
+    let with = Model::plan(&dir, &caps(1 << 40), &options).unwrap();
+    assert_eq!((with.snapshots, with.total()), (3 << 20, whole.total() + (3 << 20)));
+    let line = with.to_string();
+    assert!(line.lines().any(|l| l.trim_start().starts_with("snapshots") && l.ends_with("3.0 MiB")), "{line}");
+    assert!(!whole.to_string().contains("snapshots"));
+    let e = Model::plan(&dir, &caps(whole.total()), &options).unwrap_err().to_string();
+    assert!(e.contains("snapshots 3.0 MiB"), "{e}");
+    let exact = caps(plan(None, 1 << 40).unwrap().total());
+    let less = Model::plan(&dir, &exact, &LoadOptions { context: None, ..options }).unwrap();
+    assert!(less.context < 32_768 && less.fits());
     for context in [0, 65_537] {
         assert!(matches!(plan(Some(context), 1 << 40), Err(Error::Argument { .. })));
     }

@@ -15,11 +15,12 @@ fn wide(backend: &Arc<dyn Backend>, kv: Dtype) -> Model {
     let sizes = Tiny { layers: "LF", heads: 4, kv: 4, dim: 256, hv: 2, ..Tiny::default() };
     let dir = tempfile::tempdir().unwrap();
     sizes.write(dir.path(), &sizes.tensors(3, Dtype::F32), Dtype::F32);
-    Model::load(dir.path(), backend.clone(), &LoadOptions { context: Some(1100), kv }).unwrap()
+    Model::load(dir.path(), backend.clone(), &LoadOptions { context: Some(1100), kv, ..LoadOptions::default() })
+        .unwrap()
 }
 
 fn tiny(backend: &Arc<dyn Backend>) -> Model {
-    let options = LoadOptions { context: Some(256), kv: Dtype::F32 };
+    let options = LoadOptions { context: Some(256), ..LoadOptions::default() };
     Model::load(golden("models/tiny-text"), backend.clone(), &options).unwrap()
 }
 

@@ -13,7 +13,7 @@ const MODEL: &str = "models/tiny-text";
 const MIB: u64 = 1 << 20;
 
 fn load(backend: &Arc<dyn Backend>, context: u64) -> Model {
-    let options = LoadOptions { context: Some(context), kv: Dtype::F32 };
+    let options = LoadOptions { context: Some(context), ..LoadOptions::default() };
     Model::load(golden(MODEL), backend.clone(), &options).unwrap()
 }
 
@@ -22,7 +22,8 @@ fn wide(backend: &Arc<dyn Backend>, kv: Dtype, context: u64) -> Model {
     let sizes = Tiny { layers: "LF", heads: 4, kv: 4, dim: 256, hv: 2, ..Tiny::default() };
     let dir = tempfile::tempdir().unwrap();
     sizes.write(dir.path(), &sizes.tensors(3, Dtype::F32), Dtype::F32);
-    Model::load(dir.path(), backend.clone(), &LoadOptions { context: Some(context), kv }).unwrap()
+    Model::load(dir.path(), backend.clone(), &LoadOptions { context: Some(context), kv, ..LoadOptions::default() })
+        .unwrap()
 }
 
 fn random_ids(n: usize, below: u32, seed: u64) -> Vec<u32> {

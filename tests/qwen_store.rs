@@ -28,7 +28,7 @@ fn cpu() -> Arc<dyn Backend> {
 }
 
 fn load_as(backend: Arc<dyn Backend>, name: &str, kv: Dtype) -> Model {
-    Model::load(golden(name), backend, &LoadOptions { context: Some(512), kv }).unwrap()
+    Model::load(golden(name), backend, &LoadOptions { context: Some(512), kv, ..LoadOptions::default() }).unwrap()
 }
 
 fn model() -> Model {
@@ -155,7 +155,7 @@ fn other_models_do_not_find_it_and_other_devices_do() {
     // Another type of cache, other weights of the same shape, another shape, random ones.
     assert_eq!(store.longest(&load_as(cpu(), MODEL, Dtype::F16), &ids).unwrap(), 0);
     assert_eq!(store.longest(&load_as(cpu(), "models/tiny-vision", Dtype::F32), &ids).unwrap(), 0);
-    let options = LoadOptions { context: Some(512), kv: Dtype::F32 };
+    let options = LoadOptions { context: Some(512), ..LoadOptions::default() };
     let sizes = Tiny { vocab: 512, ..Tiny::default() };
     let dirs = [1, 2, 1].map(|seed| {
         let dir = tempfile::tempdir().unwrap();
@@ -166,7 +166,8 @@ fn other_models_do_not_find_it_and_other_devices_do() {
     store.save(&snapshots(&one, 1, 1)[0]).unwrap();
     let found = [&own, &one, &other, &same].map(|m| store.longest(m, &ids).unwrap());
     assert_eq!(found, [40, 20, 0, 20], "the weights count, and not where they lie");
-    let short = Model::load(golden(MODEL), cpu(), &LoadOptions { context: Some(30), kv: Dtype::F32 }).unwrap();
+    let short =
+        Model::load(golden(MODEL), cpu(), &LoadOptions { context: Some(30), ..LoadOptions::default() }).unwrap();
     assert_eq!(store.longest(&short, &ids).unwrap(), 20, "what fits the context");
 
     let expected: Vec<f64> = bits(&taken[1]).iter().map(|b| f64::from(f32::from_bits(*b))).collect();
@@ -216,11 +217,150 @@ fn a_second_opener_is_refused_in_words() {
     let store = Store::open(dir.path(), BIG).unwrap();
     let why = Store::open(dir.path(), BIG).unwrap_err().to_string();
     assert!(why.contains("another process has this store open"), "{why}");
+    assert!(!store.is_view());
     drop(store);
     Store::open(dir.path(), BIG).unwrap();
     let file = dir.path().join("file");
     fs::write(&file, "").unwrap();
     assert!(matches!(Store::open(&file, BIG), Err(Error::Save { .. })));
+}
+
+#[test]
+fn a_view_finds_what_a_writer_beside_it_has_and_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(matches!(Store::view(dir.path()), Err(Error::Load { .. })), "there is no store");
+    let model = model();
+    let taken = snapshots(&model, 1, 4);
+    let writer = Store::open(dir.path(), BIG).unwrap();
+    save(&writer, &taken[..2]);
+    let views = [Store::view(dir.path()).unwrap(), Store::view(dir.path()).unwrap()];
+    let names = files(dir.path());
+    for view in &views {
+        assert!(view.is_view());
+        assert_eq!(bits(&view.load(&model, &text(1)).unwrap().unwrap()), bits(&taken[1]));
+        let usage = view.usage();
+        assert_eq!((usage.snapshots, usage.bytes), (2, writer.usage().bytes));
+        let refused = [view.save(&taken[2]).map(drop), view.pin(&taken[0], true).map(drop), view.clear()];
+        for why in refused {
+            let why = why.unwrap_err();
+            assert!(matches!(&why, Error::Save { .. }) && why.to_string().contains("view"), "{why}");
+        }
+    }
+    assert_eq!(files(dir.path()), names);
+    // A session that comes upon it; what the writer adds and takes away.
+    save(&writer, &taken[2..]);
+    let view = Arc::new(Store::view(dir.path()).unwrap());
+    let mut session = model.session().unwrap();
+    session.set_cache(Some(Cache::new(BIG).with_store(view)));
+    let restored = session.reuse(&text(1)[..90]).unwrap();
+    assert_eq!((restored.tokens, restored.origin), (80, Origin::Store));
+    assert_eq!(bits(&views[0].load(&model, &text(1)).unwrap().unwrap()), bits(&taken[3]));
+    writer.clear().unwrap();
+    assert!(views.iter().all(|view| view.load(&model, &text(1)).unwrap().is_none()));
+    drop(writer);
+    // Of a store that nobody has open, with a file that is not whole: passed over, and left where it is.
+    let writer = Store::open(dir.path(), BIG).unwrap();
+    save(&writer, &taken);
+    drop(writer);
+    let states = named(dir.path(), ".state");
+    for state in &states {
+        let mut bytes = fs::read(state).unwrap();
+        bytes[100] ^= 1;
+        fs::write(state, bytes).unwrap();
+    }
+    let names = files(dir.path());
+    let view = Store::view(dir.path()).unwrap();
+    assert_eq!(view.longest(&model, &text(1)).unwrap(), 80);
+    for _ in 0..2 {
+        assert!(view.load(&model, &text(1)).unwrap().is_none());
+    }
+    assert_eq!(files(dir.path()), names);
+}
+
+/// A view that looks while a writer in another process writes, drops and is ended.
+#[test]
+fn a_view_never_sees_half_of_what_is_being_written() {
+    if in_child() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let model = model();
+    drop(Store::open(dir.path(), BIG).unwrap());
+    let view = Store::view(dir.path()).unwrap();
+    let mut command = child(dir.path(), "qwen_store::a_view_never_sees_half_of_what_is_being_written", 1);
+    let mut process = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut out = BufReader::new(process.stdout.take().unwrap());
+    let (mut line, mut looks, mut found) = (String::new(), 0, 0);
+    while looks < 40 && out.read_line(&mut line).unwrap() > 0 {
+        let said = said(&line);
+        line.clear();
+        for (seed, position) in said {
+            let ids = text(seed);
+            let snapshot = view.load(&model, &ids).unwrap().expect("what was said to be saved");
+            let n = snapshot.position();
+            assert!(n >= position, "{n} of {position}");
+            let mut session = model.session().unwrap();
+            ids[..n as usize].chunks(PIECE).for_each(|piece| drop(read(&mut session, piece)));
+            assert_eq!(bits(&snapshot), bits(&session.snapshot().unwrap()));
+            found += 1;
+        }
+        looks += 1;
+    }
+    process.kill().unwrap();
+    process.wait().unwrap();
+    assert!(found >= 20, "{found}");
+}
+
+/// A panic in the database would be caught, and told on the way: one that is damaged is not looked into at all.
+#[test]
+fn an_index_that_is_not_as_it_was_left_is_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = model();
+    let taken = snapshots(&model, 1, 2);
+    let store = Store::open(dir.path(), BIG).unwrap();
+    save(&store, &taken);
+    let sum = dir.path().join("v1/index.sum");
+    assert!(!sum.exists(), "it changes");
+    drop(store);
+    let (whole, index) = (fs::read(&sum).unwrap(), dir.path().join("v1/index.redb"));
+    assert_eq!(whole.len(), 16);
+    let good = fs::read(&index).unwrap();
+    let mut r = Random::new(3);
+    for round in 0..20 {
+        let mut bytes = good.clone();
+        match round {
+            0 => bytes.clear(),
+            1 => bytes.truncate(bytes.len() / 2),
+            2 => bytes.extend([0; 4096]),
+            _ => (0..round).for_each(|_| {
+                let at = (r.unit() * bytes.len() as f64) as usize;
+                bytes[at] ^= 0x55;
+            }),
+        }
+        fs::write(&index, bytes).unwrap();
+        fs::write(&sum, &whole).unwrap();
+        let store = Store::open(dir.path(), BIG).unwrap();
+        assert!(dir.path().join("v1/index.broken").exists(), "round {round}: it was put aside");
+        assert_eq!(bits(&store.load(&model, &text(1)).unwrap().unwrap()), bits(&taken[1]));
+        fs::remove_file(dir.path().join("v1/index.broken")).unwrap();
+    }
+    // What was pinned stays so where the index is as it was left, and where a writer ended without closing it.
+    let store = Store::open(dir.path(), BIG).unwrap();
+    assert!(store.pin(&taken[0], true).unwrap());
+    drop(store);
+    for written in [whole.as_slice(), b"cut", b""] {
+        if written.len() < 16 {
+            fs::write(&sum, written).unwrap();
+        }
+        let store = Store::open(dir.path(), BIG).unwrap();
+        store.clear().unwrap();
+        assert_eq!(store.usage().snapshots, 1, "{written:?}");
+        save(&store, &taken);
+        drop(store);
+    }
+    assert!(!dir.path().join("v1/index.broken").exists());
+    fs::remove_file(&index).unwrap();
+    assert_eq!(Store::open(dir.path(), BIG).unwrap().usage().snapshots, 2);
 }
 
 #[test]

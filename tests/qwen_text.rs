@@ -127,6 +127,15 @@ fn a_template_that_raises_or_is_broken_is_an_error() {
         let e = ChatTemplate::new(source, "t").and_then(|t| t.render(&json!([]), None, false, None)).unwrap_err();
         assert!(matches!(e, Error::Load { .. }), "{e}");
     }
+    // So do templates that do not end, and those that write without end.
+    let many = "{% for i in range(99999) %}";
+    for (source, word) in [
+        (format!("{many}{many}{{% endfor %}}{{% endfor %}}"), "does not end within"),
+        (format!("{many}{{{{ 'x' * 9999 }}}}{{% endfor %}}"), "writes more than"),
+    ] {
+        let e = ChatTemplate::new(&source, "t").unwrap().render(&json!([]), None, false, None).unwrap_err();
+        assert!(matches!(e, Error::Load { .. }) && e.to_string().contains(word), "{e}");
+    }
 }
 
 #[test]

@@ -13,7 +13,7 @@ mod pipeline;
 mod readback;
 mod submit;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use exchange::{Exchange, HostBuffer};
@@ -48,6 +48,8 @@ struct Shared {
     pipelines: pipeline::Pipelines,
     binds: Mutex<bind::Binds>,
     queue_state: Mutex<submit::State>,
+    /// Bytes that were written since the driver last gave back what it keeps beside their targets, or more.
+    staged: AtomicUsize,
     /// Tells this device's memory from another's.
     id: u64,
 }
@@ -208,8 +210,10 @@ impl Backend for WebGpu {
         }
         let (whole, rest) = bytes.split_at(bytes.len() - tail);
         for (i, part) in whole.chunks(UPLOAD).enumerate() {
-            if i > 0 {
-                // Each part's staging memory is free again before the next one is taken.
+            let staged = shared.staged.fetch_add(part.len(), Ordering::Relaxed);
+            if staged > 0 && staged + part.len() > UPLOAD {
+                // The staging memory of what came before is free again before more is taken.
+                shared.staged.store(part.len(), Ordering::Relaxed);
                 shared.guarded("upload", || shared.queue.submit([]))?;
                 shared.wait(None)?;
             }

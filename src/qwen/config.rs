@@ -193,6 +193,16 @@ impl Config {
         if self.head_dim > 256 {
             return Err(Error::argument("head_dim", self.head_dim, "at most 256"));
         }
+        // Row lengths are u32, and are computed from these.
+        let row = 2 * (self.heads as u64 + self.kv_heads as u64) * self.head_dim as u64;
+        if row > 1 << 24 {
+            let found = format!("{} and {} heads of {}", self.heads, self.kv_heads, self.head_dim);
+            return Err(Error::argument(
+                "num_attention_heads, num_key_value_heads and head_dim",
+                found,
+                "a row of at most 2^24",
+            ));
+        }
         if self.rotary == 0 || self.rotary > self.head_dim || !self.rotary.is_multiple_of(2) {
             return Err(Error::argument(
                 "rotated part of a head",

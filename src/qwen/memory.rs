@@ -4,10 +4,11 @@ use crate::error::{Error, Result};
 use crate::ops::{AttentionShape, attention_scratch};
 use crate::plan::{Limits, Plan, scratch_per_chunk_head};
 use crate::qwen::config::{Config, LayerKind};
+use crate::qwen::model::LoadOptions;
 use crate::shape::{Dtype, Shape};
 use crate::tune::{self, Caps};
 
-/// Bytes that a model and one session of it take on a device.
+/// Bytes that a model and one session of it take on a device, with the snapshots that are kept beside it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryPlan {
     /// The device's name.
@@ -28,6 +29,8 @@ pub struct MemoryPlan {
     pub cache: u64,
     /// Activations of a piece and scratch of the kernels.
     pub scratch: u64,
+    /// What snapshots may take: the budget of a [`Cache`](crate::qwen::Cache).
+    pub snapshots: u64,
     /// Memory of the device, where it is known.
     pub available: Option<u64>,
 }
@@ -36,15 +39,15 @@ pub struct MemoryPlan {
 const DEFAULT_CONTEXT: u64 = 32_768;
 
 impl MemoryPlan {
-    /// Plans for a context, or for the default one, cut to what fits.
+    /// Plans for what is asked for: its context, or the default one, cut to what fits.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] with the numbers and the largest context that would fit; [`Error::Argument`] for a context of 0
     /// or beyond the model's positions; [`Error::Unsupported`] if the device is too small for even a few tokens at a time.
-    pub fn new(config: &Config, caps: &Caps, weights: u64, context: Option<u64>, kv: Dtype) -> Result<MemoryPlan> {
+    pub fn new(config: &Config, caps: &Caps, weights: u64, options: &LoadOptions) -> Result<MemoryPlan> {
         let most = config.max_positions;
-        let plan = |context: u64| Self::for_context(config, caps, weights, context, kv);
-        let wanted = match context {
+        let plan = |context: u64| Self::for_context(config, caps, weights, context, options);
+        let wanted = match options.context {
             Some(n) if n == 0 || n > most => return Err(Error::argument("context", n, format!("1 to {most}"))),
             Some(n) => n,
             None => most.min(DEFAULT_CONTEXT),
@@ -60,7 +63,7 @@ impl MemoryPlan {
             if plan(middle)?.fits() { fits = middle } else { too_many = middle }
         }
         // Below this a chat does not get far; better to say so than to start.
-        if context.is_none() && fits >= 512 {
+        if options.context.is_none() && fits >= 512 {
             return plan(fits);
         }
         let would = match fits {
@@ -76,7 +79,14 @@ impl MemoryPlan {
         })
     }
 
-    fn for_context(config: &Config, caps: &Caps, weights: u64, context: u64, kv: Dtype) -> Result<MemoryPlan> {
+    fn for_context(
+        config: &Config,
+        caps: &Caps,
+        weights: u64,
+        context: u64,
+        options: &LoadOptions,
+    ) -> Result<MemoryPlan> {
+        let kv = options.kv;
         let sizes = Sizes::new(config, caps, context, kv)?;
         let linear = config.count(LayerKind::Linear) as u64;
         let tail = (config.conv_taps as u64 - 1) * config.conv_channels() as u64 * 4;
@@ -88,15 +98,17 @@ impl MemoryPlan {
             weights,
             states: linear * config.linear.state_len() * 4,
             tails: linear * tail,
-            cache: config.count(LayerKind::Full) as u64 * 2 * attention_shape(config, kv).kv_row() * context,
+            cache: (config.count(LayerKind::Full) as u64 * 2 * attention_shape(config, kv).kv_row())
+                .saturating_mul(context),
             scratch: sizes.total(),
+            snapshots: options.snapshots,
             available: caps.memory,
         })
     }
 
     /// Everything together.
     pub fn total(&self) -> u64 {
-        self.weights + self.states + self.tails + self.cache + self.scratch
+        self.rows().iter().fold(0, |sum, (_, bytes)| sum.saturating_add(*bytes))
     }
 
     /// True if it fits the device, or if nobody knows.
@@ -104,25 +116,27 @@ impl MemoryPlan {
         self.available.is_none_or(|n| self.total() <= n)
     }
 
-    fn rows(&self) -> [(&'static str, u64); 5] {
+    fn rows(&self) -> [(&'static str, u64); 6] {
         [
             ("weights", self.weights),
             ("states", self.states),
             ("convolution tails", self.tails),
             ("keys and values", self.cache),
             ("scratch", self.scratch),
+            ("snapshots", self.snapshots),
         ]
     }
 
     fn summary(&self) -> String {
-        self.rows().map(|(what, bytes)| format!("{what} {}", size(bytes))).join(", ")
+        let row = |(what, bytes)| format!("{what} {}", size(bytes));
+        self.rows().into_iter().filter(|(_, bytes)| *bytes > 0).map(row).collect::<Vec<_>>().join(", ")
     }
 }
 
 impl std::fmt::Display for MemoryPlan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         writeln!(f, "memory on {}, context {}, {} cache:", self.device, self.context, self.kv)?;
-        for (what, bytes) in self.rows() {
+        for (what, bytes) in self.rows().into_iter().filter(|(_, bytes)| *bytes > 0) {
             writeln!(f, "  {what:<18} {:>10}", size(bytes))?;
         }
         write!(f, "  {:<18} {:>10}", "total", size(self.total()))?;
@@ -173,6 +187,9 @@ pub(crate) fn pages(config: &Config, caps: &Caps, context: u64, kv: Dtype) -> Ve
     out
 }
 
+/// Most pages of a cache, each of which is a launch: the longest context of a released model has less than a tenth.
+const PAGES: u64 = 256;
+
 /// Bytes of every scratch buffer of a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Sizes {
@@ -208,6 +225,16 @@ impl Sizes {
     /// The sizes for the largest piece whose buffers all fit the device's bindings.
     pub fn new(config: &Config, caps: &Caps, context: u64, kv: Dtype) -> Result<Sizes> {
         let most = caps.max_binding.min(caps.max_buffer);
+        let row = attention_shape(config, kv).kv_row();
+        if context / (most / row).max(1) > PAGES {
+            return Err(Error::Unsupported {
+                what: format!("a context of {context}"),
+                by: caps.name.clone(),
+                why: format!(
+                    "keys of one position take {row} bytes of {most} in one piece, and there are {PAGES} pieces at most"
+                ),
+            });
+        }
         let mut piece = tune::prefill_tokens(caps).min(context.next_power_of_two());
         loop {
             let sizes = Sizes::for_piece(config, caps, context, kv, piece);

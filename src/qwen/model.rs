@@ -25,6 +25,9 @@ pub struct LoadOptions {
     pub context: Option<u64>,
     /// How keys and values are stored: f32 to the last digit, f16 in half the memory.
     pub kv: Dtype,
+    /// Bytes that snapshots may take beside the session, as the budget of a [`Cache`](crate::qwen::Cache) has it: they are a part
+    /// of the plan, and what is left is for the context.
+    pub snapshots: u64,
 }
 
 /// A model on a device. Clones share the weights.
@@ -70,7 +73,7 @@ impl Model {
         let config = Config::read(&dir.join("config.json"))?;
         let checkpoint = Checkpoint::open(dir)?;
         let weights = Weights::measure(&config, &FileSource::new(&checkpoint, &config)?)?;
-        MemoryPlan::new(&config, caps, weights, options.context, options.kv)
+        MemoryPlan::new(&config, caps, weights, options)
     }
 
     /// Loads a directory as released: `config.json`, safetensors files, `tokenizer.json`, a chat template and
@@ -211,7 +214,7 @@ impl Inner {
         if options.kv == Dtype::Bf16 {
             return Err(Error::argument("kv", options.kv, "f32 or f16"));
         }
-        let plan = MemoryPlan::new(&config, backend.caps(), total, options.context, options.kv)?;
+        let plan = MemoryPlan::new(&config, backend.caps(), total, options)?;
         let sizes = Sizes::new(&config, backend.caps(), plan.context, plan.kv)?;
         let weights = Weights::load(&config, source, backend.as_ref(), &mut |done| progress(done, total))?;
         Ok(Inner {

@@ -1,5 +1,6 @@
 //! The checkpoint's chat template, rendered as Python's jinja2 renders it.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use minijinja::syntax::SyntaxConfig;
@@ -21,6 +22,28 @@ pub struct ChatTemplate {
 }
 
 const NAME: &str = "chat_template";
+
+/// Steps that one rendering may take, some hundred for each message: a template that never ends is a broken one.
+const STEPS: u64 = 20_000_000;
+/// Bytes of a prompt at most: many times what the longest context holds.
+const LONGEST: usize = 64 << 20;
+
+/// A prompt that is being written, up to [`LONGEST`].
+struct Prompt<'a>(&'a mut Vec<u8>);
+
+impl io::Write for Prompt<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if bytes.len() > LONGEST - self.0.len() {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
 
 impl ChatTemplate {
     /// Reads `chat_template.jinja`, else the `chat_template` of `tokenizer_config.json`; none where a checkpoint has neither.
@@ -54,6 +77,7 @@ impl ChatTemplate {
         environment.set_syntax(syntax.map_err(|e| Error::load(&path, e))?);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+        environment.set_fuel(Some(STEPS));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_formatter(|out, state, value| {
             minijinja::escape_formatter(out, state, &minijinja::Value::from(pyvalue::str(value)))
@@ -79,7 +103,8 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// [`Error::Argument`] for messages that are no list or arguments that are no object; [`Error::Load`] naming the template
-    /// with its own words if it raises.
+    /// with its own words if it raises,
+    /// or if it does not end or writes without end.
     pub fn render(
         &self,
         messages: &Value,
@@ -99,11 +124,18 @@ impl ChatTemplate {
             context.insert("enable_thinking".into(), Value::from(thinking));
         }
         let template = self.environment.get_template(NAME).map_err(|e| self.failed(&e))?;
-        template.render(Serde(context)).map_err(|e| self.failed(&e))
+        let mut text = Vec::new();
+        template.render_captured_to(Serde(context), Prompt(&mut text)).map_err(|e| self.failed(&e))?;
+        String::from_utf8(text).map_err(|e| Error::load(&self.path, e))
     }
 
     fn failed(&self, e: &minijinja::Error) -> Error {
-        Error::load(&self.path, format!("the template refuses: {}", describe(e)))
+        let why = match e.kind() {
+            ErrorKind::OutOfFuel => format!("the template does not end within {STEPS} steps"),
+            ErrorKind::WriteFailure => format!("the template writes more than {LONGEST} bytes"),
+            _ => format!("the template refuses: {}", describe(e)),
+        };
+        Error::load(&self.path, why)
     }
 }
 

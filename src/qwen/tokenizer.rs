@@ -26,12 +26,13 @@ impl Tokenizer {
     /// [`Error::Load`] naming the file: not a tokenizer, not byte-level, or one of another model.
     pub fn read(path: &Path, vocab: u32) -> Result<Self> {
         let json = std::fs::read(path).map_err(|e| Error::load(path, e))?;
+        // First: the library panics where a decoder is not JSON.
+        let listed: Listed = serde_json::from_slice(&json).map_err(|e| Error::load(path, e))?;
         let tokenizer = tokenizers::Tokenizer::from_bytes(&json).map_err(|e| Error::load(path, e))?;
         if !matches!(tokenizer.get_decoder(), Some(tokenizers::DecoderWrapper::ByteLevel(_))) {
             return Err(Error::load(path, "its decoder is not ByteLevel"));
         }
         // The library numbers added tokens itself where the file's numbers leave gaps; the model knows the file's.
-        let listed: AddedTokens = serde_json::from_slice(&json).map_err(|e| Error::load(path, e))?;
         for AddedToken { id, content } in listed.added_tokens {
             if tokenizer.token_to_id(&content) != Some(id) {
                 return Err(Error::load(path, format!("added token {content:?} cannot have id {id}: ids have gaps")));
@@ -106,11 +107,13 @@ impl Tokenizer {
     }
 }
 
-/// The part of `tokenizer.json` that the library does not take literally.
+/// The parts of `tokenizer.json` that the library does not take literally, or not at all.
 #[derive(serde::Deserialize)]
-struct AddedTokens {
+struct Listed {
     #[serde(default)]
     added_tokens: Vec<AddedToken>,
+    #[serde(default, rename = "decoder")]
+    _decoder: serde_json::Value,
 }
 
 #[derive(serde::Deserialize)]

@@ -119,6 +119,10 @@ fn keep(args: &Args, conversation: bool, local: &mut Local) -> Result<Option<Kep
         }
         Err(why) => {
             eprintln!("This conversation is not kept: {why:#}");
+            // What the other one has read of the same beginning needs no reading here.
+            if let Err(why) = local.find_in(&folder.join("state")) {
+                log::info!("{why:#}");
+            }
             Ok(None)
         }
     }

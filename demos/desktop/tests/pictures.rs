@@ -84,6 +84,7 @@ fn loaded() -> Loaded {
             tails: 1 << 16,
             cache: 16 << 20,
             scratch: 9 << 20,
+            snapshots: 512 << 20,
             available: None,
         },
         shared: false,

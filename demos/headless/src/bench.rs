@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use crate::bench_model::{self, Which};
 use crate::bench_op::{self, Row, What};
+use crate::bench_restore;
 use crate::bench_rows::{self, Ask};
 use crate::doors::dtype;
 use crate::peak::{self, Peak};
@@ -41,6 +42,9 @@ pub struct Args {
     /// Only a whole model with random weights: 0.8b, 2b, 4b or 9b
     #[arg(long, value_name = "SIZE")]
     shape: Option<String>,
+    /// Only the way back from disk of a session of 4,000 tokens, with the layers and heads of this size
+    #[arg(long, value_name = "SIZE", conflicts_with_all = ["op", "shape", "model"])]
+    restore: Option<String>,
     /// Only a whole model: this checkpoint
     #[arg(long, value_name = "DIR", conflicts_with_all = ["op", "shape"])]
     model: Option<PathBuf>,
@@ -127,6 +131,10 @@ pub fn run(args: &Args) -> Result<bool> {
             }
             None => say("no peak is known for this device\n\n"),
         }
+    }
+    if let Some(size) = &args.restore {
+        bench_restore::run(&backend, size, args.json)?;
+        return Ok(true);
     }
     let mut right = true;
     if args.shape.is_none() && args.model.is_none() {

@@ -7,6 +7,7 @@ mod bench;
 mod bench_grad;
 mod bench_model;
 mod bench_op;
+mod bench_restore;
 mod bench_rows;
 mod case;
 mod check;

@@ -112,7 +112,9 @@ pub fn load(args: &Args) -> Result<Loaded> {
     };
     ensure!(dir.is_dir(), "--model {}: there is no such directory", dir.display());
     let (backend, account) = device::open(args.device.as_deref())?;
-    let model = Model::load(&dir, backend, &LoadOptions { context: args.context, ..LoadOptions::default() })?;
+    let snapshots = u64::from(args.cache) << 20;
+    let options = LoadOptions { context: args.context, snapshots, ..LoadOptions::default() };
+    let model = Model::load(&dir, backend, &options)?;
     model.tokenizer().context("this checkpoint cannot be served")?;
     Ok(Loaded { model, account: account.summary(), _unpacked: unpacked })
 }

@@ -3,10 +3,16 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ptr::NonNull;
 
+use memmap2::MmapMut;
+
 use crate::backend::HostBytes;
 
 /// Start of every allocation: a cache line, and the widest vector.
 const ALIGN: usize = 64;
+
+/// Memory from this size on comes straight from the system, which zeroes a page when it is first touched. In large pages where
+/// it has them: a cache of keys and values is tens of thousands of small ones.
+const MAPPED: usize = 1 << 20;
 
 /// What a [`crate::backend::Buffer`] of this backend holds.
 pub(super) struct Memory {
@@ -17,10 +23,11 @@ pub(super) struct Memory {
 
 enum Store {
     Own { ptr: NonNull<u8>, layout: Layout },
+    Mapped { ptr: NonNull<u8>, map: MmapMut },
     Host(HostBytes),
 }
 
-// SAFETY: the allocation is plain bytes owned by this value. Access goes through the backend, which holds its lock.
+// SAFETY: the memory is plain bytes owned by this value. Access goes through the backend, which holds its lock.
 unsafe impl Send for Memory {}
 // SAFETY: as for Send.
 unsafe impl Sync for Memory {}
@@ -29,6 +36,14 @@ impl Memory {
     /// Zeroed memory, or None where the system has none.
     pub fn new(owner: u64, bytes: u64) -> Option<Self> {
         let bytes = usize::try_from(bytes).ok()?;
+        if bytes >= MAPPED {
+            let mut map = MmapMut::map_anon(bytes).ok()?;
+            // Advice: a system that does not take it is as right, and slower.
+            #[cfg(target_os = "linux")]
+            let _ = map.advise(memmap2::Advice::HugePage);
+            let ptr = NonNull::new(map.as_mut_ptr())?;
+            return Some(Memory { owner, store: Store::Mapped { ptr, map } });
+        }
         let layout = Layout::from_size_align(bytes.max(1), ALIGN).ok()?;
         // SAFETY: the layout has a size of at least 1.
         let ptr = NonNull::new(unsafe { alloc_zeroed(layout) })?;
@@ -43,7 +58,7 @@ impl Memory {
     /// The first byte, for reading.
     pub fn ptr(&self) -> *const u8 {
         match &self.store {
-            Store::Own { ptr, .. } => ptr.as_ptr(),
+            Store::Own { ptr, .. } | Store::Mapped { ptr, .. } => ptr.as_ptr(),
             Store::Host(bytes) => bytes.bytes().as_ptr(),
         }
     }
@@ -51,7 +66,7 @@ impl Memory {
     /// The first byte, for writing; None for host bytes.
     pub fn ptr_mut(&self) -> Option<*mut u8> {
         match &self.store {
-            Store::Own { ptr, .. } => Some(ptr.as_ptr()),
+            Store::Own { ptr, .. } | Store::Mapped { ptr, .. } => Some(ptr.as_ptr()),
             Store::Host(_) => None,
         }
     }
@@ -60,6 +75,7 @@ impl Memory {
     pub fn len(&self) -> usize {
         match &self.store {
             Store::Own { layout, .. } => layout.size(),
+            Store::Mapped { map, .. } => map.len(),
             Store::Host(bytes) => bytes.bytes().len(),
         }
     }

@@ -151,6 +151,7 @@ impl WebGpu {
             pipelines: pipeline::Pipelines::default(),
             binds,
             queue_state,
+            staged: Default::default(),
             id: fresh_id(),
         };
         Ok(WebGpu { shared: Arc::new(shared) })

@@ -32,12 +32,46 @@ pub struct Cache {
 #[derive(Debug)]
 struct Inner {
     tree: Tree<Entry>,
+    held: Held,
     budget: u64,
     every: u64,
     /// Counts what is put in and what is found.
     clock: u64,
     #[cfg(feature = "store")]
     store: Option<Arc<Store>>,
+}
+
+/// The device memory of all snapshots together, kept as they come and go.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Held {
+    bytes: u64,
+    /// Holders of each page, by its address: what several share counts once.
+    pages: HashMap<usize, u64>,
+}
+
+impl Held {
+    fn come(&mut self, snapshot: &Snapshot) {
+        self.bytes += snapshot.own_bytes();
+        for page in snapshot.pages() {
+            let holders = self.pages.entry(Arc::as_ptr(page).addr()).or_insert(0);
+            self.bytes += if *holders == 0 { page.bytes() } else { 0 };
+            *holders += 1;
+        }
+    }
+
+    fn go(&mut self, snapshot: &Snapshot) {
+        self.bytes -= snapshot.own_bytes();
+        for page in snapshot.pages() {
+            let at = Arc::as_ptr(page).addr();
+            match self.pages.get_mut(&at) {
+                Some(holders) if *holders > 1 => *holders -= 1,
+                _ => {
+                    self.pages.remove(&at);
+                    self.bytes -= page.bytes();
+                }
+            }
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -134,11 +168,12 @@ pub enum Origin {
 const EVERY: u64 = 2048;
 
 impl Cache {
-    /// An empty cache that may take `budget` bytes of device memory, beside what a [`MemoryPlan`](crate::qwen::MemoryPlan)
-    /// counts.
+    /// An empty cache that may take `budget` bytes of device memory, which a
+    /// [`MemoryPlan`](crate::qwen::MemoryPlan) counts as what [`LoadOptions::snapshots`](crate::qwen::LoadOptions) says.
     pub fn new(budget: u64) -> Cache {
         let inner = Inner {
             tree: Tree::default(),
+            held: Held::default(),
             budget,
             every: EVERY,
             clock: 0,
@@ -202,9 +237,10 @@ impl Cache {
         inner.clock += 1;
         let ids = snapshot.ids().to_vec();
         let of_same = |e: &Entry| e.snapshot.check(snapshot.model()).is_ok();
-        let old = inner.tree.remove(&ids, of_same);
+        let old = inner.remove(&ids, of_same);
         let pinned = Cell::new(old.iter().any(|e| e.pinned.get()));
         let used = Cell::new(inner.clock);
+        inner.held.come(&snapshot);
         inner.tree.insert(&ids, Entry { snapshot: snapshot.clone(), reason, pinned, used });
         inner.evict(Some(&snapshot))
     }
@@ -243,7 +279,7 @@ impl Cache {
         let gone = |f: &Found<'_, Entry>| (!f.value.pinned.get()).then(|| f.value.snapshot.clone());
         let gone: Vec<Snapshot> = inner.tree.all().iter().filter_map(gone).collect();
         for snapshot in gone {
-            inner.tree.remove(snapshot.ids(), |e| e.snapshot.is(&snapshot));
+            inner.remove(snapshot.ids(), |e| e.snapshot.is(&snapshot));
         }
     }
 
@@ -268,7 +304,15 @@ impl Cache {
     /// What it takes.
     pub fn usage(&self) -> Usage {
         let inner = self.lock();
-        Usage { snapshots: inner.tree.all().len() as u64, bytes: inner.bytes(), budget: inner.budget }
+        let all = inner.tree.all();
+        debug_assert_eq!(
+            inner.held,
+            all.iter().fold(Held::default(), |mut held, f| {
+                held.come(&f.value.snapshot);
+                held
+            })
+        );
+        Usage { snapshots: all.len() as u64, bytes: inner.held.bytes, budget: inner.budget }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -277,18 +321,16 @@ impl Cache {
 }
 
 impl Inner {
-    fn bytes(&self) -> u64 {
-        let all = self.tree.all();
-        let own: u64 = all.iter().map(|f| f.value.snapshot.own_bytes()).sum();
-        let pages: HashMap<_, _> =
-            all.iter().flat_map(|f| f.value.snapshot.pages()).map(|p| (Arc::as_ptr(p), p.bytes())).collect();
-        own + pages.values().sum::<u64>()
+    fn remove(&mut self, ids: &[u32], gone: impl Fn(&Entry) -> bool) -> Vec<Entry> {
+        let out = self.tree.remove(ids, gone);
+        out.iter().for_each(|e| self.held.go(&e.snapshot));
+        out
     }
 
     /// Drops the snapshots of least worth until the budget is kept; `newest` goes last.
     fn evict(&mut self, newest: Option<&Snapshot>) -> Vec<Evicted> {
         let mut out = Vec::new();
-        while self.bytes() > self.budget {
+        while self.held.bytes > self.budget {
             let all = self.tree.all();
             let idle = |e: &Entry| self.clock - e.used.get();
             let is_newest = |e: &Entry| newest.is_some_and(|n| e.snapshot.is(n));
@@ -302,7 +344,7 @@ impl Inner {
             let evicted = Evicted { position: gone.position(), gap, idle: idle(least.value) };
             log::debug!("{evicted}");
             out.push(evicted);
-            self.tree.remove(gone.ids(), |e| e.snapshot.is(&gone));
+            self.remove(gone.ids(), |e| e.snapshot.is(&gone));
         }
         out
     }

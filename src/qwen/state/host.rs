@@ -6,6 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::backend::View;
 use crate::error::{Error, Result};
 use crate::qwen::config::Config;
 use crate::qwen::generate::Answer;
@@ -159,22 +160,78 @@ pub(crate) fn place(
         return Err(Error::argument("rows of a snapshot", next, format!("those of {end} positions")));
     }
 
-    let backend = model.backend().as_ref();
-    let views = state::alloc_fixed(model.config(), backend)?;
-    let mut rest = fixed;
-    for view in &views {
-        let (own, after) = rest.split_at(view.bytes as usize);
-        backend.write(view, own)?;
-        rest = after;
-    }
-    let layout = page_layout(model.config(), backend.caps(), plan.context, plan.kv);
-    let mut pages = Pages::default();
-    pages.take(&layout, backend, 0, end)?;
-    let held: Vec<Arc<Page>> = pages.iter().cloned().collect();
+    let arrival = Arrival::new(model, end)?;
+    arrival.write(&arrival.fixed(), 0, fixed)?;
     for (range, bytes) in parts {
-        walk(model, &held, range.clone(), |view, at| backend.write(&view, &bytes[at..at + view.bytes as usize]))?;
+        arrival.write(&arrival.stretches(range.clone())?, 0, bytes)?;
     }
-    Ok(Snapshot::from_parts(model, history, views, pages, answer, moved))
+    Ok(arrival.whole(history, answer, moved))
+}
+
+/// A snapshot that comes to a device in pieces, of which several threads may bring some.
+pub(crate) struct Arrival<'a> {
+    model: &'a Model,
+    fixed: Vec<View>,
+    pages: Pages,
+}
+
+/// Device memory that takes a run of bytes: each stretch with the byte where it begins, ascending and without gaps.
+pub(crate) type Stretches = Vec<(usize, View)>;
+
+impl<'a> Arrival<'a> {
+    /// Room for a snapshot of `end` tokens, of undefined content.
+    pub fn new(model: &'a Model, end: u64) -> Result<Arrival<'a>> {
+        let (backend, plan) = (model.backend().as_ref(), model.memory());
+        let fixed = state::alloc_fixed(model.config(), backend)?;
+        let layout = page_layout(model.config(), backend.caps(), plan.context, plan.kv);
+        let mut pages = Pages::default();
+        pages.take(&layout, backend, 0, end)?;
+        Ok(Arrival { model, fixed, pages })
+    }
+
+    /// Where states and tails go.
+    pub fn fixed(&self) -> Stretches {
+        let mut end = 0;
+        let at = |view: &View| {
+            let begin = end;
+            end += view.bytes as usize;
+            begin
+        };
+        self.fixed.iter().map(at).zip(self.fixed.iter().cloned()).collect()
+    }
+
+    /// Where the rows of a range of positions go.
+    pub fn stretches(&self, range: Range<u64>) -> Result<Stretches> {
+        let held: Vec<Arc<Page>> = self.pages.iter().cloned().collect();
+        let mut out = Vec::new();
+        walk(self.model, &held, range, |view, at| {
+            out.push((at, view));
+            Ok(())
+        })?;
+        out.sort_by_key(|(at, _)| *at);
+        Ok(out)
+    }
+
+    /// Writes those of the bytes of some stretches that begin at byte `at`.
+    pub fn write(&self, to: &Stretches, at: u64, mut bytes: &[u8]) -> Result<()> {
+        let mut at = at as usize;
+        let first = to.partition_point(|(begin, view)| begin + view.bytes as usize <= at);
+        for (begin, view) in &to[first..] {
+            if bytes.is_empty() {
+                break;
+            }
+            let skip = (at - begin) as u64;
+            let (own, rest) = bytes.split_at(bytes.len().min((view.bytes - skip) as usize));
+            self.model.backend().write(&view.slice(skip, own.len() as u64)?, own)?;
+            (at, bytes) = (at + own.len(), rest);
+        }
+        Ok(())
+    }
+
+    /// The snapshot, once all of it has been written.
+    pub fn whole(self, history: History, answer: Option<Answer>, moved: bool) -> Snapshot {
+        Snapshot::from_parts(self.model, history, self.fixed, self.pages, answer, moved)
+    }
 }
 
 /// Visits the rows of a range of positions: each stretch of them on the device, with the byte where it begins among the rows of
@@ -183,7 +240,7 @@ fn walk(
     model: &Model,
     pages: &[Arc<Page>],
     range: Range<u64>,
-    mut visit: impl FnMut(crate::backend::View, usize) -> Result<()>,
+    mut visit: impl FnMut(View, usize) -> Result<()>,
 ) -> Result<()> {
     let layout = page_layout(model.config(), model.backend().caps(), model.memory().context, model.memory().kv);
     let tensor = (range.end - range.start) * layout.row;

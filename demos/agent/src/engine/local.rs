@@ -97,7 +97,9 @@ impl Local {
             bail!("--model {}: there is no such directory", dir.display());
         }
         let (backend, account) = open()?;
-        let options = LoadOptions { context: args.context.map(|n| n as u64), ..LoadOptions::default() };
+        let snapshots = (args.snapshots as u64) << 20;
+        let context = args.context.map(|n| n as u64);
+        let options = LoadOptions { context, snapshots, ..LoadOptions::default() };
         let model = Model::load_with(&dir, backend, &options, &mut |done, total| progress(done, total))?;
         let tokenizer = model.tokenizer().map(|_| ());
         tokenizer.and_then(|()| model.chat_template().map(|_| ())).context("this checkpoint cannot chat")?;
@@ -109,7 +111,7 @@ impl Local {
         options.seed = args.seed.unwrap_or_else(clock_seed);
         options.cancel = Some(cancel.clone());
         let mut session = model.session()?;
-        let cache = Cache::new((args.snapshots as u64) << 20);
+        let cache = Cache::new(snapshots);
         session.set_cache(Some(cache.clone()));
         Ok(Local {
             model,
@@ -136,6 +138,16 @@ impl Local {
         self.cache = self.cache.clone().with_store(store.clone());
         self.session.set_cache(Some(self.cache.clone()));
         self.store = Some(store);
+        Ok(())
+    }
+
+    /// Finds the snapshots in a folder that another process keeps its own in, and keeps none.
+    ///
+    /// # Errors
+    /// If there are none, or they cannot be read.
+    pub fn find_in(&mut self, folder: &Path) -> Result<()> {
+        self.cache = self.cache.clone().with_store(Arc::new(Store::view(folder)?));
+        self.session.set_cache(Some(self.cache.clone()));
         Ok(())
     }
 
@@ -171,7 +183,7 @@ impl Local {
                 "{} parameters, {} layers; {} with a context of {} tokens",
                 ui::count(config.parameters()),
                 config.layers.len(),
-                indicatif::BinaryBytes(memory.total()),
+                indicatif::BinaryBytes(memory.total() - memory.snapshots),
                 memory.context,
             ),
             try_it: self.unpacked.is_some().then_some((builtin::WHAT, builtin::TRY)),
@@ -470,6 +482,13 @@ mod tests {
         let mut second = local();
         let why = format!("{:#}", second.keep_in(folder.path()).unwrap_err());
         assert!(why.contains("another process"), "{why}");
+        // It reads along.
+        let mut beside = local();
+        beside.find_in(folder.path()).unwrap();
+        let restored = beside.prepare(&prompt).unwrap().unwrap();
+        assert!(restored.tokens as usize >= answer.prompt - 4, "{restored}");
+        assert_eq!(ids(&mut beside, &prompt, 12).0, expected);
+        beside.save().unwrap();
         drop(first);
         second.keep_in(folder.path()).unwrap();
         let restored = second.prepare(&prompt).unwrap().unwrap();

@@ -12,9 +12,10 @@ use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
+use twox_hash::XxHash3_128;
 
-use super::Trouble;
-use super::record::{BLOCK, Record, Sum, hash};
+use super::catalog::Trouble;
+use super::record::{BLOCK, Record, Sum};
 use crate::error::{Error, Result};
 
 const ROWS: &[u8; 8] = b"GDROWS\x001";
@@ -22,6 +23,8 @@ const STATE: &[u8; 8] = b"GDSTAT\x001";
 /// Begin of the names of files that are being written.
 const PARTIAL: &str = ".tmp-";
 const STATE_HEAD: u64 = 8 + 16 + 16;
+/// Bytes that a thread reads at a time: they are summed up and handed on while a core's cache holds them.
+const PIECE: usize = 256 << 10;
 
 /// What a name stands for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,7 +69,7 @@ pub(super) fn list(dir: &Path) -> Result<Vec<(PathBuf, u128, Kind)>> {
 pub(super) fn write(dir: &Path, record: &Record, rows: &[u8], state: &[u8]) -> Result<()> {
     put(dir, record.id, Kind::Rows, &[&head(record, Kind::Rows), rows])?;
     put(dir, record.id, Kind::State, &[&head(record, Kind::State), state])?;
-    sync_dir(dir)
+    sync_dir(dir).map_err(|e| Error::save(dir, e))
 }
 
 fn put(dir: &Path, id: u128, kind: Kind, parts: &[&[u8]]) -> Result<()> {
@@ -87,15 +90,15 @@ fn put(dir: &Path, id: u128, kind: Kind, parts: &[&[u8]]) -> Result<()> {
 }
 
 /// Makes new names last, where the system has a way to.
-fn sync_dir(dir: &Path) -> Result<()> {
+pub(super) fn sync_dir(dir: &Path) -> io::Result<()> {
     #[cfg(unix)]
-    File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::save(dir, e))?;
+    File::open(dir).and_then(|d| d.sync_all())?;
     let _ = dir;
     Ok(())
 }
 
 /// What stands before the numbers of a file.
-fn head(record: &Record, kind: Kind) -> Vec<u8> {
+pub(super) fn head(record: &Record, kind: Kind) -> Vec<u8> {
     let bytes = record.encode();
     match kind {
         Kind::Rows => [ROWS.as_slice(), &(bytes.len() as u32).to_le_bytes(), &bytes].concat(),
@@ -103,8 +106,14 @@ fn head(record: &Record, kind: Kind) -> Vec<u8> {
     }
 }
 
-/// The numbers in a file of a record, checked.
-pub(super) fn body(dir: &Path, record: &Record, kind: Kind) -> Result<Vec<u8>, Trouble> {
+/// Gives the numbers in a file of a record to `put`, from several threads: pieces, each with the byte where it begins. They are
+/// those of the record only if this returns well.
+pub(super) fn read(
+    dir: &Path,
+    record: &Record,
+    kind: Kind,
+    put: impl Fn(u64, &[u8]) -> Result<()> + Sync,
+) -> Result<(), Trouble> {
     let path = path(dir, record.id, kind);
     let broken = |why: String| Trouble::Broken(record.id, kind, why);
     let failed = |e: io::Error| match e.kind() {
@@ -122,47 +131,65 @@ pub(super) fn body(dir: &Path, record: &Record, kind: Kind) -> Result<Vec<u8>, T
     if front != head {
         return Err(broken("it begins as another one".into()));
     }
-    // The file has so many.
-    let mut out = vec![0; sum.bytes as usize];
-    // Most of the time goes into memory that is touched for the first time: all threads do, and sum up what they have read.
-    let read = |(i, block): (usize, &mut [u8])| {
-        let mut file = File::open(&path)?;
-        file.seek(io::SeekFrom::Start(head.len() as u64 + (i * BLOCK) as u64))?;
-        file.read_exact(block)?;
-        Ok(hash(block))
+    let block = |piece: &mut Vec<u8>, i: u64| {
+        let (begin, end) = (i * BLOCK, sum.bytes.min((i + 1) * BLOCK));
+        let mut file = File::open(&path).map_err(failed)?;
+        file.seek(io::SeekFrom::Start(head.len() as u64 + begin)).map_err(failed)?;
+        let mut hash = XxHash3_128::new();
+        for at in (begin..end).step_by(PIECE) {
+            let piece = &mut piece[..PIECE.min((end - at) as usize)];
+            file.read_exact(piece).map_err(failed)?;
+            hash.write(piece);
+            put(at, piece).map_err(Trouble::Failed)?;
+        }
+        Ok(hash.finish_128())
     };
-    let blocks = out.par_chunks_mut(BLOCK).enumerate().map(read).collect::<io::Result<Vec<u128>>>().map_err(failed)?;
+    let blocks = (0..sum.bytes.div_ceil(BLOCK)).into_par_iter().map_init(|| vec![0; PIECE], block);
+    let blocks = blocks.collect::<Result<Vec<u128>, Trouble>>()?;
     if Sum::of_blocks(sum.bytes, &blocks) != sum {
         return Err(broken("its checksum is wrong".into()));
     }
-    Ok(out)
+    Ok(())
 }
 
 /// The record at the front of a file of rows, if the file is as long as it says.
 pub(super) fn record(file: &Path) -> Option<Record> {
-    let mut open = File::open(file).ok()?;
+    let open = File::open(file).ok()?;
     let length = open.metadata().ok()?.len();
+    front(open, length)
+}
+
+/// The record at the front of `length` bytes of rows.
+pub(super) fn front(mut file: impl Read, length: u64) -> Option<Record> {
     let mut head = [0; 12];
-    open.read_exact(&mut head).ok()?;
+    file.read_exact(&mut head).ok()?;
     let (magic, n) = head.split_at(8);
     let n = u64::from(u32::from_le_bytes(n.try_into().ok()?));
-    if magic != ROWS || n > length - 12 {
+    let rest = length.checked_sub(12)?.checked_sub(n)?;
+    if magic != ROWS {
         return None;
     }
     let mut bytes = vec![0; n as usize];
-    open.read_exact(&mut bytes).ok()?;
-    let record = Record::decode(&bytes)?;
-    (length - 12 - n == record.rows.bytes).then_some(record)
+    file.read_exact(&mut bytes).ok()?;
+    Record::decode(&bytes).filter(|record| record.rows.bytes == rest)
 }
 
-/// Bytes that a record takes on disk, with its state or without.
-pub(super) fn bytes(record: &Record, with_state: bool) -> u64 {
-    let rows = 12 + record.encode().len() as u64 + record.rows.bytes;
-    if with_state { rows + STATE_HEAD + record.state.bytes } else { rows }
+/// Bytes that a record takes on disk, with its state or without; none if it claims more than there can be.
+pub(super) fn bytes(record: &Record, with_state: bool) -> Option<u64> {
+    let rows = record.rows.bytes.checked_add(12 + record.encoded())?;
+    if with_state { rows.checked_add(STATE_HEAD)?.checked_add(record.state.bytes) } else { Some(rows) }
 }
 
-/// Removes a file that may not be there.
+/// Removes the file of a snapshot.
 pub(super) fn remove(dir: &Path, id: u128, kind: Kind) {
     // One that stays for now is found when the store is opened next.
     let _ = fs::remove_file(path(dir, id, kind));
+}
+
+/// Removes a file that may not be there.
+pub(super) fn remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
 }

@@ -1,11 +1,18 @@
 //! The index of a store: which snapshots there are, in an embedded database that survives any crash.
+//!
+//! A crash it survives, but damage trips its assertions. So its file has a checksum beside it for as long as nobody has it open, and
+//! one that is not as it was left is not looked into. Where a writer crashed there is none, and the database's own checks decide.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition, TableError};
 
+use twox_hash::XxHash3_128;
+
+use super::blob;
 use crate::error::{Error, Result};
 
 /// Records by id.
@@ -65,16 +72,41 @@ impl Index {
     pub fn open(dir: &Path) -> Result<(Index, Vec<Entry>)> {
         let path = dir.join("index.redb");
         let mut index = Index { path, db: None };
-        let why = match index.all() {
-            Ok(entries) => return Ok((index, entries)),
-            Err(failure) if failure.broken => failure.why,
-            Err(failure) => return Err(Error::load(&index.path, failure.why)),
+        let as_left = index.as_left().map_err(|e| Error::load(&index.path, e))?;
+        // From here on the file changes; that there is no checksum has to last before it does.
+        blob::remove_file(&index.sum_path())
+            .and_then(|()| blob::sync_dir(dir))
+            .map_err(|e| Error::save(&index.path, e))?;
+        let why = match as_left.then(|| index.all()) {
+            Some(Ok(entries)) => return Ok((index, entries)),
+            Some(Err(failure)) if failure.broken => failure.why,
+            Some(Err(failure)) => return Err(Error::load(&index.path, failure.why)),
+            None => "it is not as it was left".into(),
         };
         log::warn!("{}: {why}; it is made again", index.path.display());
         let aside = index.path.with_extension("broken");
         fs::rename(&index.path, &aside).map_err(|e| Error::save(&aside, e))?;
         let entries = index.all().map_err(|failure| Error::load(&index.path, failure.why))?;
         Ok((index, entries))
+    }
+
+    fn sum_path(&self) -> PathBuf {
+        self.path.with_extension("sum")
+    }
+
+    /// False if there is a checksum and the file has another one.
+    fn as_left(&self) -> io::Result<bool> {
+        let missing = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
+        match fs::read(self.sum_path()) {
+            // One that is cut short was being written when the power went.
+            Ok(sum) if sum.len() < 16 => Ok(true),
+            Ok(sum) => match sum_of(&self.path) {
+                Err(e) if missing(&e) => Ok(true),
+                found => Ok(found?.as_slice() == sum),
+            },
+            Err(e) if missing(&e) => Ok(true),
+            Err(e) => Err(e),
+        }
     }
 
     /// Does something with the database, which is opened and checked first where it is not open. Whatever goes wrong closes it.
@@ -161,5 +193,36 @@ impl Index {
     /// The hash that was put under a key.
     pub fn hash(&mut self, key: &str) -> Option<u128> {
         self.with(|db| Ok(db.begin_read()?.open_table(HASHES)?.get(key)?.map(|h| h.value()))).ok().flatten()
+    }
+}
+
+impl Drop for Index {
+    fn drop(&mut self) {
+        // One that had failed is left to the checks of the database.
+        let Some(db) = self.db.take() else { return };
+        let closed = catch_unwind(AssertUnwindSafe(move || drop(db)));
+        let written = || {
+            // A checksum must not outlast what it is of.
+            File::options().write(true).open(&self.path)?.sync_all()?;
+            fs::write(self.sum_path(), sum_of(&self.path)?)
+        };
+        if closed.is_ok()
+            && let Err(why) = written()
+        {
+            log::warn!("{}: {why}", self.sum_path().display());
+            let _ = fs::remove_file(self.sum_path());
+        }
+    }
+}
+
+/// The checksum of a file.
+fn sum_of(path: &Path) -> io::Result<[u8; 16]> {
+    let mut file = File::open(path)?;
+    let (mut sum, mut block) = (XxHash3_128::new(), vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut block)? {
+            0 => return Ok(sum.finish_128().to_le_bytes()),
+            n => sum.write(&block[..n]),
+        }
     }
 }

@@ -45,7 +45,7 @@ pub(super) fn hash(bytes: &[u8]) -> u128 {
 impl Sum {
     /// Blocks are summed in parallel, and then their sums.
     pub fn of(bytes: &[u8]) -> Sum {
-        let blocks: Vec<u128> = bytes.par_chunks(BLOCK).map(hash).collect();
+        let blocks: Vec<u128> = bytes.par_chunks(BLOCK as usize).map(hash).collect();
         Sum::of_blocks(bytes.len() as u64, &blocks)
     }
 
@@ -57,12 +57,17 @@ impl Sum {
 }
 
 /// A part of the format: other blocks are other sums.
-pub(super) const BLOCK: usize = 4 << 20;
+pub(super) const BLOCK: u64 = 4 << 20;
 
 impl Record {
     /// Its position: the number of its tokens.
     pub fn end(&self) -> u64 {
         self.begin + self.ids.len() as u64
+    }
+
+    /// How many bytes [`Record::encode`] gives.
+    pub fn encoded(&self) -> u64 {
+        6 * 16 + 6 * 8 + 4 * self.ids.len() as u64 + 8 * self.runs.len() as u64 + self.answer.len() as u64 + 16
     }
 
     /// The bytes, their own checksum last.
@@ -85,6 +90,7 @@ impl Record {
         out.extend(&self.answer);
         let sum = hash(&out);
         out.extend(sum.to_le_bytes());
+        debug_assert_eq!(out.len() as u64, self.encoded());
         out
     }
 
@@ -139,7 +145,8 @@ pub(super) fn get_answer(bytes: &[u8], position: u64) -> Option<Option<Answer>> 
     let seen = r.list(seen, 4, Reader::u32)?;
     let sampling = Sampling { presence_penalty, temperature, top_k, top_p, min_p };
     let ascending = seen.windows(2).all(|w| w[0] < w[1]);
-    if !r.0.is_empty() || sampling.check().is_err() || !ascending || begin > position || given > position + 1 - begin {
+    let (flag, written) = (has_next == 1 || has_next == 0 && next == 0, position.checked_sub(begin)?);
+    if !r.0.is_empty() || sampling.check().is_err() || !ascending || !flag || given.saturating_sub(1) > written {
         return None;
     }
     let sampler = Sampler::from_parts(sampling, SplitMix64::new(random), seen);
@@ -216,6 +223,20 @@ mod tests {
         }
         for n in 0..bytes.len() {
             assert_eq!(Record::decode(&bytes[..n]), None);
+        }
+    }
+
+    /// An answer is read as it was written or not at all, wherever the record says that it ends.
+    #[test]
+    fn an_answer_that_would_be_written_otherwise_is_refused() {
+        let sampler = Sampler::from_parts(Sampling::default(), SplitMix64::new(1), vec![2]);
+        let bytes = put_answer(Some(&Answer { sampler, next: None, begin: 3, given: 2 }));
+        assert!(get_answer(&bytes, u64::MAX).is_some() && get_answer(&bytes, 2).is_none());
+        // Whether there is a next token, and which.
+        for (at, value) in [(20, 2u32), (20, u32::MAX), (24, 7)] {
+            let mut bytes = bytes.clone();
+            bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+            assert!(get_answer(&bytes, 9).is_none(), "{value} at {at}");
         }
     }
 
