@@ -8,6 +8,8 @@ mod bad;
 mod compiled;
 mod header;
 #[cfg(feature = "cuda")]
+mod mma;
+#[cfg(feature = "cuda")]
 mod replay;
 #[cfg(feature = "cuda")]
 mod special;
