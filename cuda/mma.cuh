@@ -52,6 +52,7 @@ inline uint16_t matrix_number(const void* const* rows, int matrix, int row, int 
 template <bool ACROSS>
 void load_4(u32 (&x)[4], const void* row) {
     const void** rows = (const void**)warp_memory(32 * sizeof(void*));
+    aligned(row, 16);
     rows[lane()] = row;
     wait_warp();
     const int g = lane() / 4, t = lane() % 4;
@@ -88,16 +89,13 @@ inline u32 turn(u32 x) {
     emulator::wait_warp();
     return y;
 }
-template <int BYTES>
-void copy(void* shared, const void* global, bool valid) {
-    if (valid) memcpy(shared, global, BYTES);
-    else memset(shared, 0, BYTES);
-}
-inline void copy_16(void* shared, const void* global, bool valid) { copy<16>(shared, global, valid); }
-inline void copy_4(void* shared, const void* global, bool valid) { copy<4>(shared, global, valid); }
-inline void copies_end() {}
+inline void copy_16(void* shared, const void* global, bool valid) { emulator::copy_later(shared, global, 16, valid); }
+inline void copy_4(void* shared, const void* global, bool valid) { emulator::copy_later(shared, global, 4, valid); }
+inline void copies_end() { emulator::copies_end(); }
 template <int N>
-void copies_wait() {}
+void copies_wait() {
+    emulator::copies_wait(N);
+}
 
 #else
 

@@ -122,7 +122,7 @@ fn keys_alike() {
 #[test]
 fn rows_of_16_bits_and_heads_of_64_and_128_go_to_the_matrix_units() {
     let family = |kernel: &'static Kernel, consts: &[u32]| choose(kernel, consts).unwrap().family;
-    for k in (1..=16).map(|i| 16 * i) {
+    for k in (1..=16u32).map(|i| 16 * i) {
         for store in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
             let ty = store.code();
             let mma = store != Dtype::F32 && [64, 128].contains(&k);
