@@ -113,13 +113,16 @@ __device__ __forceinline__ void scan(const row::gdn_scan::Launch& l) {
             left(w[i], make_float2(v0.x - ks[i][0], v0.y - ks[i][1]), make_float2(v1.x - ks[i][2], v1.y - ks[i][3]));
             clear(n[i]);
         }
-        // N = A W; A is lower triangular
+        // N = A W; A is lower triangular, in two parts: rounded, it would be wrong in the same way for all columns, and dg shows that.
 #pragma unroll
         for (u32 i = 0; i < EIGHTS; i++)
 #pragma unroll
             for (u32 m = 0; m <= i; m++) {
-                u32 b[2];
-                right(b, t.a.along(i, m));
+                const float2 a = t.a.along(i, m);
+                u32 b[2], rest[2];
+                right(b, a);
+                right_rest(rest, a, b);
+                mma_tf32(n[i], w[m], rest);
                 mma_tf32(n[i], w[m], b);
             }
         if (save == 1) {

@@ -27,6 +27,10 @@ __device__ __forceinline__ void left(u32 (&a)[4], u32 row, u32 row_8) {
 
 // The right operand [8, 8]: rows 2 t, 2 t + 1 of column g.
 __device__ __forceinline__ void right(u32 (&b)[2], float2 x) { b[0] = to_tf32(x.x), b[1] = to_tf32(x.y); }
+// What is left of two numbers that were rounded to b.
+__device__ __forceinline__ void right_rest(u32 (&rest)[2], float2 x, const u32 (&b)[2]) {
+    right(rest, make_float2(x.x - __uint_as_float(b[0]), x.y - __uint_as_float(b[1])));
+}
 template <class T>
 __device__ __forceinline__ void right(u32 (&b)[2], u32 word) {
     const float2 x = unpack<T>(word);

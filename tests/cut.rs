@@ -13,9 +13,9 @@ use crate::util::{Batch, Random, bound, devices, error, heads};
 /// How a call is to be cut.
 #[derive(Debug, Clone, Copy)]
 pub struct How {
-    cut: Option<Cut>,
+    pub cut: Option<Cut>,
     /// [`Options::exact`](gatedelta::gdn::Options::exact).
-    exact: bool,
+    pub exact: bool,
     /// Bytes of scratch: few make many pieces.
     pub scratch: u64,
     /// Numbers before each row of q, k, v, o and their gradients.
