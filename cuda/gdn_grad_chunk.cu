@@ -6,9 +6,8 @@
 //
 // 64 threads form an 8 x 8 grid; thread (ti, tj) holds the 4 x 4 block of dP and dL at row 4 ti, column 4 tj in registers while dO, N
 // and X pass through shared memory in slices of V.
-#include "chunk.cuh"
+#include "grad_chunk.cuh"
 
-constexpr u32 THREADS = 64;
 constexpr u32 EDGE = C / 8;
 constexpr u32 DEPTH = 4;                     // width of a staged slice, in fours
 constexpr u32 STAGED = C * DEPTH / THREADS;  // places of a slice that a thread stages
@@ -90,26 +89,14 @@ __device__ __forceinline__ void grad_chunk(const row::gdn_grad_chunk::Launch& l)
 #pragma unroll
     for (u32 a = 0; a < EDGE; a++) {
         const u32 i = ti * EDGE + a;
-        const float rk = ws[WS_RK + i], rq = ws[WS_RQ + i], beta = ws[WS_BETA + i];
+        const RowFactors factors = row_factors(ws, i);
         float2 row = make_float2(0.f, 0.f);
 #pragma unroll
         for (u32 b = 0; b < EDGE; b++) {
-            const u32 j = tj * EDGE + b, at = i * C + j;
-            if (j > i) continue;
-            // P becomes s rq_i rk_j G_ij dP_ij, R becomes D + D^T with D_ij = beta_i rk_i rk_j G_ij dL_ij
-            const float gate = ws[WS_G + at] * ws[WS_RK + j];
-            float e = dp[a][b] * ws[WS_P + at];
-            ws[WS_P + at] = l.p.scale * rq * gate * dp[a][b];
-            if (j < i) {
-                const float r_dl = -ws[WS_R + at] * dl[a][b];
-                e += beta * r_dl;
-                row.y += r_dl;
-                const float both = -beta * rk * gate * dl[a][b];
-                ws[WS_R + at] = both;
-                ws[WS_R + j * C + i] = both;
-            }
-            row.x += e;
-            column[b] += e;
+            const Share x = take_number(ws, l.p.scale, factors, i, tj * EDGE + b, dp[a][b], dl[a][b]);
+            row.x += x.e;
+            row.y += x.r_dl;
+            column[b] += x.e;
         }
         s.of_row[i * 8 + tj] = row;
     }
@@ -130,8 +117,6 @@ __device__ __forceinline__ void grad_chunk(const row::gdn_grad_chunk::Launch& l)
 }
 
 KERNEL(gdn_grad_chunk_f32, gdn_grad_chunk, THREADS) { grad_chunk<F32>(l); }
-KERNEL(gdn_grad_chunk_f16, gdn_grad_chunk, THREADS) { grad_chunk<F16>(l); }
-KERNEL(gdn_grad_chunk_bf16, gdn_grad_chunk, THREADS) { grad_chunk<Bf16>(l); }
 
 // dg_t = sum of dc_i over i >= t in the chunk, and dbeta. A thread has one value head.
 KERNEL(gdn_grad_gates, gdn_grad_gates, 64) {

@@ -142,4 +142,4 @@ __device__ __forceinline__ void grad_scan(const row::gdn_grad_scan::Launch& l) {
     if (walk.taken) State::store(s, state_of(walk.to), row0, dk, dv);
 }
 
-STATE_KERNELS(gdn_grad_scan, gdn_grad_scan, grad_scan)
+SCAN_KERNELS(gdn_grad_scan, gdn_grad_scan, grad_scan)

@@ -5,34 +5,21 @@
 //
 // 64 threads form an 8 x 8 grid; thread (ti, tj) holds the 4 x 4 blocks of K K^T and Q K^T at row 4 ti, column 4 tj in registers.
 // The gates are applied per value head, then each column of the inverse is solved by one thread.
-#include "chunk.cuh"
+#include "prepare.cuh"
 
-constexpr u32 THREADS = 64;
 constexpr u32 EDGE = C / 8;
 constexpr u32 DEPTH = 4;  // width of a staged slice of q and k, in fours
 // One four between blocks of rows, so that threads that read EDGE rows apart do not meet in a bank.
 constexpr u32 SIDE = C * DEPTH + 8;
 __device__ __forceinline__ u32 tile_at(u32 row) { return row * DEPTH + row / EDGE; }
 
-// The largest beta |rk k|^2 of a token that counts as one that makes no state longer: 2, and a little for rounding.
-constexpr float LONGEST_STEP = 2.00001f;
-
 struct Shared {
     float4 q[SIDE];  // [C, DEPTH]
     float4 k[SIDE];  // [C, DEPTH]
     float lower[C * C];         // L [C, C]
     float inverse[C * (C + 1)]; // (I + L)^-1 [C, C + 1]
-    float norm_q[C], norm_k[C];
-    // Cumulated gates c = whole + frac, whole an integer and |frac| <= 1/2: differences of large c keep their digits.
-    float whole[C], frac[C];
-    float beta[C];
-    float square_k[C];  // |rk k|^2
+    Tokens tokens;
 };
-
-// exp(c_i - c_j) for i >= j
-__device__ __forceinline__ float decay(const Shared& s, u32 i, u32 j) {
-    return expf((s.whole[i] - s.whole[j]) + (s.frac[i] - s.frac[j]));
-}
 
 // kk = K K^T, qk = Q K^T [EDGE, EDGE] of this thread; the inverse norms of all rows go to shared memory.
 template <class T>
@@ -77,26 +64,9 @@ __device__ __forceinline__ void products(const row::gdn_prepare::Launch& l, Shar
         }
     }
     if (lane < C) {
-        s.norm_q[lane] = l.c.l2norm ? 1.f / sqrtf(sum_q + 1e-6f) : 1.f;
-        s.norm_k[lane] = l.c.l2norm ? 1.f / sqrtf(sum_k + 1e-6f) : 1.f;
+        s.tokens.norm_q[lane] = inverse_norm(l.c.l2norm, sum_q);
+        s.tokens.norm_k[lane] = inverse_norm(l.c.l2norm, sum_k);
     }
-}
-
-// The cumulated gates of a value head. Every thread adds in the same order, so that the sums of two tokens share their roundings.
-__device__ __forceinline__ void cumulate(Shared& s, const float* g, const float* beta, u32 hv, u32 len) {
-    const u32 lane = threadIdx.x;
-    if (lane >= C) return;
-    float w = 0.f, f = 0.f;
-    for (u32 j = 0; j <= min(lane, len - 1); j++) {
-        const float gate = fmaxf(g[(size_t)j * hv], -1e4f), gate_whole = rintf(gate);
-        f += gate - gate_whole;
-        const float carry = rintf(f);
-        w += gate_whole + carry;
-        f -= carry;
-    }
-    s.whole[lane] = w;
-    s.frac[lane] = f;
-    s.beta[lane] = lane < len ? beta[(size_t)lane * hv] : 0.f;
 }
 
 // One column of the inverse, and what goes with it. x_i = e_i - sum_(m < i) L_im x_m: a thread reads only the column it wrote.
@@ -104,7 +74,7 @@ __device__ __forceinline__ void solve(const row::gdn_prepare::Launch& l, Shared&
     const u32 j = threadIdx.x;
     if (j >= C) return;
     const bool valid = j < len;
-    const float beta = s.beta[j];
+    const float beta = s.tokens.beta[j];
     for (u32 i = 0; i < C; i++) {
         float x = i == j ? 1.f : 0.f;
         for (u32 m = 0; m < i; m++) x = fmaf(-s.lower[i * C + m], s.inverse[m * (C + 1) + j], x);
@@ -113,27 +83,7 @@ __device__ __forceinline__ void solve(const row::gdn_prepare::Launch& l, Shared&
         ws[WS_A + i * C + j] = inside ? x * beta : 0.f;
         if (l.c.grad) ws[WS_B + i * C + j] = inside ? x : 0.f;
     }
-    const u32 last = len - 1;
-    const float gamma = valid ? expf(s.whole[j] + s.frac[j]) : 0.f;
-    ws[WS_U + j] = gamma * s.norm_k[j];
-    ws[WS_O + j] = l.p.scale * gamma * s.norm_q[j];
-    ws[WS_N + j] = valid ? decay(s, last, j) * s.norm_k[j] : 0.f;
-    if (j != 1) {
-        ws[WS_GAMMA + j] = expf(s.whole[last] + s.frac[last]);
-    } else {
-        // No token makes a state longer. NaN fails.
-        bool contracts = true;
-        for (u32 i = 0; i < len; i++) {
-            const float step = s.beta[i] * s.square_k[i];
-            contracts = contracts && step >= 0.f && step <= LONGEST_STEP;
-        }
-        ws[WS_GAMMA + 1] = contracts ? 1.f : 0.f;
-    }
-    if (l.c.grad) {
-        ws[WS_RK + j] = valid ? s.norm_k[j] : 0.f;
-        ws[WS_RQ + j] = valid ? s.norm_q[j] : 0.f;
-        ws[WS_BETA + j] = beta;
-    }
+    store_token(l, s.tokens, ws, j, len);
 }
 
 template <class T>
@@ -151,7 +101,7 @@ __device__ __forceinline__ void prepare(const row::gdn_prepare::Launch& l) {
 #pragma unroll
         for (u32 a = 0; a < EDGE; a++) {
             const u32 i = ti * EDGE + a;
-            s.square_k[i] = s.norm_k[i] * s.norm_k[i] * kk[a][a];
+            s.tokens.square_k[i] = s.tokens.norm_k[i] * s.tokens.norm_k[i] * kk[a][a];
         }
     }
 
@@ -160,30 +110,20 @@ __device__ __forceinline__ void prepare(const row::gdn_prepare::Launch& l) {
         const size_t g0 = l.p.g_off + (size_t)chunk.x * hv + head;
         float* ws = (float*)l.m.ws + ((size_t)cell.x * hv + head) * (l.c.grad ? WS_LONG : WS_SHORT);
         __syncthreads();
-        cumulate(s, (const float*)l.m.g + g0, (const float*)l.m.beta + g0, hv, len);
+        cumulate(s.tokens, (const float*)l.m.g + g0, (const float*)l.m.beta + g0, hv, len);
         __syncthreads();
-        // L = strictlower(diag(beta) G o K K^T)     P = s Q K^T o G
 #pragma unroll
         for (u32 a = 0; a < EDGE; a++) {
             const u32 i = ti * EDGE + a;
 #pragma unroll
             for (u32 b = 0; b < EDGE; b++) {
                 const u32 j = tj * EDGE + b;
-                float lower = 0.f, p = 0.f, gate = 0.f, r = 0.f;
-                if (j <= i && i < len) {
-                    gate = decay(s, i, j);
-                    const float d = gate * s.norm_k[j];
-                    p = l.p.scale * d * s.norm_q[i] * qk[a][b];
-                    if (j < i) {
-                        r = d * s.norm_k[i] * kk[a][b];
-                        lower = s.beta[i] * r;
-                    }
-                }
-                s.lower[i * C + j] = lower;
-                ws[WS_P + i * C + j] = p;
+                const Entry x = entry_of(l, s.tokens, i, j, len, kk[a][b], qk[a][b]);
+                s.lower[i * C + j] = x.lower;
+                ws[WS_P + i * C + j] = x.p;
                 if (l.c.grad) {
-                    ws[WS_G + i * C + j] = gate;
-                    ws[WS_R + i * C + j] = r;
+                    ws[WS_G + i * C + j] = x.gate;
+                    ws[WS_R + i * C + j] = x.r;
                 }
             }
         }

@@ -163,4 +163,4 @@ __device__ __forceinline__ void scan(const row::gdn_scan::Launch& l) {
     if (walk.taken) State::store(s, state_of(walk.to), row0, dk, dv);
 }
 
-STATE_KERNELS(gdn_scan, gdn_scan, scan)
+SCAN_KERNELS(gdn_scan, gdn_scan, scan)

@@ -43,12 +43,17 @@ __device__ __forceinline__ void add_rows(float4& sum, float4 x, float4 s0, float
 }
 
 // The models' columns for each K; those of a V that 32 does not divide for the largest alone.
-#define STATE_KERNELS(NAME, ROW, BODY)              \
-    STATE_KERNELS_OF(NAME##_f32, ROW, BODY, F32)    \
-    STATE_KERNELS_OF(NAME##_f16, ROW, BODY, F16)    \
+#define STATE_KERNELS(NAME, ROW, BODY)               \
+    SCAN_KERNELS(NAME, ROW, BODY)                    \
+    STATE_KERNEL(NAME##_f16, ROW, BODY, F16, 64, 32) \
+    STATE_KERNEL(NAME##_bf16, ROW, BODY, Bf16, 64, 32)
+// The scans' K of 64 is left to the matrix units (state_mma.cuh) with 16 bits; a smaller one is rare enough to be taken for 128.
+#define SCAN_KERNELS(NAME, ROW, BODY)                \
+    STATE_KERNEL(NAME##_f32, ROW, BODY, F32, 64, 32) \
+    STATE_KERNELS_OF(NAME##_f32, ROW, BODY, F32)     \
+    STATE_KERNELS_OF(NAME##_f16, ROW, BODY, F16)     \
     STATE_KERNELS_OF(NAME##_bf16, ROW, BODY, Bf16)
 #define STATE_KERNELS_OF(NAME, ROW, BODY, T)      \
-    STATE_KERNEL(NAME, ROW, BODY, T, 64, 32)      \
     STATE_KERNEL(NAME, ROW, BODY, T, 128, 32)     \
     STATE_KERNEL(NAME, ROW, BODY, T, 256, 32)     \
     STATE_KERNEL(NAME, ROW, BODY, T, 256, 16)

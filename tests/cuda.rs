@@ -10,6 +10,8 @@ mod header;
 #[cfg(feature = "cuda")]
 mod hopper;
 #[cfg(feature = "cuda")]
+mod mma;
+#[cfg(feature = "cuda")]
 mod replay;
 #[cfg(feature = "cuda")]
 mod special;

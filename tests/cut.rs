@@ -12,17 +12,19 @@ use crate::util::{Batch, Random, bound, devices, error, heads};
 
 /// How a call is to be cut.
 #[derive(Debug, Clone, Copy)]
-struct How {
-    cut: Option<Cut>,
+pub struct How {
+    pub cut: Option<Cut>,
     /// [`Options::exact`](gatedelta::gdn::Options::exact).
-    exact: bool,
+    pub exact: bool,
     /// Bytes of scratch: few make many pieces.
-    scratch: u64,
+    pub scratch: u64,
+    /// Numbers before each row of q, k, v, o and their gradients.
+    pub gap: usize,
 }
 
 impl How {
     fn every(chunks: u32) -> Self {
-        How { cut: Some(Cut::every(chunks)), exact: false, scratch: 1 << 30 }
+        How { cut: Some(Cut::every(chunks)), exact: false, scratch: 1 << 30, gap: 0 }
     }
 
     fn exact(self) -> Self {
@@ -34,7 +36,7 @@ impl How {
         How { cut: self.cut.map(|cut| Cut { exact: false, ..cut }), ..self }
     }
 
-    fn whole() -> Self {
+    pub fn whole() -> Self {
         How { cut: None, ..How::every(1) }
     }
 
@@ -70,31 +72,57 @@ fn loaded(backend: &dyn Backend, buffer: &Buffer, n: usize, store: Dtype) -> Vec
     x
 }
 
+/// Rows of `width` numbers with a gap of NaN before each.
+struct Spread<'a> {
+    backend: &'a dyn Backend,
+    buffer: Buffer,
+    width: usize,
+    gap: usize,
+    store: Dtype,
+}
+
+impl<'a> Spread<'a> {
+    fn new(backend: &'a dyn Backend, x: &[f32], width: u64, gap: usize, store: Dtype) -> Self {
+        let width = width as usize;
+        let rows = x.chunks_exact(width).flat_map(|row| std::iter::repeat_n(&f32::NAN, gap).chain(row));
+        let buffer = numbers(backend, &rows.copied().collect::<Vec<_>>(), store);
+        Spread { backend, buffer, width, gap, store }
+    }
+
+    fn rows(&self) -> Rows {
+        Rows { view: self.buffer.view(), off: self.gap as u64, stride: (self.width + self.gap) as u64 }
+    }
+
+    /// The first `n` numbers without the gaps, in which nothing may have been written.
+    fn loaded(&self, n: usize) -> Vec<f32> {
+        let stride = self.width + self.gap;
+        let x = loaded(self.backend, &self.buffer, n / self.width * stride, self.store);
+        assert!(x.chunks_exact(stride).all(|row| row[..self.gap].iter().all(|x| x.is_nan())), "written before a row");
+        x.chunks_exact(stride).flat_map(|row| &row[self.gap..]).copied().collect()
+    }
+}
+
 /// o and ht, and the number of segments.
-fn forward(backend: &dyn Backend, batch: &Batch, how: How) -> (Outputs, usize) {
+pub fn forward(backend: &dyn Backend, batch: &Batch, how: How) -> (Outputs, usize) {
     let (h, store) = (batch.shape.heads, batch.options.store);
     let (qk, vo) = ((h.hk * h.k) as u64, (h.hv * h.v) as u64);
     let states = batch.shape.sequences() * h.state_len() as usize;
     let h0 = batch.h0.clone().unwrap_or_else(|| vec![0.0; states]);
-    let [q, k, v] = [&batch.q, &batch.k, &batch.v].map(|x| numbers(backend, x, store));
+    let spread = |x: &[f32], width: u64| Spread::new(backend, x, width, how.gap, store);
+    let (q, k, v) = (spread(&batch.q, qk), spread(&batch.k, qk), spread(&batch.v, vo));
     let [g, beta, state] = [&batch.g, &batch.beta, &h0].map(|x| numbers(backend, x, Dtype::F32));
-    let o = numbers(backend, &vec![f32::NAN; batch.v.len()], store);
-    let io = Io {
-        q: Rows::packed(q.view(), qk),
-        k: Rows::packed(k.view(), qk),
-        v: Rows::packed(v.view(), vo),
-        g: g.view(),
-        beta: beta.view(),
-        state: state.view(),
-        o: Rows::packed(o.view(), vo),
-    };
+    let o = spread(&vec![f32::NAN; batch.v.len()], vo);
+    let io =
+        Io { q: q.rows(), k: k.rows(), v: v.rows(), g: g.view(), beta: beta.view(), state: state.view(), o: o.rows() };
     let options = gatedelta::gdn::Options { exact: how.exact, ..batch.options };
-    let prefill = Prefill::with_tile(backend, &batch.shape, &options, qk.max(vo), how.tile(backend, &h)).unwrap();
+    let prefill =
+        Prefill::with_tile(backend, &batch.shape, &options, qk.max(vo) + how.gap as u64, how.tile(backend, &h))
+            .unwrap();
     let mut pass = Pass::new();
     prefill.record(&mut pass, &io).unwrap();
     backend.run(&pass).unwrap();
     let segments = prefill.plan().pieces.iter().map(|p| p.segments.len()).sum();
-    let (o, ht) = (loaded(backend, &o, batch.v.len(), store), loaded(backend, &state, states, Dtype::F32));
+    let (o, ht) = (o.loaded(batch.v.len()), loaded(backend, &state, states, Dtype::F32));
     (Outputs { o, ht }, segments)
 }
 
@@ -106,7 +134,7 @@ fn with_gates(mut batch: Batch, gate: impl Fn(usize, usize) -> f32) -> Batch {
 }
 
 /// Heads that never forget, forget at once, change their mind halfway in either direction, and cliffs of minus infinity.
-fn minds(heads: Heads, lens: &[u64], seed: u64) -> Batch {
+pub fn minds(heads: Heads, lens: &[u64], seed: u64) -> Batch {
     let batch = Batch::random(heads, lens, true, seed);
     let mut r = Random::new(seed + 1);
     let noise: Vec<f32> = (0..batch.g.len()).map(|_| r.unit() as f32 + 0.5).collect();
@@ -138,16 +166,16 @@ fn minds(heads: Heads, lens: &[u64], seed: u64) -> Batch {
     })
 }
 
-fn assert_close(what: &str, found: &[f32], expected: &[f64], bound: f64) {
+pub fn assert_close(what: &str, found: &[f32], expected: &[f64], bound: f64) {
     let e = error(found, expected);
     assert!(e <= bound, "{what}: relative error {e:.2e}, at most {bound:.0e} expected");
 }
 
-fn bits(x: &[f32]) -> Vec<u32> {
+pub fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
 }
 
-const HOWS: [fn(u32) -> How; 3] = [|n| How::every(n), |n| How::every(n).exact(), |n| How::every(n).or_whole()];
+pub const HOWS: [fn(u32) -> How; 3] = [|n| How::every(n), |n| How::every(n).exact(), |n| How::every(n).or_whole()];
 
 #[test]
 fn heads_of_every_mind_and_ragged_batches() {
@@ -371,49 +399,50 @@ fn tables_that_the_cpu_refuses() {
 }
 
 /// The gradients, and the number of segments.
-fn backward(backend: &dyn Backend, batch: &Batch, d_o: &[f32], dht: &[f32], how: How) -> (Gradients, usize) {
+pub fn backward(backend: &dyn Backend, batch: &Batch, d_o: &[f32], dht: &[f32], how: How) -> (Gradients, usize) {
     let (h, store) = (batch.shape.heads, batch.options.store);
     let (qk, vo) = ((h.hk * h.k) as u64, (h.hv * h.v) as u64);
-    let [q, k, v, d_o] = [&batch.q[..], &batch.k, &batch.v, d_o].map(|x| numbers(backend, x, store));
+    let spread = |x: &[f32], width: u64| Spread::new(backend, x, width, how.gap, store);
+    let (q, k, v, d_o) = (spread(&batch.q, qk), spread(&batch.k, qk), spread(&batch.v, vo), spread(d_o, vo));
     let [g, beta, dstate] = [&batch.g[..], &batch.beta, dht].map(|x| numbers(backend, x, Dtype::F32));
-    let nan = |n: usize, store: Dtype| numbers(backend, &vec![f32::NAN; n], store);
-    let (dq, dk, dv) = (nan(batch.q.len(), store), nan(batch.k.len(), store), nan(batch.v.len(), store));
-    let (dg, dbeta) = (nan(batch.g.len(), Dtype::F32), nan(batch.g.len(), Dtype::F32));
+    let nan = |x: &[f32]| vec![f32::NAN; x.len()];
+    let (dq, dk, dv) = (spread(&nan(&batch.q), qk), spread(&nan(&batch.k), qk), spread(&nan(&batch.v), vo));
+    let [dg, dbeta] = [&batch.g, &batch.beta].map(|x| numbers(backend, &nan(x), Dtype::F32));
     let h0 = batch.h0.as_ref().map(|h0| numbers(backend, h0, Dtype::F32).view());
-    let rows = |x: &Buffer, width: u64| Rows::packed(x.view(), width);
     let io = GradIo {
-        q: rows(&q, qk),
-        k: rows(&k, qk),
-        v: rows(&v, vo),
+        q: q.rows(),
+        k: k.rows(),
+        v: v.rows(),
         g: g.view(),
         beta: beta.view(),
         h0,
-        d_o: rows(&d_o, vo),
-        dq: rows(&dq, qk),
-        dk: rows(&dk, qk),
-        dv: rows(&dv, vo),
+        d_o: d_o.rows(),
+        dq: dq.rows(),
+        dk: dk.rows(),
+        dv: dv.rows(),
         dg: dg.view(),
         dbeta: dbeta.view(),
         dstate: dstate.view(),
     };
     let options = gatedelta::gdn::Options { exact: how.exact, ..batch.options };
-    let plan = Backward::with_tile(backend, &batch.shape, &options, qk.max(vo), how.tile(backend, &h)).unwrap();
+    let plan = Backward::with_tile(backend, &batch.shape, &options, qk.max(vo) + how.gap as u64, how.tile(backend, &h))
+        .unwrap();
     let mut pass = Pass::new();
     plan.record(&mut pass, &io).unwrap();
     backend.run(&pass).unwrap();
-    let get = |x: &Buffer, n: usize, store: Dtype| loaded(backend, x, n, store);
+    let get = |x: &Buffer, n: usize| loaded(backend, x, n, Dtype::F32);
     let found = Gradients {
-        dq: get(&dq, batch.q.len(), store),
-        dk: get(&dk, batch.k.len(), store),
-        dv: get(&dv, batch.v.len(), store),
-        dg: get(&dg, batch.g.len(), Dtype::F32),
-        dbeta: get(&dbeta, batch.g.len(), Dtype::F32),
-        dh0: get(&dstate, dht.len(), Dtype::F32),
+        dq: dq.loaded(batch.q.len()),
+        dk: dk.loaded(batch.k.len()),
+        dv: dv.loaded(batch.v.len()),
+        dg: get(&dg, batch.g.len()),
+        dbeta: get(&dbeta, batch.g.len()),
+        dh0: get(&dstate, dht.len()),
     };
     (found, plan.plan().pieces.iter().map(|p| p.segments.len()).sum())
 }
 
-fn named(g: &Gradients) -> [(&'static str, &[f32]); 6] {
+pub fn named(g: &Gradients) -> [(&'static str, &[f32]); 6] {
     [("dq", &g.dq), ("dk", &g.dk), ("dv", &g.dv), ("dg", &g.dg), ("dbeta", &g.dbeta), ("dh0", &g.dh0)]
 }
 

@@ -66,6 +66,13 @@ impl Consts<'_> {
         Ok(qk)
     }
 
+    /// The type and size of heads that a kernel on the matrix units is compiled for, if there is one: 16 bits, and 64 or 128.
+    /// Every architecture that the backend opens (sm_80 and later) has what these kernels use.
+    fn matrix_units(&self, dtype: Dtype) -> Result<Option<(Dtype, u32)>> {
+        let dk = self.get("dk")?;
+        Ok((dtype != Dtype::F32 && [64, 128].contains(&dk)).then_some((dtype, dk)))
+    }
+
     /// The least of `sizes` that the const fits in; it must be a multiple of `unit`.
     fn padded(&self, name: &str, unit: u32, sizes: &[u32]) -> Result<u32> {
         let value = self.get(name)?;
@@ -119,12 +126,14 @@ pub fn choose(kernel: &'static Kernel, consts: &[u32]) -> Result<Choice> {
         "gdn_prepare" => {
             c.one_of("chunk", &[CHUNK])?;
             c.padded("dk", 16, &[256])?;
-            choice("gdn_prepare", format!("{name}_{}", c.dtype("qk_type")?), c.exactly(64)?)
+            let (dtype, threads) = (c.dtype("qk_type")?, c.exactly(64)?);
+            match c.matrix_units(dtype)? {
+                Some((dtype, dk)) => choice("gdn_prepare_mma", format!("gdn_prepare_mma_{dtype}_k{dk}"), threads),
+                None => choice("gdn_prepare", format!("{name}_{dtype}"), threads),
+            }
         }
-        "gdn_scan" | "gdn_grad_scan" => {
-            c.one_of("chunk", &[CHUNK])?;
-            state(&c)
-        }
+        "gdn_scan" => scan(&c, "gdn_scan_mma"),
+        "gdn_grad_scan" => scan(&c, "gdn_grad_scan_mma"),
         "gdn_cut" => choice("gdn_cut", name.into(), tune::CELL_THREADS),
         "gdn_carry" => {
             c.padded("dk", 16, &[256])?;
@@ -135,7 +144,7 @@ pub fn choose(kernel: &'static Kernel, consts: &[u32]) -> Result<Choice> {
                 false => Err(c.refuse("lanes", lanes, "1 to 256")),
             }
         }
-        "gdn_step" => state(&c),
+        "gdn_step" => state(&c, &[64, 128, 256]),
         "gdn_mix_step" => {
             c.padded("dk", 16, &[256])?;
             c.padded("dv", 16, &[256])?;
@@ -149,7 +158,11 @@ pub fn choose(kernel: &'static Kernel, consts: &[u32]) -> Result<Choice> {
             c.one_of("chunk", &[CHUNK])?;
             c.padded("dk", 16, &[256])?;
             c.padded("dv", 16, &[256])?;
-            choice("gdn_grad_chunk", format!("{name}_{}", c.dtype("v_type")?), c.exactly(64)?)
+            let threads = c.exactly(64)?;
+            match c.dtype("v_type")? {
+                Dtype::F32 => choice("gdn_grad_chunk", format!("{name}_f32"), threads),
+                dtype => choice("gdn_grad_chunk_mma", format!("gdn_grad_chunk_mma_{dtype}"), threads),
+            }
         }
         "gdn_grad_gates" => {
             c.one_of("chunk", &[CHUNK])?;
@@ -198,10 +211,21 @@ fn choice(family: &'static str, name: String, threads: u32) -> Result<Choice> {
     Ok(Choice { family, name, threads })
 }
 
-/// A kernel that holds a slice of the state in registers: 16 groups of rows, four columns a thread.
-fn state(c: &Consts) -> Result<Choice> {
+/// A scan: on the matrix units, in the family `mma`, or with a slice of the state.
+fn scan(c: &Consts, mma: &'static str) -> Result<Choice> {
+    c.one_of("chunk", &[CHUNK])?;
+    let dtype = c.one_dtype()?;
+    match c.matrix_units(dtype)? {
+        // 4 warps with 16 of 32 columns and half of K each.
+        Some((dtype, dk)) if c.get("dv_tile")? == 32 => choice(mma, format!("{mma}_{dtype}_k{dk}"), c.exactly(128)?),
+        _ => state(c, if dtype == Dtype::F32 { &[64, 128, 256] } else { &[128, 256] }),
+    }
+}
+
+/// A kernel that holds a slice of the state in registers: 16 groups of rows, four columns a thread; compiled for K up to `sizes`.
+fn state(c: &Consts, sizes: &[u32]) -> Result<Choice> {
     let name = c.kernel.name;
-    let (dk, columns) = (c.padded("dk", 16, &[64, 128, 256])?, c.one_of("dv_tile", &[16, 32])?);
+    let (dk, columns) = (c.padded("dk", 16, sizes)?, c.one_of("dv_tile", &[16, 32])?);
     let dk = if columns == 16 { 256 } else { dk };
     choice(name, format!("{name}_{}_k{dk}_v{columns}", c.one_dtype()?), c.exactly(4 * columns)?)
 }
@@ -211,6 +235,10 @@ fn grad_qk(c: &Consts) -> Result<Choice> {
     let (name, chunk) = (c.kernel.name, c.one_of("chunk", &[CHUNK])?);
     c.padded("dk", 16, &[256])?;
     c.padded("dv", 16, &[256])?;
+    let dtype = c.dtype("qk_type")?;
+    if let Some((dtype, dk)) = c.matrix_units(dtype)? {
+        return choice("gdn_grad_qk_mma", format!("gdn_grad_qk_mma_{dtype}_k{dk}"), c.exactly(256)?);
+    }
     let (quads, lanes) = (c.get("dk")? / 4, c.get("lanes")?);
     let rows = chunk * quads / lanes.max(1);
     // Up to 32 quads the kernel has room for 4 rows a thread, beyond for 8.
@@ -218,7 +246,7 @@ fn grad_qk(c: &Consts) -> Result<Choice> {
     if lanes > 256 || lanes < chunk || lanes * rows != chunk * quads || ![2, 4, 8].contains(&rows) || rows > most {
         return Err(c.refuse("lanes", lanes, "K / 4 times 16, 8 or 4, 32 to 256"));
     }
-    choice("gdn_grad_qk", format!("{name}_{}_r{rows}", c.dtype("qk_type")?), lanes)
+    choice("gdn_grad_qk", format!("{name}_{dtype}_r{rows}"), lanes)
 }
 
 /// 16-bit weights go to the matrix units where their rows are whole words of 16 bytes.

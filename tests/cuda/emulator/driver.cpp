@@ -2,8 +2,8 @@
 //
 // What it shows: that every launch asks for a kernel that exists, with as many bytes of arguments and no more threads than it
 // takes; that kernels read nothing past the end of an allocation (a page without access follows it), and nothing that was not
-// written (new memory and shared memory hold NaN); that the numbers are right. What it does not show: races between threads
-// that do not wait for each other, alignment, speed, and what the GPU's compiler makes of the sources.
+// written (new memory and shared memory hold NaN); that copies in the background are aligned and waited for; that the numbers are right.
+// What it does not show: races between threads that do not wait for each other, speed, and what the GPU's compiler makes of the sources.
 //
 // Memory is the host's, work is done when its call returns, and an event is the time when it was recorded. The environment says
 // what else the device should be:

@@ -63,6 +63,13 @@ void poll();
 void happen();
 // Counts blocks: a different one for each that this host thread runs.
 uint64_t block_number();
+// Aborts if an instruction would on a GPU: `p` is no multiple of `bytes`.
+void aligned(const void* p, size_t bytes);
+// A copy to shared memory, of zeros unless `valid`. It is done as late as it may be: when the thread waits for its group.
+void copy_later(void* shared, const void* global, uint32_t bytes, bool valid);
+void copies_end();
+// Until at most `left` of the thread's groups are under way.
+void copies_wait(uint32_t left);
 
 inline uint32_t lane() { return now->thread.x % 32; }
 

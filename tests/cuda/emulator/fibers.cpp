@@ -83,8 +83,18 @@ struct Meeting {
     }
 };
 
+// A copy that has not been done.
+struct Copy {
+    void* to;
+    const void* from;
+    uint32_t bytes;
+    bool valid;
+};
+
 struct Fiber {
     Thread thread;
+    // Groups of copies, the last one not ended.
+    std::vector<std::vector<Copy>> copies;
     Context context;
     bool done;
     // What it waits for, and the round that ends the wait.
@@ -166,6 +176,7 @@ bool Host::run(uint32_t threads, size_t dynamic) {
         fibers[i].done = false;
         fibers[i].at = nullptr;
         fibers[i].seen = ~0ull;
+        fibers[i].copies.assign(1, {});
     }
     uint32_t left = threads;
     while (left > 0) {
@@ -206,6 +217,29 @@ void poll() {
     Fiber* f = host->current;
     f->seen = host->happened;
     go(f->context, host->scheduler);
+}
+
+void aligned(const void* p, size_t bytes) {
+    if ((uintptr_t)p % bytes == 0) return;
+    fprintf(stderr, "emulator: %p is no multiple of %zu bytes\n", p, bytes);
+    abort();
+}
+void copy_later(void* shared, const void* global, uint32_t bytes, bool valid) {
+    aligned(shared, bytes);
+    aligned(global, bytes);
+    host->current->copies.back().push_back({shared, global, bytes, valid});
+}
+void copies_end() { host->current->copies.emplace_back(); }
+void copies_wait(uint32_t left) {
+    auto& groups = host->current->copies;
+    // What is not ended is no group yet.
+    const size_t done = groups.size() - 1 > left ? groups.size() - 1 - left : 0;
+    for (size_t i = 0; i < done; i++)
+        for (const Copy& c : groups[i]) {
+            if (c.valid) memcpy(c.to, c.from, c.bytes);
+            else memset(c.to, 0, c.bytes);
+        }
+    groups.erase(groups.begin(), groups.begin() + done);
 }
 void happen() { host->happened++; }
 uint64_t block_number() { return host->blocks; }
