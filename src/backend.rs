@@ -3,6 +3,8 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[doc(hidden)]
+pub mod faulty;
 #[cfg(any(feature = "cuda", feature = "webgpu"))]
 mod cut;
 #[cfg(feature = "webgpu")]
@@ -72,6 +74,10 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// As [`Backend::run`].
     fn time(&self, pass: &Pass) -> Result<Timing>;
+
+    /// Gives the device up: nothing more will be asked of it, and its memory may go before the last handle to it does. A device
+    /// that fails would otherwise hold the memory that its successor needs.
+    fn abandon(&self) {}
 }
 
 /// What [`Backend::time`] measured.

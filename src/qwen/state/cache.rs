@@ -199,7 +199,11 @@ impl Cache {
     /// same tokens is replaced.
     pub fn insert(&self, snapshot: Snapshot, reason: Reason) -> Vec<Evicted> {
         let mut inner = self.lock();
+        inner.forget_gone();
         inner.clock += 1;
+        if snapshot.model().is_gone() {
+            return Vec::new();
+        }
         let ids = snapshot.ids().to_vec();
         let of_same = |e: &Entry| e.snapshot.check(snapshot.model()).is_ok();
         let old = inner.tree.remove(&ids, of_same);
@@ -221,6 +225,7 @@ impl Cache {
 
     fn find(&self, model: &Model, ids: &[u32], fits: impl Fn(&Snapshot) -> bool) -> Option<Snapshot> {
         let mut inner = self.lock();
+        inner.forget_gone();
         inner.clock += 1;
         let found = inner.tree.along(ids);
         let entry =
@@ -242,9 +247,7 @@ impl Cache {
         let mut inner = self.lock();
         let gone = |f: &Found<'_, Entry>| (!f.value.pinned.get()).then(|| f.value.snapshot.clone());
         let gone: Vec<Snapshot> = inner.tree.all().iter().filter_map(gone).collect();
-        for snapshot in gone {
-            inner.tree.remove(snapshot.ids(), |e| e.snapshot.is(&snapshot));
-        }
+        inner.remove(&gone);
     }
 
     /// Changes the budget, in bytes; what had to go.
@@ -262,12 +265,15 @@ impl Cache {
             pinned: f.value.pinned.get(),
             gap: f.depth - f.above,
         };
-        self.lock().tree.all().iter().map(kept).collect()
+        let mut inner = self.lock();
+        inner.forget_gone();
+        inner.tree.all().iter().map(kept).collect()
     }
 
     /// What it takes.
     pub fn usage(&self) -> Usage {
-        let inner = self.lock();
+        let mut inner = self.lock();
+        inner.forget_gone();
         Usage { snapshots: inner.tree.all().len() as u64, bytes: inner.bytes(), budget: inner.budget }
     }
 
@@ -283,6 +289,19 @@ impl Inner {
         let pages: HashMap<_, _> =
             all.iter().flat_map(|f| f.value.snapshot.pages()).map(|p| (Arc::as_ptr(p), p.bytes())).collect();
         own + pages.values().sum::<u64>()
+    }
+
+    fn remove(&mut self, gone: &[Snapshot]) {
+        for snapshot in gone {
+            self.tree.remove(snapshot.ids(), |e| e.snapshot.is(snapshot));
+        }
+    }
+
+    /// Drops snapshots whose device was given up, pinned ones too.
+    fn forget_gone(&mut self) {
+        let gone = |f: &Found<'_, Entry>| f.value.snapshot.model().is_gone().then(|| f.value.snapshot.clone());
+        let gone: Vec<Snapshot> = self.tree.all().iter().filter_map(gone).collect();
+        self.remove(&gone);
     }
 
     /// Drops the snapshots of least worth until the budget is kept; `newest` goes last.
