@@ -35,7 +35,7 @@ use crate::device::{self, Account};
 use crate::error::{Error, Result};
 use crate::qwen::model::{LoadOptions, Model};
 use crate::qwen::session::Session;
-use crate::qwen::state::cache::Cache;
+use crate::qwen::state::cache::{Cache, WeakCache};
 use crate::qwen::state::mirror::Allowance;
 use crate::tune::Kind;
 
@@ -101,7 +101,7 @@ struct Inner {
     tell: Box<Tell>,
     recovering: AtomicBool,
     /// What is dropped when there is no memory.
-    caches: Mutex<Vec<Cache>>,
+    caches: Mutex<Vec<WeakCache>>,
     allowance: Mutex<Option<Arc<Allowance>>>,
     line: u64,
 }
@@ -131,29 +131,38 @@ pub fn by_name(name: Option<&str>) -> impl FnMut(Place) -> Result<Opened> + Send
     }
 }
 
-/// Loads where `open` says, on the CPU after losses or for want of memory. Also gives the place, and the losses so far.
+/// What came of loading.
+struct Loaded {
+    model: Model,
+    account: Account,
+    place: Place,
+    losses: usize,
+    /// The first failure on the way, and the device that it was on where that is known.
+    failed: Option<(Error, String)>,
+}
+
+/// Loads where `open` says, on the CPU after losses or for want of memory.
 fn load(
     open: &mut Open,
     tell: &Tell,
     mut place: Place,
     mut losses: usize,
     load: &mut dyn FnMut(Arc<dyn Backend>) -> Result<Model>,
-) -> Result<(Model, Account, Place, usize)> {
-    let mut freed = false;
+) -> Result<Loaded> {
+    let (mut freed, mut failed) = (false, None);
     loop {
-        let opened = open(place);
-        let why = match opened {
+        let (why, device) = match open(place) {
             Ok((backend, account)) => match load(backend.clone()) {
-                Ok(model) => return Ok((model, account, place, losses)),
+                Ok(model) => return Ok(Loaded { model, account, place, losses, failed }),
                 Err(why) => {
                     backend.abandon();
-                    why
+                    (why, backend.caps().name.clone())
                 }
             },
             Err(why) => {
                 // What cannot be opened will not be there for the next try either.
                 losses = losses.max(LOSSES - 1);
-                why
+                (why, String::new())
             }
         };
         let opens = matches!(why, Error::NoDevice { .. } | Error::Unsupported { .. });
@@ -161,6 +170,7 @@ fn load(
             return Err(why);
         }
         tell(&Notice::Failed(&why));
+        failed.get_or_insert((why.clone(), device));
         if why.is_out_of_memory() {
             place = if freed { Place::Cpu } else { place };
             freed = true;
@@ -205,9 +215,10 @@ impl Recovery {
             _ => open(place),
         };
         let tell = told(tell);
+        let begin = Instant::now();
         let mut bring = |backend| Model::load_with(dir, backend, options, progress);
-        let (model, account, place, losses) = load(&mut open, &tell, Place::Chosen, 0, &mut bring)?;
-        Ok(Recovery::with(model, account, place, losses, Box::new(open), Box::new(tell)))
+        let loaded = load(&mut open, &tell, Place::Chosen, 0, &mut bring)?;
+        Ok(Recovery::with(loaded, begin.elapsed(), Box::new(open), Box::new(tell)))
     }
 
     /// For a model that is loaded already.
@@ -217,21 +228,20 @@ impl Recovery {
         open: impl FnMut(Place) -> Result<Opened> + Send + 'static,
         tell: impl Fn(&Notice<'_>) + Send + Sync + 'static,
     ) -> Recovery {
-        Recovery::with(model, account, Place::Chosen, 0, Box::new(open), Box::new(told(tell)))
+        let loaded = Loaded { model, account, place: Place::Chosen, losses: 0, failed: None };
+        Recovery::with(loaded, Duration::ZERO, Box::new(open), Box::new(told(tell)))
     }
 
-    fn with(
-        model: Model,
-        account: Account,
-        place: Place,
-        losses: usize,
-        open: Box<Open>,
-        tell: Box<Tell>,
-    ) -> Recovery {
+    fn with(loaded: Loaded, took: Duration, open: Box<Open>, tell: Box<Tell>) -> Recovery {
         static NEXT: AtomicU64 = AtomicU64::new(0);
+        let Loaded { model, account, place, losses, failed } = loaded;
         let line = *model.inner.line.get_or_init(|| NEXT.fetch_add(1, Ordering::Relaxed));
+        let to = model.backend().caps().name.clone();
+        let past: Vec<_> =
+            failed.into_iter().map(|(why, from)| Recovered { why, from, to: to.clone(), place, losses, took }).collect();
+        past.iter().for_each(|recovered| tell(&Notice::Recovered(recovered)));
         let inner = Inner {
-            current: Mutex::new(Current { model, account, place, losses, past: Vec::new() }),
+            current: Mutex::new(Current { model, account, place, losses, past }),
             open: Mutex::new(open),
             tell,
             recovering: AtomicBool::new(false),
@@ -273,7 +283,7 @@ impl Recovery {
 
     /// A cache whose snapshots go when memory is refused, beside that of the session concerned.
     pub fn watch(&self, cache: &Cache) {
-        lock(&self.inner.caches).push(cache.clone());
+        lock(&self.inner.caches).push(cache.weak());
     }
 
     /// The model as it is loaded now.
@@ -334,7 +344,7 @@ impl Recovery {
     pub(crate) fn free(&self, why: &Error, own: Option<&Cache>) {
         (self.inner.tell)(&Notice::Freed(why));
         own.into_iter().for_each(Cache::clear);
-        lock(&self.inner.caches).iter().for_each(Cache::clear);
+        lock(&self.inner.caches).retain(|cache| cache.upgrade().inspect(Cache::clear).is_some());
     }
 
     /// The model in the place of one that failed: what another session has had loaded meanwhile, else one that is loaded now.
@@ -364,7 +374,7 @@ impl Recovery {
         let mut again = |backend| failed.again(backend, &mut |done, total| tell(&Notice::Loading(done, total)));
         let loaded = load(&mut **open, tell, place, losses, &mut again);
         self.inner.recovering.store(false, Ordering::Release);
-        let (model, account, place, losses) = loaded?;
+        let Loaded { model, account, place, losses, .. } = loaded?;
         let (from, to) = (failed.backend().caps().name.clone(), model.backend().caps().name.clone());
         let recovered = Recovered { why: why.clone(), from, to, place, losses, took: begin.elapsed() };
         {

@@ -39,8 +39,8 @@ use crate::qwen::turns::Ended;
 /// # Losing the device
 /// A session of a [`Recovery`] goes on after its device has failed: reading, answering, resetting, restoring, reusing and
 /// rewinding, also in a [`Batch`](crate::qwen::Batch), end as if nothing had happened, on the model that then takes the place of
-/// the old one. Only [`Session::snapshot`] and [`Session::fork`], which change nothing, report the error:
-/// [`Session::revive`] is what is left to do before they are tried again.
+/// the old one. Only [`Session::snapshot`] and [`Session::fork`], which change nothing, report the error, unless
+/// [`Session::insist`] calls them.
 #[derive(Debug)]
 pub struct Session {
     model: Model,

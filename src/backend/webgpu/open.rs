@@ -159,6 +159,11 @@ impl WebGpu {
         Ok(WebGpu { shared: Arc::new(shared) })
     }
 
+    /// True once the device is lost.
+    pub fn is_lost(&self) -> bool {
+        self.shared.fault.gone().is_some()
+    }
+
     /// Notes that the device is lost, for hosts that own it: every later call returns [`Error::DeviceLost`].
     pub fn lost(&self, why: &str) {
         self.shared.fault.lose(why.into());

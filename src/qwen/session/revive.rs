@@ -28,12 +28,19 @@ impl Session {
         self.recovery.as_ref()
     }
 
-    /// Comes back after an error of the device that a method reported which could not do so itself.
+    /// Does what cannot come back by itself, such as [`Session::snapshot`], and where the device fails in it comes back and does it
+    /// again.
     ///
     /// # Errors
-    /// The error itself, if it is none of the device or if nothing is left to go on with; what is met on the way.
-    pub fn revive(&mut self, why: Error) -> Result<()> {
-        self.recover(why, &mut false)
+    /// What it gives, if that is no error of the device or if nothing is left to go on with.
+    pub fn insist<T>(&mut self, what: impl Fn(&Session) -> Result<T>) -> Result<T> {
+        let mut freed = false;
+        loop {
+            match what(self) {
+                Ok(done) => return Ok(done),
+                Err(why) => self.recover(why, &mut freed)?,
+            }
+        }
     }
 
     /// Runs one piece, whose ids have been checked, whatever becomes of the device meanwhile.

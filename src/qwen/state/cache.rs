@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
@@ -27,6 +27,16 @@ use crate::qwen::state::tree::{Found, Tree};
 #[derive(Debug, Clone)]
 pub struct Cache {
     inner: Arc<Mutex<Inner>>,
+}
+
+/// A cache that goes when nobody else has it.
+#[derive(Debug)]
+pub(crate) struct WeakCache(Weak<Mutex<Inner>>);
+
+impl WeakCache {
+    pub fn upgrade(&self) -> Option<Cache> {
+        self.0.upgrade().map(|inner| Cache { inner })
+    }
 }
 
 #[derive(Debug)]
@@ -189,6 +199,10 @@ impl Cache {
             }
         }
         Some((found?, Origin::Cache))
+    }
+
+    pub(crate) fn weak(&self) -> WeakCache {
+        WeakCache(Arc::downgrade(&self.inner))
     }
 
     pub(crate) fn interval(&self) -> u64 {
