@@ -3,10 +3,10 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
-#[doc(hidden)]
-pub mod faulty;
 #[cfg(any(feature = "cuda", feature = "webgpu"))]
 mod cut;
+#[doc(hidden)]
+pub mod faulty;
 #[cfg(feature = "webgpu")]
 pub mod webgpu;
 

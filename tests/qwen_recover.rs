@@ -113,7 +113,9 @@ fn run(plan: &Plan, sampling: Sampling, copies: u64) -> gatedelta::Result<(Vec<u
     out.extend(session.resume(&options)?.filter_map(ids));
     session.reset()?;
     let restored = session.reuse(&random_ids(45, 1))?;
-    out.extend(session.prefill(&random_ids(45, 1)[restored.tokens as usize..], &mut |_, _| {})?.iter().map(|l| l.to_bits()));
+    out.extend(
+        session.prefill(&random_ids(45, 1)[restored.tokens as usize..], &mut |_, _| {})?.iter().map(|l| l.to_bits()),
+    );
     marks.push(("reuse", plan.calls()));
     drop((fork, session));
     assert_eq!(recovery.copies(), 0, "copies go with their sessions");
@@ -140,7 +142,8 @@ fn a_fault_at_any_call_changes_nothing() {
                 runs += 1;
                 let plan = Plan::new(&[(at, fault)]);
                 let copies = if at % 3 == 0 { MIB } else { 0 };
-                let (found, words, _, recovery) = run(&plan, sampling, copies).unwrap_or_else(|e| panic!("{fault:?} at {at}: {e}"));
+                let (found, words, _, recovery) =
+                    run(&plan, sampling, copies).unwrap_or_else(|e| panic!("{fault:?} at {at}: {e}"));
                 assert!(found == out && words == text, "{fault:?} at {at} of {total}, {marks:?}\n{found:?}\n{out:?}");
                 let met = !plan.met().is_empty();
                 assert!(met || matches!(fault, Fault::OutOfMemory | Fault::NoMemory), "{fault:?} at {at}");
@@ -206,7 +209,10 @@ fn refused_memory_says_what_was_asked_and_frees_caches_first() {
     assert_eq!(other.usage().snapshots, 0);
     {
         let told = told.lock().unwrap();
-        assert!(told.len() == 1 && told[0].contains("needs") && told[0].contains("bytes; a test has taken the rest"), "{told:?}");
+        assert!(
+            told.len() == 1 && told[0].contains("needs") && told[0].contains("bytes; a test has taken the rest"),
+            "{told:?}"
+        );
     }
     // For good: the CPU has some.
     plan.fail_now(Fault::NoMemory);

@@ -237,8 +237,10 @@ impl Recovery {
         let Loaded { model, account, place, losses, failed } = loaded;
         let line = *model.inner.line.get_or_init(|| NEXT.fetch_add(1, Ordering::Relaxed));
         let to = model.backend().caps().name.clone();
-        let past: Vec<_> =
-            failed.into_iter().map(|(why, from)| Recovered { why, from, to: to.clone(), place, losses, took }).collect();
+        let past: Vec<_> = failed
+            .into_iter()
+            .map(|(why, from)| Recovered { why, from, to: to.clone(), place, losses, took })
+            .collect();
         past.iter().for_each(|recovered| tell(&Notice::Recovered(recovered)));
         let inner = Inner {
             current: Mutex::new(Current { model, account, place, losses, past }),

@@ -104,8 +104,13 @@ fn a_conversation_survives_its_device() {
             let plan = Plan::new(&[(at, fault)]);
             let (log, ..) = converse(args, &plan);
             assert_eq!(log.said, clean.said, "{fault:?} in {stage}");
-            if fault == Fault::Lost {
-                assert!(log.notices.iter().any(|n| n.contains("was lost") && n.contains("opened again")), "{:?}", log.notices);
+            // After the last token nothing needs the device any more.
+            if fault == Fault::Lost && stage != "the last token" {
+                assert!(
+                    log.notices.iter().any(|n| n.contains("was lost") && n.contains("opened again")),
+                    "{:?}",
+                    log.notices
+                );
             }
         }
         // Twice: the second time in the middle of coming back, and in the tool's step.

@@ -102,10 +102,7 @@ pub fn load(args: &Args) -> Result<Loaded> {
 ///
 /// # Errors
 /// Whatever is wrong with the checkpoint, and what `open` gives.
-pub fn load_on(
-    args: &Args,
-    open: impl FnMut(Place) -> gatedelta::Result<Opened> + Send + 'static,
-) -> Result<Loaded> {
+pub fn load_on(args: &Args, open: impl FnMut(Place) -> gatedelta::Result<Opened> + Send + 'static) -> Result<Loaded> {
     let unpacked = match &args.model {
         Some(_) => None,
         None => {

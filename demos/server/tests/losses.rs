@@ -35,7 +35,8 @@ fn texts(server: &Running, bodies: &[Value], meanwhile: impl FnOnce()) -> Vec<St
         assert!(chunk.get("error").is_none(), "{chunk}");
         Some(chunk["choices"][0]["text"].as_str().unwrap_or_default().to_string())
     };
-    let mut out: Vec<String> = streams.iter_mut().map(|stream| text(&first_event(stream)).unwrap_or_default()).collect();
+    let mut out: Vec<String> =
+        streams.iter_mut().map(|stream| text(&first_event(stream)).unwrap_or_default()).collect();
     meanwhile();
     for (out, stream) in out.iter_mut().zip(&mut streams) {
         let mut line = String::new();

@@ -88,7 +88,8 @@ impl Mirror {
         if !self.history.begins(history) {
             // Rows of the beginning that both have are still good; the state behind them is not.
             let common = |end: u64| self.history.truncated(end).begins(history);
-            let kept = self.rows.iter().take_while(|(range, ..)| range.end <= history.len() && common(range.end)).count();
+            let kept =
+                self.rows.iter().take_while(|(range, ..)| range.end <= history.len() && common(range.end)).count();
             self.rows.truncate(kept);
             (self.history, self.fixed) = (History::default(), None);
         }

@@ -9,8 +9,8 @@ use anyhow::{Context, Result, bail};
 use gatedelta::device::Account;
 use gatedelta::qwen::recover::{self, Opened};
 use gatedelta::qwen::{
-    Cache, Event, Finish, GenerateOptions, LoadOptions, MemoryPlan, Notice, Place, Reason, Recovery, Restored, Sampling,
-    Session, Store,
+    Cache, Event, Finish, GenerateOptions, LoadOptions, MemoryPlan, Notice, Place, Reason, Recovery, Restored,
+    Sampling, Session, Store,
 };
 use serde_json::{Value, json};
 
@@ -188,7 +188,6 @@ impl Local {
     pub fn notices(&self) -> Vec<String> {
         self.notices.take()
     }
-
 
     /// The snapshots to go back to.
     pub fn cache(&self) -> &Cache {
