@@ -14,6 +14,7 @@ mod devices;
 mod doors;
 mod grads;
 mod junit;
+mod large;
 mod oracle;
 mod oracle_grad;
 mod peak;
