@@ -221,6 +221,12 @@ fn refused_memory_says_what_was_asked_and_frees_caches_first() {
     let last = recovery.past().pop().unwrap().to_string();
     assert!(last.contains("a test has taken the rest") && last.contains("runs on the CPU"), "{last}");
     assert_eq!(session.ids(), [random_ids(60, 1), random_ids(30, 2), random_ids(30, 3)].concat());
+    // While the weights are brought there: the same is tried once more, then the CPU.
+    for (faults, place) in [(&[9][..], Place::Chosen), (&[9, 40][..], Place::Cpu)] {
+        let due: Vec<(u64, Fault)> = faults.iter().map(|at| (*at, Fault::NoMemory)).collect();
+        let (recovery, _) = load(&Plan::new(&due)).unwrap();
+        assert_eq!((recovery.place(), recovery.losses(), recovery.past().len()), (place, 0, 1));
+    }
 }
 
 #[test]
