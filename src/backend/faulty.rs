@@ -60,8 +60,13 @@ impl Plan {
 
     /// Adds a fault for the next call.
     pub fn fail_now(&self, fault: Fault) {
+        self.fail_after(0, fault);
+    }
+
+    /// Adds a fault for the call after so many more.
+    pub fn fail_after(&self, calls: u64, fault: Fault) {
         let mut state = self.lock();
-        let at = state.calls;
+        let at = state.calls + calls;
         state.due.push((at, fault));
     }
 

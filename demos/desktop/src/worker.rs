@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use gatedelta::backend::webgpu::WebGpu;
 use gatedelta::device::{self, Account};
+use gatedelta::qwen::recover::Opened;
 use gatedelta::qwen::{MemoryPlan, Place};
 use gatedelta_agent::agent::{self, Agent};
 use gatedelta_agent::engine::local::Local;
@@ -123,12 +124,25 @@ impl Worker {
         state: Option<PathBuf>,
         wake: impl Fn() + Send + 'static,
     ) -> Result<Self> {
+        Worker::start_on(args, host, state, Box::new(devices), wake)
+    }
+
+    /// The same with other devices: for tests of what befalls them.
+    #[doc(hidden)]
+    pub fn start_on(
+        args: Args,
+        host: Option<WebGpu>,
+        state: Option<PathBuf>,
+        devices: Devices,
+        wake: impl Fn() + Send + 'static,
+    ) -> Result<Self> {
         let (commands, orders) = channel();
         let (sender, updates) = channel();
         let (stop, tokens) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let mut desk = Desk {
             args,
             host,
+            devices,
             state,
             news: News { sender, wake: Box::new(wake) },
             stop: stop.clone(),
@@ -213,6 +227,21 @@ impl Worker {
     }
 }
 
+/// How devices are opened: by the name that was chosen, and the window's own.
+pub type Devices = Box<dyn Fn(Option<String>, Option<WebGpu>) -> Open + Send>;
+/// Opens one, and again after each loss.
+pub type Open = Box<dyn FnMut(Place) -> gatedelta::Result<Opened> + Send>;
+
+/// Those of this machine. The window's device serves once: when it is lost the model gets one of its own.
+fn devices(name: Option<String>, host: Option<WebGpu>) -> Open {
+    let mut host = host.filter(|host| !host.is_lost());
+    Box::new(move |place| match (place, host.take()) {
+        (Place::Cpu, _) => device::open(Some("cpu")),
+        (Place::Chosen, Some(host)) => device::open_beside(&host, name.as_deref()),
+        (Place::Chosen, None) => device::open(name.as_deref()),
+    })
+}
+
 /// Takes updates to the window.
 struct News {
     sender: Sender<Update>,
@@ -231,6 +260,7 @@ impl News {
 struct Desk {
     args: Args,
     host: Option<WebGpu>,
+    devices: Devices,
     state: Option<PathBuf>,
     news: News,
     stop: Arc<AtomicBool>,
@@ -292,14 +322,7 @@ impl Desk {
         let begin = Instant::now();
         let args = Args { model: choice.model.clone(), device: choice.device.clone(), ..self.args.clone() };
         let (tools, folder) = gatedelta_agent::tools(&args)?;
-        let name = args.device.clone();
-        // The window's device serves once: when it is lost the model gets one of its own.
-        let mut host = self.host.clone().filter(|host| !host.is_lost());
-        let open = move |place| match (place, host.take()) {
-            (Place::Cpu, _) => device::open(Some("cpu")),
-            (Place::Chosen, Some(host)) => device::open_beside(&host, name.as_deref()),
-            (Place::Chosen, None) => device::open(name.as_deref()),
-        };
+        let open = (self.devices)(args.device.clone(), self.host.clone());
         let mut local = Local::load_on(&args, open, &mut |done, total| self.news.tell(Update::Loading(done, total)))?;
         if let Some(folder) = &self.state
             && let Err(why) = local.keep_in(folder)

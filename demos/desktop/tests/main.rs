@@ -1,6 +1,7 @@
 //! The window, driven by its accessibility tree.
 
 mod frames;
+mod losses;
 mod pictures;
 mod window;
 
