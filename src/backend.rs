@@ -5,6 +5,8 @@ pub mod cpu;
 pub mod cuda;
 #[cfg(any(feature = "cuda", feature = "webgpu"))]
 mod cut;
+#[doc(hidden)]
+pub mod faulty;
 #[cfg(feature = "webgpu")]
 pub mod webgpu;
 
@@ -72,6 +74,10 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// As [`Backend::run`].
     fn time(&self, pass: &Pass) -> Result<Timing>;
+
+    /// Gives the device up: nothing more will be asked of it, and its memory may go before the last handle to it does. A device
+    /// that fails would otherwise hold the memory that its successor needs.
+    fn abandon(&self) {}
 }
 
 /// What [`Backend::time`] measured.

@@ -94,6 +94,16 @@ pub enum Error {
 }
 
 impl Error {
+    /// True if the device or its driver failed: opened anew it may work again.
+    pub fn is_loss(&self) -> bool {
+        matches!(self, Error::DeviceLost { .. } | Error::Device { .. } | Error::Compile { .. })
+    }
+
+    /// True if there was not enough memory: with less in use, or elsewhere, it may work.
+    pub fn is_out_of_memory(&self) -> bool {
+        matches!(self, Error::OutOfMemory { .. })
+    }
+
     /// An [`Error::Argument`] from anything printable.
     pub fn argument(what: impl Into<String>, found: impl std::fmt::Display, expected: impl std::fmt::Display) -> Self {
         Error::Argument { what: what.into(), found: found.to_string(), expected: expected.to_string() }

@@ -42,7 +42,8 @@
 //!
 //! With the feature `qwen`, the module `qwen` loads a Qwen3.5-family checkpoint as released, plans its memory, and generates.
 //! What a sequence has read is a value there: snapshots, forks, rewinding, a cache that finds them by prefix, and with the feature
-//! `store` a place for them on disk.
+//! `store` a place for them on disk. A session of a `qwen::Recovery` outlives its device: when that is lost, or has no memory left,
+//! it is opened again, or the CPU takes its place, and the answer goes on where it was.
 //!
 //! # Training
 //!

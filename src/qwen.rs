@@ -34,6 +34,7 @@
 //! | [`memory`] | what fits, before anything is allocated |
 //! | [`model`], [`session`], [`generate`] | loading, reading, answering |
 //! | [`batch`] | several sequences in one pass |
+//! | [`recover`] | going on after the device was lost, or has no memory |
 //! | [`state`] | what a sequence carries, as a value: snapshots, forks, rewinding, the cache that finds them |
 
 pub mod batch;
@@ -45,6 +46,7 @@ pub mod memory;
 pub mod model;
 mod pyvalue;
 mod random;
+pub mod recover;
 pub mod sample;
 pub mod session;
 pub mod state;
@@ -58,6 +60,7 @@ pub use config::{Config, GenerationConfig, LayerKind};
 pub use generate::{Event, Finish, GenerateOptions, Generation, Timings};
 pub use memory::MemoryPlan;
 pub use model::{LoadOptions, Model};
+pub use recover::{Notice, Place, Recovered, Recovery};
 pub use sample::{Sampler, Sampling, SplitMix64};
 pub use session::Session;
 pub use state::cache::{Cache, Evicted, Kept, Origin, Reason, Restored, Usage};

@@ -31,6 +31,8 @@ mod qwen_batch;
 #[cfg(feature = "qwen")]
 mod qwen_naive;
 #[cfg(feature = "qwen")]
+mod qwen_recover;
+#[cfg(feature = "qwen")]
 mod qwen_sample;
 #[cfg(feature = "qwen")]
 mod qwen_state;

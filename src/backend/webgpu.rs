@@ -3,7 +3,8 @@
 //! - [`WebGpu::enumerate`] lists adapters, [`WebGpu::open`] opens one, [`WebGpu::from_device`] shares a host's device.
 //! - A launch becomes one dispatch or several: grids larger than the device dispatches at once, and work that would keep
 //!   the device longer than its watchdog likes, are cut by cells (`submit`).
-//! - Everything the device reports late (validation, memory, loss) is kept and returned by the next call (`fault`).
+//! - Everything the device reports late (validation, memory, loss) is kept and returned by the next call (`fault`). A panic
+//!   of wgpu, which has no other way to tell of a driver that fails while it is waited for, is a lost device too.
 
 mod bind;
 mod exchange;
@@ -13,6 +14,7 @@ mod pipeline;
 mod readback;
 mod submit;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -42,6 +44,8 @@ struct Shared {
     limits: wgpu::Limits,
     features: source::Features,
     timestamps: bool,
+    /// Nobody else uses the device.
+    own: bool,
     fault: Arc<fault::Fault>,
     /// Ids of memory that went away, for the caches that still refer to it.
     dropped: Arc<Mutex<Vec<u64>>>,
@@ -110,8 +114,23 @@ impl Shared {
         let (value, error) = self.scoped(f);
         match error {
             None => Ok(value),
-            Some(error) => Err(self.fault.translate(what, 0, error)),
+            Some(error) => Err(self.failure(what, 0, error)),
         }
+    }
+
+    /// What the device had against a call. Where it is lost, errors about things that it no longer has only follow from that.
+    fn failure(&self, what: &str, needed: u64, error: wgpu::Error) -> Error {
+        let _ = self.device.poll(wgpu::PollType::Poll);
+        self.fault.gone().unwrap_or_else(|| self.fault.translate(what, needed, error))
+    }
+
+    /// Runs `f`; where wgpu or the driver panics in it the device is lost, and the process goes on.
+    fn caught<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
+            let words = panic.downcast_ref::<String>().map(String::as_str);
+            let words = words.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no reason given");
+            Err(self.fault.lose(format!("its driver failed: {}", words.trim())))
+        })
     }
 
     /// Blocks until everything submitted so far, or `until`, is done.
@@ -121,7 +140,8 @@ impl Shared {
             Ok(_) => self.fault.check(),
             Err(e) => {
                 self.fault.check()?;
-                Err(Error::Device { device: self.caps.name.clone(), why: format!("waiting for the device: {e}") })
+                // What does not answer for so long does not come back.
+                Err(self.fault.lose(format!("waiting for the device: {e}")))
             }
         }
     }
@@ -142,7 +162,7 @@ impl Shared {
         match self.scoped(|| self.device.create_buffer(&descriptor)) {
             (buffer, None) => Ok(buffer),
             (_, Some(wgpu::Error::OutOfMemory { .. })) => Err(out_of_memory("the driver has no more".into())),
-            (_, Some(error)) => Err(self.fault.translate(what, bytes, error)),
+            (_, Some(error)) => Err(self.failure(what, bytes, error)),
         }
     }
 }
@@ -178,11 +198,13 @@ impl Backend for WebGpu {
     fn alloc(&self, what: &str, bytes: u64) -> Result<Buffer> {
         let shared = &self.shared;
         shared.fault.check()?;
-        lock(&shared.binds).purge(&mut lock(&shared.dropped));
-        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-        let buffer = shared.create(what, bytes, usage)?;
-        let memory = Memory { buffer, id: fresh_id(), device: shared.id, dropped: shared.dropped.clone() };
-        Ok(Buffer::from_handle(memory, bytes))
+        shared.caught(|| {
+            lock(&shared.binds).purge(&mut lock(&shared.dropped));
+            let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+            let buffer = shared.create(what, bytes, usage)?;
+            let memory = Memory { buffer, id: fresh_id(), device: shared.id, dropped: shared.dropped.clone() };
+            Ok(Buffer::from_handle(memory, bytes))
+        })
     }
 
     fn import(&self, what: &str, bytes: HostBytes) -> Result<Buffer> {
@@ -192,8 +214,54 @@ impl Backend for WebGpu {
     }
 
     fn write(&self, to: &View, bytes: &[u8]) -> Result<()> {
+        self.shared.fault.check()?;
+        self.shared.caught(|| self.upload(to, bytes))
+    }
+
+    fn read(&self, from: &View) -> Result<Readback> {
+        self.shared.fault.check()?;
+        self.shared.caught(|| readback::start(&self.shared, from))
+    }
+
+    fn load(&self, pass: &Pass) -> Result<()> {
         let shared = &self.shared;
         shared.fault.check()?;
+        shared.caught(|| {
+            pass.launches.iter().try_for_each(|l| shared.pipelines.get(shared, l.kernel, &l.consts).map(drop))
+        })
+    }
+
+    fn run(&self, pass: &Pass) -> Result<()> {
+        self.shared.caught(|| submit::run(&self.shared, pass, None))
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.shared.fault.check()?;
+        self.shared.caught(|| submit::drain(&self.shared))
+    }
+
+    fn time(&self, pass: &Pass) -> Result<Timing> {
+        self.shared.caught(|| submit::time(&self.shared, pass))
+    }
+
+    fn abandon(&self) {
+        let shared = &self.shared;
+        shared.fault.lose("it was given up".into());
+        if shared.own {
+            // Whatever goes wrong here happens to a device that is gone.
+            let _ = shared.caught(|| {
+                shared.device.destroy();
+                let _ = shared.device.poll(wgpu::PollType::Poll);
+                Ok(())
+            });
+        }
+    }
+}
+
+impl WebGpu {
+    /// Writes through the driver's staging memory.
+    fn upload(&self, to: &View, bytes: &[u8]) -> Result<()> {
+        let shared = &self.shared;
         let memory = shared.memory("target of a write", to)?;
         if bytes.len() as u64 > to.bytes {
             return Err(Error::argument(
@@ -227,32 +295,6 @@ impl Backend for WebGpu {
             shared.guarded("upload", || shared.queue.write_buffer(&memory.buffer, at, &word))?;
         }
         shared.fault.check()
-    }
-
-    fn read(&self, from: &View) -> Result<Readback> {
-        self.shared.fault.check()?;
-        readback::start(&self.shared, from)
-    }
-
-    fn load(&self, pass: &Pass) -> Result<()> {
-        self.shared.fault.check()?;
-        for launch in &pass.launches {
-            self.shared.pipelines.get(&self.shared, launch.kernel, &launch.consts)?;
-        }
-        Ok(())
-    }
-
-    fn run(&self, pass: &Pass) -> Result<()> {
-        submit::run(&self.shared, pass, None)
-    }
-
-    fn wait(&self) -> Result<()> {
-        self.shared.fault.check()?;
-        submit::drain(&self.shared)
-    }
-
-    fn time(&self, pass: &Pass) -> Result<Timing> {
-        submit::time(&self.shared, pass)
     }
 }
 

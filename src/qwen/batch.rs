@@ -52,6 +52,7 @@ impl Batch {
     /// [`Error::Argument`] for other than one id a session, a session of another model, one that failed or that is full, or an
     /// id outside the vocabulary; what the backend reports.
     pub fn step(&mut self, sessions: &mut [&mut Session], ids: &[u32]) -> Result<Vec<f32>> {
+        self.follow(sessions)?;
         if sessions.len() != ids.len() {
             let expected = format!("one for each of {} sessions", sessions.len());
             return Err(Error::argument("ids", format!("{} ids", ids.len()), expected));
@@ -67,16 +68,42 @@ impl Batch {
                 other => other,
             })?;
         }
-        let most = self.most();
         let mut out = Vec::with_capacity(ids.len() * self.model.inner.config.vocab as usize);
-        for (sessions, ids) in sessions.chunks_mut(most).zip(ids.chunks(most)) {
-            out.extend(match (&mut *sessions, ids) {
+        let (mut at, mut freed) = (0, false);
+        while at < ids.len() {
+            // After a loss the rest may be on another device, which takes other numbers of them.
+            self.follow(&mut sessions[at..])?;
+            let end = ids.len().min(at + self.most());
+            let read = match (&mut sessions[at..end], &ids[at..end]) {
                 // One has a pass of its own, recorded once for all its tokens.
-                ([session], ids) => session.prefill(ids, &mut |_, _| {})?,
-                (sessions, ids) => self.pass(sessions, ids)?,
-            });
+                ([session], ids) => session.prefill(ids, &mut |_, _| {}),
+                (sessions, ids) => self.pass(sessions, ids),
+            };
+            match read {
+                Ok(logits) => {
+                    out.extend(logits);
+                    at = end;
+                }
+                Err(why) => recover(&mut sessions[at..end], why, &mut freed)?,
+            }
         }
         Ok(out)
+    }
+
+    /// Brings sessions of a [`Recovery`](crate::qwen::Recovery) to the same model, and the batch with them.
+    fn follow(&mut self, sessions: &mut [&mut Session]) -> Result<()> {
+        let Some(recovery) = sessions.first().and_then(|session| session.recovery()).cloned() else { return Ok(()) };
+        loop {
+            sessions.iter_mut().try_for_each(|session| session.follow())?;
+            let model = recovery.model();
+            // Moving one of them may have met with the next loss.
+            if sessions.iter().all(|session| session.follows(&model)) {
+                if recovery.knows(&self.model) {
+                    (self.model, self.recorded) = (model, None);
+                }
+                return Ok(());
+            }
+        }
     }
 
     fn pass(&mut self, sessions: &mut [&mut Session], ids: &[u32]) -> Result<Vec<f32>> {
@@ -108,6 +135,8 @@ impl Batch {
         for (session, id) in sessions.iter_mut().zip(ids) {
             session.pass_done(*id);
         }
+        // The tokens are read: what fails now concerns the next ones.
+        sessions.iter_mut().for_each(|session| session.mirror_or_recover());
         Ok(logits)
     }
 
@@ -122,4 +151,19 @@ impl Batch {
         self.model.inner.backend.load(&pass)?;
         Ok(Recorded { pass, lanes: marks })
     }
+}
+
+/// Brings sessions back after an error in a pass over all of them.
+fn recover(sessions: &mut [&mut Session], why: Error, freed: &mut bool) -> Result<()> {
+    let whole = sessions.iter().all(|session| !session.has_failed());
+    let before = *freed;
+    for (i, session) in sessions.iter_mut().enumerate() {
+        // Where none was touched, only the reason is to be seen to.
+        if session.has_failed() || whole && i == 0 {
+            let mut own = before;
+            session.recover(why.clone(), &mut own)?;
+            *freed |= own;
+        }
+    }
+    Ok(())
 }

@@ -1,7 +1,8 @@
 //! A loaded model, and what is needed to load it.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -52,6 +53,12 @@ pub(crate) struct Inner {
     pub dir: PathBuf,
     /// The seed of random weights.
     pub random: Option<(u64, Dtype)>,
+    /// The mapped files of others.
+    checkpoint: Option<Arc<Checkpoint>>,
+    /// Of all models that have taken one another's place.
+    pub line: OnceLock<u64>,
+    /// Its device is given up: what is on it is nothing any more.
+    gone: AtomicBool,
     /// Of all that makes a stored snapshot one of this model, once it was needed.
     #[cfg(feature = "store")]
     pub key: std::sync::OnceLock<u128>,
@@ -104,9 +111,10 @@ impl Model {
             if tokenizer_path.exists() { Some(Tokenizer::read(&tokenizer_path, config.vocab)?) } else { None };
         let template = ChatTemplate::read(dir)?;
         let end = template::special_tokens(dir)?.into_iter().find(|(name, _)| name == "eos_token");
-        let checkpoint = Checkpoint::open(dir)?;
+        let checkpoint = Arc::new(Checkpoint::open(dir)?);
         let source = FileSource::new(&checkpoint, &config)?;
         let mut inner = Inner::new(config, &source, backend, options, progress)?;
+        inner.checkpoint = Some(checkpoint.clone());
         inner.stop_ids =
             stop_ids(&inner.config, &generation, end.and_then(|(_, token)| tokenizer.as_ref()?.id(&token)));
         if let Some(tokenizer) = &tokenizer
@@ -139,6 +147,51 @@ impl Model {
         let mut inner = Inner::new(config, &RandomSource { seed, dtype }, backend, options, &mut |_, _| {})?;
         inner.random = Some((seed, dtype));
         Ok(Model { inner: Arc::new(inner) })
+    }
+
+    /// The same model on another device, for sessions of the same length: from the weights as they are mapped, whatever has
+    /// become of the files meanwhile.
+    pub(crate) fn again(&self, backend: Arc<dyn Backend>, progress: &mut dyn FnMut(u64, u64)) -> Result<Model> {
+        let old = &self.inner;
+        let options = LoadOptions { context: Some(old.plan.context), kv: old.plan.kv };
+        let config = old.config.clone();
+        let inner = match (&old.checkpoint, old.random) {
+            (Some(checkpoint), _) => {
+                Inner::new(config, &FileSource::new(checkpoint, &old.config)?, backend, &options, progress)?
+            }
+            (None, Some((seed, dtype))) => {
+                Inner::new(config, &RandomSource { seed, dtype }, backend, &options, progress)?
+            }
+            (None, None) => return Err(Error::load(&old.dir, "nothing is known of where the weights came from")),
+        };
+        Ok(Model {
+            inner: Arc::new(Inner {
+                turns: old.turns.clone(),
+                generation: old.generation.clone(),
+                tokenizer: old.tokenizer.clone(),
+                template: old.template.clone(),
+                stop_ids: old.stop_ids.clone(),
+                dir: old.dir.clone(),
+                random: old.random,
+                checkpoint: old.checkpoint.clone(),
+                line: old.line.clone(),
+                ..inner
+            }),
+        })
+    }
+
+    /// Gives the device up, and the memory there as far as that goes.
+    pub(crate) fn give_up(&self) {
+        self.inner.gone.store(true, Ordering::Release);
+        if let Ok(mut workspace) = self.inner.workspace.try_lock() {
+            *workspace = None;
+        }
+        self.inner.backend.abandon();
+    }
+
+    /// True once the device was given up.
+    pub(crate) fn is_gone(&self) -> bool {
+        self.inner.gone.load(Ordering::Acquire)
     }
 
     /// An empty sequence.
@@ -231,6 +284,9 @@ impl Inner {
             stop_ids: Vec::new(),
             dir: PathBuf::new(),
             random: None,
+            checkpoint: None,
+            line: OnceLock::new(),
+            gone: AtomicBool::new(false),
             #[cfg(feature = "store")]
             key: std::sync::OnceLock::new(),
         })

@@ -1,5 +1,7 @@
 //! One sequence on a device: tokens in, logits out.
 
+mod revive;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,8 +14,11 @@ use crate::qwen::config::LayerKind;
 use crate::qwen::generate::{Answer, GenerateOptions, Generation};
 use crate::qwen::layer::{self, Lane, Recorder, Scratch, Workspace};
 use crate::qwen::model::{Inner, Model};
+use crate::qwen::recover::Recovery;
 use crate::qwen::state::State;
 use crate::qwen::state::cache::{Cache, Origin, Reason, Restored};
+use crate::qwen::state::history::History;
+use crate::qwen::state::mirror::Mirror;
 use crate::qwen::state::snapshot::Snapshot;
 use crate::qwen::turns::Ended;
 
@@ -30,6 +35,12 @@ use crate::qwen::turns::Ended;
 ///
 /// Prompts are cut at multiples of a fixed length, counted from the first token, and where snapshots are due; the cuts depend on
 /// the text alone, so that a prompt which begins in the cache gives the bits of one that is read whole.
+///
+/// # Losing the device
+/// A session of a [`Recovery`] goes on after its device has failed: reading, answering, resetting, restoring, reusing and
+/// rewinding, also in a [`Batch`](crate::qwen::Batch), end as if nothing had happened, on the model that then takes the place of
+/// the old one. Only [`Session::snapshot`] and [`Session::fork`], which change nothing, report the error, unless
+/// [`Session::insist`] calls them.
 #[derive(Debug)]
 pub struct Session {
     model: Model,
@@ -41,6 +52,8 @@ pub struct Session {
     /// The answer under way, or the last one where it can go on.
     pub(crate) answer: Option<Answer>,
     cache: Option<Cache>,
+    recovery: Option<Recovery>,
+    mirror: Mirror,
     failed: bool,
 }
 
@@ -80,7 +93,9 @@ impl Session {
         let backend = inner.backend.as_ref();
         let state = State::new(&inner.config, backend, inner.plan.context, inner.plan.kv)?;
         with_workspace(inner, |_| Ok(()))?;
-        Ok(Session { state, step: None, mark: mark(), answer: None, cache: None, failed: false, model: model.clone() })
+        let (step, answer, cache, recovery) = (None, None, None, None);
+        let mirror = Mirror::default();
+        Ok(Session { state, step, mark: mark(), answer, cache, recovery, mirror, failed: false, model })
     }
 
     /// The model.
@@ -108,9 +123,17 @@ impl Session {
     /// # Errors
     /// What the backend reports.
     pub fn reset(&mut self) -> Result<()> {
+        self.become_what(&History::default(), None, |session| session.clear())
+    }
+
+    fn clear(&mut self) -> Result<()> {
         self.failed = true;
         self.answer = None;
-        self.state.clear(self.model.inner.backend.as_ref())?;
+        if self.state.is_nowhere() {
+            self.seat()?;
+        } else {
+            self.state.clear(self.model.inner.backend.as_ref())?;
+        }
         self.failed = false;
         Ok(())
     }
@@ -125,13 +148,24 @@ impl Session {
         Snapshot::take(&self.model, &self.state, self.answer.as_ref())
     }
 
-    /// Becomes what a snapshot holds, whatever the session was, a failed one too.
+    /// Becomes what a snapshot holds, whatever the session was, a failed one too. In a session of a [`Recovery`] a snapshot
+    /// of a device that is lost is as good as any: its tokens are read again.
     ///
     /// # Errors
     /// [`Error::Argument`] for a snapshot of another model or another loading of it; what the backend reports.
     pub fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
+        if !self.outlives(snapshot) {
+            snapshot.check(&self.model)?;
+        }
+        self.become_what(snapshot.history(), snapshot.answer(), |session| session.put(snapshot))
+    }
+
+    fn put(&mut self, snapshot: &Snapshot) -> Result<()> {
         snapshot.check(&self.model)?;
         self.failed = true;
+        if self.state.is_nowhere() {
+            self.seat()?;
+        }
         // Recorded passes name the pages of what the session was.
         self.moved();
         snapshot.put(&mut self.state)?;
@@ -148,7 +182,7 @@ impl Session {
     pub fn fork(&self) -> Result<Session> {
         let snapshot = self.snapshot()?;
         let mut fork = Session::new(self.model.clone())?;
-        fork.cache = self.cache.clone();
+        (fork.cache, fork.recovery) = (self.cache.clone(), self.recovery.clone());
         fork.restore(&snapshot)?;
         Ok(fork)
     }
@@ -160,6 +194,7 @@ impl Session {
     /// # Errors
     /// [`Error::Argument`] for more tokens than there are, or if the session failed; what the backend reports.
     pub fn rewind(&mut self, tokens: u64) -> Result<Restored> {
+        self.follow()?;
         self.usable()?;
         let begin = Instant::now();
         let position = self.state.position();
@@ -198,6 +233,7 @@ impl Session {
     /// [`Error::Argument`] for no ids; what the backend reports.
     pub fn reuse(&mut self, ids: &[u32]) -> Result<Restored> {
         let begin = Instant::now();
+        self.follow()?;
         let Some((_, before)) = ids.split_last() else {
             return Err(Error::argument("ids", "none", "at least one"));
         };
@@ -246,33 +282,37 @@ impl Session {
     pub fn logits(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
         self.check(ids)?;
         self.answer = None;
-        let inner = self.model.inner.clone();
-        let vocab = inner.config.vocab as u64;
-        let backend = inner.backend.as_ref();
-        let mut out = Vec::with_capacity(ids.len() * vocab as usize);
+        let mut out = Vec::with_capacity(ids.len() * self.model.inner.config.vocab as usize);
         let mut done = 0;
         for (end, reason) in self.cuts(ids) {
-            let rows = (end - done) as u64;
-            with_workspace(&inner, |work| {
-                self.append_in(work, &ids[done..end], Want::State)?;
-                self.failed = true;
-                let step = inner.sizes.logit_rows;
-                for first in (0..rows).step_by(step as usize) {
-                    let block = first..rows.min(first + step);
-                    let n = block.end - block.start;
-                    let mut pass = Pass::new();
-                    recorder(&inner, &work.scratch, &[], None).head(&mut pass, block)?;
-                    backend.load(&pass)?;
-                    backend.run(&pass)?;
-                    out.extend(backend.read(&work.scratch.logits.slice(0, n * vocab * 4)?)?.wait_as::<f32>()?);
-                }
-                self.failed = false;
-                Ok(())
-            })?;
+            out.extend(self.append_all(&ids[done..end])?);
             done = end;
             self.keep(reason);
         }
         Ok(out)
+    }
+
+    /// Appends a piece; the logits of all of it.
+    fn append_logits(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
+        let inner = self.model.inner.clone();
+        let (vocab, backend) = (inner.config.vocab as u64, inner.backend.as_ref());
+        with_workspace(&inner, |work| {
+            self.append_in(work, ids, Want::State)?;
+            self.failed = true;
+            let mut out = Vec::with_capacity(ids.len() * vocab as usize);
+            let (step, rows) = (inner.sizes.logit_rows, ids.len() as u64);
+            for first in (0..rows).step_by(step as usize) {
+                let block = first..rows.min(first + step);
+                let n = block.end - block.start;
+                let mut pass = Pass::new();
+                recorder(&inner, &work.scratch, &[], None).head(&mut pass, block)?;
+                backend.load(&pass)?;
+                backend.run(&pass)?;
+                out.extend(backend.read(&work.scratch.logits.slice(0, n * vocab * 4)?)?.wait_as::<f32>()?);
+            }
+            self.failed = false;
+            Ok(out)
+        })
     }
 
     /// Appends tokens and answers: an iterator over what happens. Nothing is computed before its first item is asked for.
@@ -363,8 +403,8 @@ impl Session {
         Ok(())
     }
 
-    /// Runs one piece, whose ids have been checked.
-    pub(crate) fn append(&mut self, ids: &[u32], want: Want) -> Result<Got> {
+    /// Runs one piece, whose ids have been checked, on the device as it is now.
+    fn append_once(&mut self, ids: &[u32], want: Want) -> Result<Got> {
         with_workspace(&self.model.inner.clone(), |work| self.append_in(work, ids, want))
     }
 

@@ -5,6 +5,7 @@
 //! history.rs   its tokens and the pieces they were read in    tree.rs      values by the tokens that lead to them
 //! pages.rs     keys and values, shared until someone writes   cache.rs     snapshots within a budget, found by prefix
 //! host.rs      snapshots in host memory, to move them         store.rs     snapshots on disk (feature `store`)
+//! mirror.rs    a copy in host memory that follows a sequence, for the case that its device is lost
 //! ```
 //!
 //! States, convolution tails, cache and tokens belong together: restoring one without the others is wrong. They are in one
@@ -16,6 +17,7 @@
 pub mod cache;
 pub(crate) mod history;
 pub mod host;
+pub(crate) mod mirror;
 pub(crate) mod pages;
 pub mod snapshot;
 #[cfg(feature = "store")]
@@ -102,6 +104,17 @@ impl State {
         let mut state = State { history: History::default(), layers, pages: Pages::default(), layout, moved: false };
         state.clear(backend)?;
         Ok(state)
+    }
+
+    /// The same tokens without memory anywhere.
+    pub fn nowhere(&self) -> State {
+        let (layers, pages, layout) = (Vec::new(), Pages::default(), PageLayout::default());
+        State { history: self.history.clone(), layers, pages, layout, moved: self.moved }
+    }
+
+    /// True if it has no memory: there is no model without layers.
+    pub fn is_nowhere(&self) -> bool {
+        self.layers.is_empty()
     }
 
     /// The number of tokens seen: the position of the next.

@@ -308,6 +308,7 @@ impl<E: Engine> Agent<E> {
             match step {
                 Step::Read { done, total, reused } => sink.event(Event::Prefill { done, total, reused })?,
                 Step::Rest { text } => output.take(parser.push(text), sink)?,
+                Step::Notice { text } => sink.event(Event::Notice(text))?,
                 Step::Wrote { id, text } => {
                     output.take(parser.push(text), sink)?;
                     if repeat.push(id) {

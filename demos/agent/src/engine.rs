@@ -86,6 +86,8 @@ pub enum Step<'a> {
     Wrote { id: u32, text: &'a str },
     /// Text that was held back and belongs to no further token.
     Rest { text: &'a str },
+    /// Something the user should know, such as that the device failed and another took its place.
+    Notice { text: &'a str },
 }
 
 /// How a continuation went.

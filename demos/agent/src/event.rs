@@ -30,6 +30,8 @@ pub enum Event<'a> {
     ToolResult(&'a str, &'a Outcome),
     /// A call that cannot be made.
     BrokenCall(&'a Broken),
+    /// Something befell the device, and the answer goes on.
+    Notice(&'a str),
     /// The answer is complete.
     Done(&'a Summary),
     /// The answer failed; the conversation is as it was before the question.

@@ -50,6 +50,7 @@ fn to_json(event: Event<'_>) -> Option<Value> {
         Event::ToolResult(name, outcome) => {
             json!({"event": "tool_result", "name": name, "ok": outcome.ok, "text": outcome.text})
         }
+        Event::Notice(text) => json!({"event": "notice", "text": text}),
         Event::BrokenCall(broken) => {
             json!({"event": "broken_call", "name": broken.name, "why": broken.why, "raw": broken.raw})
         }

@@ -91,8 +91,12 @@ fn run(args: &Args, sink: &mut dyn Sink) -> Result<ExitCode> {
         max_tokens: args.max_tokens.unwrap_or(options::TOKENS),
     };
     let account = local.account().to_string();
+    let notices = local.notices();
     let mut agent = Agent::new(local, toolbox, options);
     sink.event(Event::Start(&start))?;
+    for text in &notices {
+        sink.event(Event::Notice(text))?;
+    }
     if let Some(kept) = kept {
         let turns = agent.keep(kept)?;
         if let Some(restored) = agent.prepare()? {

@@ -177,6 +177,7 @@ impl Sink for Terminal {
             Event::BrokenCall(broken) => {
                 self.say(&warn, &format!("→ a call that cannot be made: {} (/raw shows it)", broken.why))?;
             }
+            Event::Notice(text) => self.say(&warn, &format!("[{text}]"))?,
             Event::Done(summary) => self.done(summary)?,
             Event::Error(message) => self.say(&warn, &format!("error: {message}"))?,
         }

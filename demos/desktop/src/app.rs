@@ -270,6 +270,7 @@ impl App {
                 self.testing = false;
                 self.tested(account);
             }
+            Update::Notice(text) => self.report(text),
             Update::Answered(turn, answer) => self.answered(turn, answer),
             Update::Held(held) => self.held = held.into_iter().map(|held| (held.turn, held)).collect(),
             update => self.progress(update),

@@ -34,12 +34,7 @@ pub fn share(state: &RenderState) -> Result<WebGpu> {
 pub fn share_device(adapter: &wgpu::Adapter, device: &wgpu::Device, queue: &wgpu::Queue) -> Result<WebGpu> {
     let gpu = WebGpu::from_device(device.clone(), queue.clone(), adapter.get_info())?;
     let told = gpu.clone();
-    device.set_device_lost_callback(move |reason, why| {
-        // Dropping the device is no failure.
-        if reason != wgpu::DeviceLostReason::Destroyed {
-            told.lost(&why);
-        }
-    });
+    device.set_device_lost_callback(move |_, why| told.lost(if why.is_empty() { "it was destroyed" } else { &why }));
     // Errors of the kernels are caught where they happen; one of the window's own must not end the program.
     device.on_uncaptured_error(Arc::new(|error| log::error!("wgpu: {error}")));
     Ok(gpu)

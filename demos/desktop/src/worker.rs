@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use gatedelta::backend::webgpu::WebGpu;
 use gatedelta::device::{self, Account};
-use gatedelta::qwen::MemoryPlan;
+use gatedelta::qwen::recover::Opened;
+use gatedelta::qwen::{MemoryPlan, Place};
 use gatedelta_agent::agent::{self, Agent};
 use gatedelta_agent::engine::local::Local;
 use gatedelta_agent::engine::{Answer, Engine, Step};
@@ -64,6 +65,8 @@ pub enum Update {
     Returned(Outcome),
     /// A call that cannot be made; why.
     Broken(String),
+    /// Something befell the device, and it goes on.
+    Notice(String),
     /// Which turns the model can go back to, and what that takes.
     Held(Vec<Held>),
     /// The answer is complete, or failed; the model's view of the turn comes with it.
@@ -121,18 +124,32 @@ impl Worker {
         state: Option<PathBuf>,
         wake: impl Fn() + Send + 'static,
     ) -> Result<Self> {
+        Worker::start_on(args, host, state, Box::new(devices), wake)
+    }
+
+    /// The same with other devices: for tests of what befalls them.
+    #[doc(hidden)]
+    pub fn start_on(
+        args: Args,
+        host: Option<WebGpu>,
+        state: Option<PathBuf>,
+        devices: Devices,
+        wake: impl Fn() + Send + 'static,
+    ) -> Result<Self> {
         let (commands, orders) = channel();
         let (sender, updates) = channel();
         let (stop, tokens) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let mut desk = Desk {
             args,
             host,
+            devices,
             state,
             news: News { sender, wake: Box::new(wake) },
             stop: stop.clone(),
             tokens: tokens.clone(),
             agent: None,
             loaded: None,
+            recoveries: 0,
             ends: HashMap::new(),
         };
         let thread = std::thread::Builder::new().name("model".into()).spawn(move || {
@@ -210,6 +227,21 @@ impl Worker {
     }
 }
 
+/// How devices are opened: by the name that was chosen, and the window's own.
+pub type Devices = Box<dyn Fn(Option<String>, Option<WebGpu>) -> Open + Send>;
+/// Opens one, and again after each loss.
+pub type Open = Box<dyn FnMut(Place) -> gatedelta::Result<Opened> + Send>;
+
+/// Those of this machine. The window's device serves once: when it is lost the model gets one of its own.
+fn devices(name: Option<String>, host: Option<WebGpu>) -> Open {
+    let mut host = host.filter(|host| !host.is_lost());
+    Box::new(move |place| match (place, host.take()) {
+        (Place::Cpu, _) => device::open(Some("cpu")),
+        (Place::Chosen, Some(host)) => device::open_beside(&host, name.as_deref()),
+        (Place::Chosen, None) => device::open(name.as_deref()),
+    })
+}
+
 /// Takes updates to the window.
 struct News {
     sender: Sender<Update>,
@@ -228,6 +260,7 @@ impl News {
 struct Desk {
     args: Args,
     host: Option<WebGpu>,
+    devices: Devices,
     state: Option<PathBuf>,
     news: News,
     stop: Arc<AtomicBool>,
@@ -235,6 +268,8 @@ struct Desk {
     agent: Option<Agent<Counted>>,
     /// What is loaded.
     loaded: Option<Box<Loaded>>,
+    /// Recoveries of it that the window knows of.
+    recoveries: usize,
     /// The tokens of the conversation up to the end of each turn that was answered since.
     ends: HashMap<u64, Vec<u32>>,
 }
@@ -247,6 +282,7 @@ impl Desk {
             Command::Ask { turn, history, question } => {
                 let answer = self.answer(turn, history, &question).map_err(|why| format!("{why:#}"));
                 let answered = answer.is_ok();
+                self.tell_device();
                 self.news.tell(Update::Answered(turn, answer));
                 if answered {
                     self.remember();
@@ -286,11 +322,7 @@ impl Desk {
         let begin = Instant::now();
         let args = Args { model: choice.model.clone(), device: choice.device.clone(), ..self.args.clone() };
         let (tools, folder) = gatedelta_agent::tools(&args)?;
-        let name = args.device.as_deref();
-        let open = || match &self.host {
-            Some(host) => device::open_beside(host, name),
-            None => device::open(name),
-        };
+        let open = (self.devices)(args.device.clone(), self.host.clone());
         let mut local = Local::load_on(&args, open, &mut |done, total| self.news.tell(Update::Loading(done, total)))?;
         if let Some(folder) = &self.state
             && let Err(why) = local.keep_in(folder)
@@ -303,12 +335,9 @@ impl Desk {
             folder: folder.map(|folder| folder.path().display().to_string()),
             ..local.start()
         };
-        let account = local.account().clone();
-        let chosen = account.chosen.map(|at| &account.candidates[at]);
-        let shared = self.host.as_ref().zip(chosen).is_some_and(|(host, chosen)| {
-            let caps = gatedelta::backend::Backend::caps(host);
-            caps.name == chosen.name && caps.driver == chosen.driver
-        });
+        let account = local.account();
+        let shared = self.shares(&account);
+        let notices = local.notices();
         let loaded = Loaded {
             choice: choice.clone(),
             start,
@@ -322,11 +351,40 @@ impl Desk {
             thinking: args.thinking(),
             max_tokens: args.max_tokens.unwrap_or(TOKENS),
         };
+        self.recoveries = local.recovery().past().len();
         self.agent = Some(Agent::new(Counted { local, tokens: self.tokens.clone() }, toolbox, options));
         let loaded = Box::new(loaded);
         self.loaded = Some(loaded.clone());
         self.news.tell(Update::Loaded(loaded));
+        notices.into_iter().for_each(|text| self.news.tell(Update::Notice(text)));
         Ok(())
+    }
+
+    /// True if the model's device is the window's.
+    fn shares(&self, account: &Account) -> bool {
+        let chosen = account.chosen.and_then(|at| account.candidates.get(at));
+        self.host.as_ref().filter(|host| !host.is_lost()).zip(chosen).is_some_and(|(host, chosen)| {
+            let caps = gatedelta::backend::Backend::caps(host);
+            caps.name == chosen.name && caps.driver == chosen.driver
+        })
+    }
+
+    /// Tells on which device the model is, where that has changed.
+    fn tell_device(&mut self) {
+        let Some(agent) = &self.agent else { return };
+        let local = &agent.engine().local;
+        let past = local.recovery().past().len();
+        if past == self.recoveries {
+            return;
+        }
+        self.recoveries = past;
+        let (account, memory, now) = (local.account(), local.memory().clone(), local.start());
+        let shared = false;
+        if let Some(loaded) = &mut self.loaded {
+            let start = Start { device: now.device, why: now.why, shape: now.shape, ..loaded.start.clone() };
+            **loaded = Loaded { start, account, memory, shared, ..(**loaded).clone() };
+            self.news.tell(Update::Loaded(loaded.clone()));
+        }
     }
 
     fn answer(&mut self, turn: u64, history: Vec<Value>, question: &str) -> Result<(Figures, Vec<Value>)> {
@@ -438,6 +496,7 @@ impl Sink for Teller<'_> {
                 Update::Returned(Outcome { ok: *ok, text: text.clone(), seconds })
             }
             Event::BrokenCall(broken) => Update::Broken(broken.why.clone()),
+            Event::Notice(text) => Update::Notice(text.into()),
             // The window makes these from what `answer` returns.
             Event::Start(_) | Event::Restored(..) | Event::Done(_) | Event::Error(_) => return Ok(()),
         };

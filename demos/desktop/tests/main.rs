@@ -3,6 +3,7 @@
 #[cfg(target_os = "linux")]
 mod display;
 mod frames;
+mod losses;
 mod pictures;
 mod window;
 

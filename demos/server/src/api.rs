@@ -13,7 +13,7 @@ use axum::http::{StatusCode, header};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use gatedelta::qwen::Model;
+use gatedelta::qwen::{Model, Place, Recovery};
 use serde_json::{Value, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
@@ -44,8 +44,8 @@ pub struct Limits {
 
 /// What the routes share.
 pub struct App {
-    /// The model.
-    pub model: Model,
+    /// The model, and what opens its device again when that is lost.
+    pub recovery: Recovery,
     /// The same, as requests see it.
     pub served: Served,
     /// The way to the thread that owns it.
@@ -113,10 +113,24 @@ async fn health(State(app): State<Arc<App>>) -> Response {
     if !app.desk.alive() {
         return json_response(StatusCode::SERVICE_UNAVAILABLE, &json!({"status": "the model's thread is gone"}));
     }
-    json_response(StatusCode::OK, &json!({"status": "ok"}))
+    let status = if app.recovery.is_recovering() { "recovering" } else { "ok" };
+    let mut health = json!({"status": status});
+    let past = app.recovery.past();
+    if let Some(last) = past.last() {
+        health["device"] = json!({
+            "name": last.to,
+            "on_cpu": app.recovery.place() == Place::Cpu,
+            "losses": app.recovery.losses(),
+            "recoveries": past.len(),
+            "last": last.to_string(),
+        });
+    }
+    json_response(StatusCode::OK, &health)
 }
 
 async fn metrics(State(app): State<Arc<App>>) -> Response {
+    let recovery = &app.recovery;
+    app.metrics.device(recovery.losses(), recovery.past().len(), recovery.place() == Place::Cpu);
     match app.metrics.text() {
         Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response(),
         Err(why) => ApiError::failed(why.to_string()).into_response(),
@@ -135,7 +149,8 @@ async fn chat(State(app): State<Arc<App>>, request: Request) -> Result<Response,
     let Chat { settings, streaming, tools, parallel, .. } = chat;
     let head = Head::new("chatcmpl-", &app.served.name, streaming.usage);
     let logprobs = settings.logprobs.is_some();
-    let tokenizer = app.model.tokenizer().map_err(|why| ApiError::failed(why.to_string()))?;
+    let model = app.model();
+    let tokenizer = model.tokenizer().map_err(|why| ApiError::failed(why.to_string()))?;
     let reply = ChatReply::new(head, tokenizer, tools, parallel, reasoning, logprobs);
     let ask = Ask { param: "messages", ids, settings, forced, deadline, permit };
     app.answer(ask, streaming, reply).await
@@ -156,7 +171,8 @@ async fn completion(State(app): State<Arc<App>>, request: Request) -> Result<Res
         }
     };
     let head = Head::new("cmpl-", &app.served.name, streaming.usage);
-    let tokenizer = app.model.tokenizer().map_err(|why| ApiError::failed(why.to_string()))?;
+    let model = app.model();
+    let tokenizer = model.tokenizer().map_err(|why| ApiError::failed(why.to_string()))?;
     let reply = CompletionReply::new(head, tokenizer, settings.logprobs.is_some());
     let ask = Ask { param: "prompt", ids, settings, forced: Vec::new(), deadline, permit };
     app.answer(ask, streaming, reply).await
@@ -181,9 +197,14 @@ struct ChatPrompt {
 }
 
 impl App {
+    /// The model, wherever it is now.
+    fn model(&self) -> Model {
+        self.recovery.model()
+    }
+
     fn model_object(&self) -> Value {
         let created = self.started.duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-        let context = self.model.memory().context;
+        let context = self.model().memory().context;
         json!({
             "id": self.served.name, "object": "model", "created": created, "owned_by": "local", "max_model_len": context,
         })
@@ -227,7 +248,8 @@ impl App {
     }
 
     fn chat_prompt(&self, chat: &Chat) -> Result<ChatPrompt, ApiError> {
-        let template = self.model.chat_template().map_err(|why| ApiError::failed(why.to_string()))?;
+        let model = self.model();
+        let template = model.chat_template().map_err(|why| ApiError::failed(why.to_string()))?;
         let messages = Value::from(chat.messages.clone());
         let tools = (!chat.described.is_empty()).then(|| Value::from(chat.described.clone()));
         let prompt = template.render(&messages, tools.as_ref(), true, chat.thinking).map_err(|why| match why {
@@ -242,14 +264,15 @@ impl App {
     }
 
     fn encode(&self, text: &str, param: &str) -> Result<Vec<u32>, ApiError> {
-        let tokenizer = self.model.tokenizer().map_err(|why| ApiError::failed(why.to_string()))?;
+        let model = self.model();
+        let tokenizer = model.tokenizer().map_err(|why| ApiError::failed(why.to_string()))?;
         tokenizer.encode(text).map_err(|why| ApiError::invalid(param, why, "text that the tokenizer takes"))
     }
 
     /// Hands in a job and answers with what comes of it.
     async fn answer(&self, ask: Ask, streaming: Streaming, reply: impl Reply + 'static) -> Result<Response, ApiError> {
         let Ask { param, ids, settings, forced, deadline, permit } = ask;
-        let context = self.model.memory().context;
+        let context = self.model().memory().context;
         if ids.is_empty() {
             return Err(ApiError::invalid(param, "no tokens", "at least one"));
         }

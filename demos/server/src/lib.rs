@@ -31,8 +31,8 @@ use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
-use gatedelta::device;
-use gatedelta::qwen::{LoadOptions, MemoryPlan, Model};
+use gatedelta::qwen::recover::{self, Opened};
+use gatedelta::qwen::{LoadOptions, MemoryPlan, Place, Recovery};
 use gatedelta_agent::builtin;
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, Semaphore};
@@ -69,13 +69,14 @@ fn run(args: &Args) -> Result<()> {
     if key.is_none() && !args.host.is_loopback() {
         log::warn!("--host {}: whoever reaches this machine can use the model; {KEY} sets an API key", args.host);
     }
-    let Loaded { model, account, .. } = &load(args)?;
+    let Loaded { recovery, .. } = &load(args)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("no threads")?;
     runtime.block_on(async {
         let (first, second) = signals()?;
-        let server = Server::bind(model.clone(), args, key).await?;
-        eprintln!("device  {account}");
-        eprintln!("model   {}, context {}, {} slots", server.app.served.name, model.memory().context, server.slots());
+        let server = Server::bind(recovery.clone(), args, key).await?;
+        let context = recovery.model().memory().context;
+        eprintln!("device  {}", recovery.account().summary());
+        eprintln!("model   {}, context {context}, {} slots", server.app.served.name, server.slots());
         eprintln!("listen  http://{}", server.address);
         server.run(first, second).await
     })
@@ -83,10 +84,8 @@ fn run(args: &Args) -> Result<()> {
 
 /// A model on its device.
 pub struct Loaded {
-    /// The model.
-    pub model: Model,
-    /// Its device and why that one.
-    pub account: String,
+    /// The model, and what opens its device again when that is lost.
+    pub recovery: Recovery,
     /// Where the checkpoint inside the program is unpacked: its weights may be mapped from there.
     _unpacked: Option<tempfile::TempDir>,
 }
@@ -96,6 +95,14 @@ pub struct Loaded {
 /// # Errors
 /// Whatever is wrong with the device's name or the checkpoint.
 pub fn load(args: &Args) -> Result<Loaded> {
+    load_on(args, recover::by_name(args.device.as_deref()))
+}
+
+/// Loads the checkpoint onto the device that `open` gives, which is asked again when that is lost.
+///
+/// # Errors
+/// Whatever is wrong with the checkpoint, and what `open` gives.
+pub fn load_on(args: &Args, open: impl FnMut(Place) -> gatedelta::Result<Opened> + Send + 'static) -> Result<Loaded> {
     let unpacked = match &args.model {
         Some(_) => None,
         None => {
@@ -111,12 +118,12 @@ pub fn load(args: &Args) -> Result<Loaded> {
         (None, dir) => dir.as_ref().map(|dir| dir.path().to_path_buf()).unwrap_or_default(),
     };
     ensure!(dir.is_dir(), "--model {}: there is no such directory", dir.display());
-    let (backend, account) = device::open(args.device.as_deref())?;
     let snapshots = u64::from(args.cache) << 20;
     let options = LoadOptions { context: args.context, snapshots, ..LoadOptions::default() };
-    let model = Model::load(&dir, backend, &options)?;
-    model.tokenizer().context("this checkpoint cannot be served")?;
-    Ok(Loaded { model, account: account.summary(), _unpacked: unpacked })
+    // What befalls the device goes to the log, /health and /metrics.
+    let recovery = Recovery::load_with(&dir, &options, open, |_| {}, &mut |_, _| {})?;
+    recovery.model().tokenizer().context("this checkpoint cannot be served")?;
+    Ok(Loaded { recovery, _unpacked: unpacked })
 }
 
 /// The API key, if there is one.
@@ -171,14 +178,15 @@ impl Server {
     ///
     /// # Errors
     /// If the address is taken, or if there is no memory for the slots.
-    pub async fn bind(model: Model, args: &Args, key: Option<String>) -> Result<Server> {
+    pub async fn bind(recovery: Recovery, args: &Args, key: Option<String>) -> Result<Server> {
+        let model = recovery.model();
         let cache = u64::from(args.cache) << 20;
         let slots = slots(model.memory(), args.slots, cache, SLOTS)?;
         let at = SocketAddr::new(args.host, args.port);
         let listener = TcpListener::bind(at).await.with_context(|| format!("cannot listen on {at}"))?;
         let address = listener.local_addr()?;
         let metrics = Arc::new(Metrics::new()?);
-        let engine = Local::new(&model, slots, cache)?;
+        let engine = Local::new(&recovery, slots, cache)?;
         let facts = Facts {
             tokenizer: model.tokenizer()?.clone(),
             ends: model.stop_ids().to_vec(),
@@ -202,7 +210,7 @@ impl Server {
         };
         let places = Arc::new(Semaphore::new(limits.queue + slots));
         let app = Arc::new(App {
-            model,
+            recovery,
             served,
             desk,
             limits,

@@ -24,6 +24,11 @@ pub struct Metrics {
     step_answers: Histogram,
     first_token_seconds: Histogram,
     answer_seconds: Histogram,
+    losses: IntCounter,
+    recoveries: IntCounter,
+    on_cpu: IntGauge,
+    /// Losses and recoveries that are counted.
+    counted: [AtomicU64; 2],
     /// Moving average of an answer's time, in milliseconds.
     typical: AtomicU64,
 }
@@ -74,6 +79,10 @@ impl Metrics {
             step_answers: histogram("step_answers", "Answers under way when tokens are written", &ANSWERS)?,
             first_token_seconds: histogram("first_token_seconds", "Time from a slot to the first token", &LONG)?,
             answer_seconds: histogram("answer_seconds", "Time from a slot to the end of the answer", &LONG)?,
+            losses: counter("device_losses_total", "Times that the device or its driver failed")?,
+            recoveries: counter("device_recoveries_total", "Times that the model was loaded again and went on")?,
+            on_cpu: gauge("device_on_cpu", "1 once the model runs on the CPU because its device failed")?,
+            counted: Default::default(),
             typical: AtomicU64::new(0),
             registry,
         })
@@ -96,6 +105,14 @@ impl Metrics {
     pub(crate) fn slots(&self, running: usize, waiting: usize) {
         self.running.set(running as i64);
         self.waiting.set(waiting as i64);
+    }
+
+    pub(crate) fn device(&self, losses: usize, recoveries: usize, on_cpu: bool) {
+        for (i, (counter, n)) in [(&self.losses, losses), (&self.recoveries, recoveries)].into_iter().enumerate() {
+            let before = self.counted[i].fetch_max(n as u64, Ordering::Relaxed);
+            counter.inc_by((n as u64).saturating_sub(before));
+        }
+        self.on_cpu.set(i64::from(on_cpu));
     }
 
     pub(crate) fn connection(&self, more: i64) {

@@ -159,7 +159,7 @@ fn an_answer_ends_where_the_request_says() {
     assert_eq!(streamed, text(&stopped));
 
     // The context ends it too.
-    let context = loaded().model.memory().context;
+    let context = loaded().recovery.model().memory().context;
     let mut long = endless(1 << 20, false);
     long["prompt"] = json!(vec![300; context as usize - 3]);
     let full = server.complete(long).ok();

@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use gatedelta::qwen::Recovery;
 use gatedelta_agent::tools::{Tool, calculator::Calculator};
 use gatedelta_server::options::Args;
 use gatedelta_server::{Loaded, Server};
@@ -38,18 +39,31 @@ pub fn start(options: &str) -> Running {
 }
 
 pub fn start_with(options: &str, key: Option<&str>) -> Running {
-    static TURN: Mutex<()> = Mutex::new(());
-    let turn = TURN.lock().unwrap_or_else(|e| e.into_inner());
+    let turn = turn();
     let line = format!("server --device cpu --port 0 {options}");
     let args = Args::parse_from(line.split_whitespace());
-    let model = loaded().model.clone();
+    start_on(loaded().recovery.clone(), args, key, turn)
+}
+
+/// Starts a server with a model of its own.
+pub fn start_own(loaded: &Loaded, options: &str) -> Running {
+    let args = Args::parse_from(format!("server --device cpu --port 0 {options}").split_whitespace());
+    start_on(loaded.recovery.clone(), args, None, turn())
+}
+
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+fn start_on(recovery: Recovery, args: Args, key: Option<&str>, turn: MutexGuard<'static, ()>) -> Running {
     let (stop, stopped) = oneshot::channel::<()>();
     let (tell, address) = std::sync::mpsc::channel();
     let own = key.map(str::to_string);
     let thread = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         runtime.block_on(async {
-            let server = Server::bind(model, &args, own).await.unwrap();
+            let server = Server::bind(recovery, &args, own).await.unwrap();
             tell.send(server.address).unwrap();
             server.run(async { drop(stopped.await) }, std::future::pending()).await.unwrap();
         });
@@ -211,7 +225,7 @@ pub fn first_event(stream: &mut BufReader<TcpStream>) -> String {
 /// A completion that goes on until it is ended: what would end it is forbidden.
 pub fn endless(tokens: u64, stream: bool) -> Value {
     let bias: serde_json::Map<String, Value> =
-        loaded().model.stop_ids().iter().map(|id| (id.to_string(), json!(-100))).collect();
+        loaded().recovery.model().stop_ids().iter().map(|id| (id.to_string(), json!(-100))).collect();
     json!({"model": MODEL, "prompt": "hello", "max_tokens": tokens, "logit_bias": bias, "stream": stream, "temperature": 0})
 }
 

@@ -30,8 +30,12 @@ impl WebGpu {
     /// [`Error::Argument`] for a view of another backend or offsets and lengths that are no multiples of 4; what the device
     /// reports, a buffer that is too short among it.
     pub fn exchange(&self, copies: &[Exchange<'_>]) -> Result<()> {
+        self.shared.fault.check()?;
+        self.shared.caught(|| self.queue_copies(copies))
+    }
+
+    fn queue_copies(&self, copies: &[Exchange<'_>]) -> Result<()> {
         let shared = &self.shared;
-        shared.fault.check()?;
         let mut ready = Vec::with_capacity(copies.len());
         for copy in copies {
             let (Exchange::In(host, view) | Exchange::Out(view, host)) = *copy;

@@ -37,16 +37,23 @@ impl Fault {
         lock(&self.pending).get_or_insert(error);
     }
 
-    /// The device is gone.
-    pub(super) fn lose(&self, why: String) {
-        lock(&self.lost).get_or_insert(why);
+    /// The device is gone; the error that says so, with the first reason that was given.
+    pub(super) fn lose(&self, why: String) -> Error {
+        let why = lock(&self.lost).get_or_insert(why).clone();
+        Error::DeviceLost { device: self.device.clone(), why }
+    }
+
+    /// The loss of the device, if it is lost.
+    pub(super) fn gone(&self) -> Option<Error> {
+        let why = lock(&self.lost).clone()?;
+        Some(Error::DeviceLost { device: self.device.clone(), why })
     }
 
     /// What was kept, once; the loss of the device, for ever.
     pub(super) fn check(&self) -> Result<()> {
-        if let Some(why) = &*lock(&self.lost) {
-            return Err(Error::DeviceLost { device: self.device.clone(), why: why.clone() });
+        match self.gone() {
+            Some(lost) => Err(lost),
+            None => lock(&self.pending).take().map_or(Ok(()), Err),
         }
-        lock(&self.pending).take().map_or(Ok(()), Err)
     }
 }

@@ -83,7 +83,7 @@ impl WebGpu {
         })?;
         let device_type = options.device_type.unwrap_or(found.info.device_type);
         let info = wgpu::AdapterInfo { device_type, ..found.info.clone() };
-        let gpu = Self::from_device(device, queue, info)?;
+        let gpu = Self::with_device(device, queue, info, true)?;
         let fault = gpu.shared.fault.clone();
         gpu.shared.device.on_uncaptured_error(Arc::new(move |error| {
             let error = fault.translate("reported late", 0, error);
@@ -91,10 +91,8 @@ impl WebGpu {
         }));
         let fault = gpu.shared.fault.clone();
         gpu.shared.device.set_device_lost_callback(move |reason, why| {
-            // Dropping the device is no failure.
-            if reason != wgpu::DeviceLostReason::Destroyed {
-                fault.lose(why);
-            }
+            let destroyed = reason == wgpu::DeviceLostReason::Destroyed;
+            fault.lose(if destroyed && why.is_empty() { "it was destroyed".into() } else { why });
         });
         Ok(gpu)
     }
@@ -111,6 +109,10 @@ impl WebGpu {
     /// # Errors
     /// [`Error::Unsupported`] if the device lacks what WebGPU guarantees, [`Error::OutOfMemory`].
     pub fn from_device(device: wgpu::Device, queue: wgpu::Queue, info: wgpu::AdapterInfo) -> Result<WebGpu> {
+        Self::with_device(device, queue, info, false)
+    }
+
+    fn with_device(device: wgpu::Device, queue: wgpu::Queue, info: wgpu::AdapterInfo, own: bool) -> Result<WebGpu> {
         let (limits, features) = (device.limits(), device.features());
         let defaults = wgpu::Limits::default();
         for (what, found, least) in [
@@ -142,6 +144,7 @@ impl WebGpu {
         let shared = Shared {
             features: source::Features::of(&caps),
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
+            own,
             device,
             queue,
             caps,
@@ -155,6 +158,11 @@ impl WebGpu {
             id: fresh_id(),
         };
         Ok(WebGpu { shared: Arc::new(shared) })
+    }
+
+    /// True once the device is lost.
+    pub fn is_lost(&self) -> bool {
+        self.shared.fault.gone().is_some()
     }
 
     /// Notes that the device is lost, for hosts that own it: every later call returns [`Error::DeviceLost`].

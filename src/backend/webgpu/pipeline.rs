@@ -84,7 +84,7 @@ fn layout(device: &wgpu::Device, kernel: &Kernel) -> Layout {
 fn compile(shared: &Shared, kernel: &Kernel, consts: &[u32], layout: Arc<Layout>) -> Result<Pipeline> {
     let text = source::wgsl(kernel, consts, shared.features)?;
     let compile_error = |error: wgpu::Error| match error {
-        wgpu::Error::OutOfMemory { .. } => shared.fault.translate(kernel.name, 0, error),
+        wgpu::Error::OutOfMemory { .. } => shared.failure(kernel.name, 0, error),
         wgpu::Error::Validation { description, .. } | wgpu::Error::Internal { description, .. } => Error::Compile {
             kernel: format!("{} {consts:?}", kernel.name),
             device: shared.caps.name.clone(),

@@ -87,6 +87,17 @@ impl Reading {
 
 impl Pending for Reading {
     fn wait(self: Box<Self>) -> Result<Vec<u8>> {
+        self.shared.clone().caught(|| self.block())
+    }
+
+    fn poll(&mut self) -> Option<Result<Vec<u8>>> {
+        let shared = self.shared.clone();
+        shared.caught(|| self.look().transpose()).transpose()
+    }
+}
+
+impl Reading {
+    fn block(&self) -> Result<Vec<u8>> {
         if let Some(done) = self.collect() {
             return done;
         }
@@ -104,7 +115,7 @@ impl Pending for Reading {
         }
     }
 
-    fn poll(&mut self) -> Option<Result<Vec<u8>>> {
+    fn look(&self) -> Option<Result<Vec<u8>>> {
         if let Some(done) = self.collect() {
             return Some(done);
         }

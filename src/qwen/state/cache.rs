@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
@@ -27,6 +27,16 @@ use crate::qwen::state::tree::{Found, Tree};
 #[derive(Debug, Clone)]
 pub struct Cache {
     inner: Arc<Mutex<Inner>>,
+}
+
+/// A cache that goes when nobody else has it.
+#[derive(Debug)]
+pub(crate) struct WeakCache(Weak<Mutex<Inner>>);
+
+impl WeakCache {
+    pub fn upgrade(&self) -> Option<Cache> {
+        self.0.upgrade().map(|inner| Cache { inner })
+    }
 }
 
 #[derive(Debug)]
@@ -226,6 +236,10 @@ impl Cache {
         Some((found?, Origin::Cache))
     }
 
+    pub(crate) fn weak(&self) -> WeakCache {
+        WeakCache(Arc::downgrade(&self.inner))
+    }
+
     pub(crate) fn interval(&self) -> u64 {
         self.lock().every
     }
@@ -234,7 +248,11 @@ impl Cache {
     /// same tokens is replaced.
     pub fn insert(&self, snapshot: Snapshot, reason: Reason) -> Vec<Evicted> {
         let mut inner = self.lock();
+        inner.forget_gone();
         inner.clock += 1;
+        if snapshot.model().is_gone() {
+            return Vec::new();
+        }
         let ids = snapshot.ids().to_vec();
         let of_same = |e: &Entry| e.snapshot.check(snapshot.model()).is_ok();
         let old = inner.remove(&ids, of_same);
@@ -257,6 +275,7 @@ impl Cache {
 
     fn find(&self, model: &Model, ids: &[u32], fits: impl Fn(&Snapshot) -> bool) -> Option<Snapshot> {
         let mut inner = self.lock();
+        inner.forget_gone();
         inner.clock += 1;
         let found = inner.tree.along(ids);
         let entry =
@@ -278,9 +297,7 @@ impl Cache {
         let mut inner = self.lock();
         let gone = |f: &Found<'_, Entry>| (!f.value.pinned.get()).then(|| f.value.snapshot.clone());
         let gone: Vec<Snapshot> = inner.tree.all().iter().filter_map(gone).collect();
-        for snapshot in gone {
-            inner.remove(snapshot.ids(), |e| e.snapshot.is(&snapshot));
-        }
+        inner.drop_all(&gone);
     }
 
     /// Changes the budget, in bytes; what had to go.
@@ -298,12 +315,15 @@ impl Cache {
             pinned: f.value.pinned.get(),
             gap: f.depth - f.above,
         };
-        self.lock().tree.all().iter().map(kept).collect()
+        let mut inner = self.lock();
+        inner.forget_gone();
+        inner.tree.all().iter().map(kept).collect()
     }
 
     /// What it takes.
     pub fn usage(&self) -> Usage {
-        let inner = self.lock();
+        let mut inner = self.lock();
+        inner.forget_gone();
         let all = inner.tree.all();
         debug_assert_eq!(
             inner.held,
@@ -325,6 +345,19 @@ impl Inner {
         let out = self.tree.remove(ids, gone);
         out.iter().for_each(|e| self.held.go(&e.snapshot));
         out
+    }
+
+    fn drop_all(&mut self, gone: &[Snapshot]) {
+        for snapshot in gone {
+            self.remove(snapshot.ids(), |e| e.snapshot.is(snapshot));
+        }
+    }
+
+    /// Drops snapshots whose device was given up, pinned ones too.
+    fn forget_gone(&mut self) {
+        let gone = |f: &Found<'_, Entry>| f.value.snapshot.model().is_gone().then(|| f.value.snapshot.clone());
+        let gone: Vec<Snapshot> = self.tree.all().iter().filter_map(gone).collect();
+        self.drop_all(&gone);
     }
 
     /// Drops the snapshots of least worth until the budget is kept; `newest` goes last.

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::backend::View;
+use crate::backend::{Readback, View};
 use crate::error::{Error, Result};
 use crate::qwen::config::Config;
 use crate::qwen::generate::Answer;
@@ -120,12 +120,28 @@ pub(crate) fn rows(snapshot: &Snapshot, range: Range<u64>) -> Result<Vec<u8>> {
     let pages: Vec<Arc<Page>> = snapshot.pages().cloned().collect();
     let mut out = vec![0; ((range.end - range.start) * row_bytes(model)) as usize];
     let backend = model.backend();
+    // Reads under way, and their bytes: waiting for each alone would take longer than the copies do.
+    let (mut reads, mut staged) = (Vec::new(), 0);
     walk(model, &pages, range, |view, at| {
-        let bytes = backend.read(&view)?.wait()?;
-        out[at..at + bytes.len()].copy_from_slice(&bytes);
-        Ok(())
+        reads.push((at, backend.read(&view)?));
+        staged += view.bytes;
+        if staged >= STAGED { collect(&mut out, &mut reads, &mut staged) } else { Ok(()) }
     })?;
+    collect(&mut out, &mut reads, &mut staged)?;
     Ok(out)
+}
+
+/// Bytes of reads under way at most, but for the last of them.
+const STAGED: u64 = 64 << 20;
+
+/// Waits for reads and puts each where it belongs.
+fn collect(out: &mut [u8], reads: &mut Vec<(usize, Readback)>, staged: &mut u64) -> Result<()> {
+    for (at, read) in reads.drain(..) {
+        let bytes = read.wait()?;
+        out[at..at + bytes.len()].copy_from_slice(&bytes);
+    }
+    *staged = 0;
+    Ok(())
 }
 
 /// A snapshot on the model's device from bytes whose lengths are checked here: `parts` are the rows of ranges of positions that

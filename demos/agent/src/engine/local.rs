@@ -1,15 +1,16 @@
 //! The runtime of this repository as the agent's engine: one session that keeps what it has read, with snapshots to go back to.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
-use gatedelta::backend::Backend;
-use gatedelta::device::{self, Account};
+use gatedelta::device::Account;
+use gatedelta::qwen::recover::{self, Opened};
 use gatedelta::qwen::{
-    Cache, Event, Finish, GenerateOptions, LoadOptions, MemoryPlan, Model, Reason, Restored, Sampling, Session, Store,
+    Cache, Event, Finish, GenerateOptions, LoadOptions, MemoryPlan, Notice, Place, Reason, Recovery, Restored,
+    Sampling, Session, Store,
 };
 use serde_json::{Value, json};
 
@@ -20,8 +21,9 @@ use crate::{builtin, ui};
 
 /// See the [module](self).
 pub struct Local {
-    model: Model,
+    recovery: Recovery,
     session: Session,
+    notices: Notices,
     options: GenerateOptions,
     /// Ends an answer from within.
     cancel: Arc<AtomicBool>,
@@ -33,7 +35,6 @@ pub struct Local {
     reused: u64,
     /// Tokens that were read, and the time that took.
     read: (u64, Duration),
-    account: Account,
     name: String,
     unpacked: Option<tempfile::TempDir>,
 }
@@ -45,6 +46,32 @@ struct Said {
     tokens: usize,
 }
 
+/// What befell the device and has not been told yet.
+#[derive(Clone, Default)]
+struct Notices(Arc<Mutex<Vec<String>>>);
+
+impl Notices {
+    fn put(&self, notice: &Notice<'_>) {
+        // What failed on the way is a part of what came of it.
+        if let Notice::Freed(_) | Notice::Recovered(_) = notice {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(notice.to_string());
+        }
+    }
+
+    fn take(&self) -> Vec<String> {
+        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Tells them; false if there should be no more of the answer.
+    fn tell(&self, each: &mut dyn FnMut(Step<'_>) -> Result<bool>) -> Result<bool> {
+        let mut goes_on = true;
+        for text in &self.take() {
+            goes_on &= each(Step::Notice { text })?;
+        }
+        Ok(goes_on)
+    }
+}
+
 /// Disk that the snapshots of one folder may take.
 const DISK: u64 = 4 << 30;
 
@@ -54,10 +81,14 @@ impl Local {
     /// # Errors
     /// Whatever is wrong with the device's name, the checkpoint or the sampling options.
     pub fn load(args: &Args) -> Result<Self> {
-        let open = || {
-            let busy = ui::spinner("looking for devices");
-            let opened = device::open(args.device.as_deref());
-            busy.finish_and_clear();
+        let mut by_name = recover::by_name(args.device.as_deref());
+        // Later the line belongs to an answer.
+        let mut busy = Some(ui::spinner("looking for devices"));
+        let open = move |place| {
+            let opened = by_name(place);
+            if let Some(busy) = busy.take() {
+                busy.finish_and_clear();
+            }
             opened
         };
         let bar = ui::progress(0, "loading {bar:30} {bytes}/{total_bytes}, {eta} left");
@@ -69,13 +100,14 @@ impl Local {
         local
     }
 
-    /// Loads the checkpoint onto the device that `open` gives; `progress` hears of bytes loaded and bytes in all.
+    /// Loads the checkpoint onto the device that `open` gives, which is asked again when that is lost; `progress` hears of bytes
+    /// loaded and bytes in all.
     ///
     /// # Errors
     /// Whatever is wrong with the checkpoint or the sampling options, and what `open` gives.
     pub fn load_on(
         args: &Args,
-        open: impl FnOnce() -> gatedelta::Result<(Arc<dyn Backend>, Account)>,
+        open: impl FnMut(Place) -> gatedelta::Result<Opened> + Send + 'static,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self> {
         let unpacked = match &args.model {
@@ -96,11 +128,14 @@ impl Local {
         if !dir.is_dir() {
             bail!("--model {}: there is no such directory", dir.display());
         }
-        let (backend, account) = open()?;
         let snapshots = (args.snapshots as u64) << 20;
         let context = args.context.map(|n| n as u64);
         let options = LoadOptions { context, snapshots, ..LoadOptions::default() };
-        let model = Model::load_with(&dir, backend, &options, &mut |done, total| progress(done, total))?;
+        let notices = Notices::default();
+        let heard = notices.clone();
+        let tell = move |notice: &Notice<'_>| heard.put(notice);
+        let recovery = Recovery::load_with(&dir, &options, open, tell, &mut |done, total| progress(done, total))?;
+        let model = recovery.model();
         let tokenizer = model.tokenizer().map(|_| ());
         tokenizer.and_then(|()| model.chat_template().map(|_| ())).context("this checkpoint cannot chat")?;
 
@@ -110,12 +145,13 @@ impl Local {
         options.sampling.check()?;
         options.seed = args.seed.unwrap_or_else(clock_seed);
         options.cancel = Some(cancel.clone());
-        let mut session = model.session()?;
+        let mut session = recovery.session()?;
         let cache = Cache::new(snapshots);
         session.set_cache(Some(cache.clone()));
         Ok(Local {
-            model,
+            recovery,
             session,
+            notices,
             options,
             cancel,
             cache,
@@ -123,7 +159,6 @@ impl Local {
             said: None,
             reused: 0,
             read: (0, Duration::ZERO),
-            account,
             name,
             unpacked,
         })
@@ -152,8 +187,18 @@ impl Local {
     }
 
     /// Which devices there are and why this one was chosen.
-    pub fn account(&self) -> &Account {
-        &self.account
+    pub fn account(&self) -> Account {
+        self.recovery.account()
+    }
+
+    /// What opens the device again when it is lost.
+    pub fn recovery(&self) -> &Recovery {
+        &self.recovery
+    }
+
+    /// What befell the device and has not been told yet.
+    pub fn notices(&self) -> Vec<String> {
+        self.notices.take()
     }
 
     /// The snapshots to go back to.
@@ -168,16 +213,18 @@ impl Local {
 
     /// What the model and its session take on the device.
     pub fn memory(&self) -> &MemoryPlan {
-        self.model.memory()
+        self.session.model().memory()
     }
 
     /// What to tell the user at the start; the tools are filled in by others.
     pub fn start(&self) -> Start {
-        let (config, memory, sampling) = (self.model.config(), self.model.memory(), self.options.sampling);
-        let chosen = self.account.chosen.and_then(|at| self.account.candidates.get(at));
+        let model = self.session.model();
+        let (config, memory, sampling) = (model.config(), model.memory(), self.options.sampling);
+        let account = self.account();
+        let chosen = account.chosen.and_then(|at| account.candidates.get(at));
         Start {
             device: chosen.map_or_else(String::new, |device| format!("{} ({})", device.name, device.driver)),
-            why: self.account.why.clone(),
+            why: account.why.clone(),
             model: self.name.clone(),
             shape: format!(
                 "{} parameters, {} layers; {} with a context of {} tokens",
@@ -208,7 +255,7 @@ impl Local {
     /// The ids of a prompt. Where it goes on from what the session holds, those it holds are kept as they are: a model does not
     /// always write what it says in the tokens that a tokenizer would choose.
     fn ids(&self, prompt: &str) -> Result<Vec<u32>> {
-        let tokenizer = self.model.tokenizer()?;
+        let tokenizer = self.session.model().tokenizer()?;
         let held = self.session.ids();
         let said = self.said.as_ref().filter(|said| said.tokens == held.len());
         // A marker begins there, which no token reaches across.
@@ -224,7 +271,7 @@ impl Engine for Local {
     fn render(&self, messages: &[Value], tools: &[Value], thinking: Option<bool>) -> Result<String> {
         let messages = Value::from(messages);
         let tools = (!tools.is_empty()).then(|| Value::from(tools));
-        Ok(self.model.chat_template()?.render(&messages, tools.as_ref(), true, thinking)?)
+        Ok(self.session.model().chat_template()?.render(&messages, tools.as_ref(), true, thinking)?)
     }
 
     fn generate(
@@ -234,7 +281,7 @@ impl Engine for Local {
         each: &mut dyn FnMut(Step<'_>) -> Result<bool>,
     ) -> Result<Answer> {
         let ids = self.ids(prompt)?;
-        let context = self.model.memory().context;
+        let context = Local::memory(self).context;
         if ids.len() as u64 >= context {
             bail!(
                 "the conversation has {} tokens and the context holds {context}: /clear forgets it, --context makes room",
@@ -263,13 +310,15 @@ impl Engine for Local {
             writing: Duration::ZERO,
         };
         self.cancel.store(false, Ordering::Relaxed);
-        if !each(Step::Read { done: reused, total, reused })? {
+        let notices = self.notices.clone();
+        if !notices.tell(each)? || !each(Step::Read { done: reused, total, reused })? {
             return Ok(answer);
         }
         self.options.max_tokens = Some(budget as u64);
         // Rounds of one conversation must not draw the same numbers.
         self.options.seed = self.options.seed.wrapping_add(1);
         for event in self.session.generate(&ids[reused..], &self.options)? {
+            let told = notices.tell(each)?;
             let goes_on = match event {
                 Event::Prompt { done, .. } => each(Step::Read { done: reused + done as usize, total, reused })?,
                 Event::Token { id, text } => {
@@ -296,7 +345,7 @@ impl Engine for Local {
                     true
                 }
             };
-            if !goes_on {
+            if !(told && goes_on) {
                 self.cancel.store(true, Ordering::Relaxed);
             }
         }
@@ -311,7 +360,7 @@ impl Engine for Local {
 
     fn prepare(&mut self, text: &str) -> Result<Option<Restored>> {
         let ids = self.ids(text)?;
-        if ids.is_empty() || ids.len() as u64 > self.model.memory().context {
+        if ids.is_empty() || ids.len() as u64 > Local::memory(self).context {
             return Ok(None);
         }
         let restored = self.session.reuse(&ids)?;
@@ -320,31 +369,34 @@ impl Engine for Local {
     }
 
     fn save(&mut self) -> Result<()> {
-        let Some(store) = &self.store else { return Ok(()) };
-        let held = self.session.ids();
-        if held.is_empty() {
+        let Some(store) = self.store.clone() else { return Ok(()) };
+        if self.session.ids().is_empty() {
             return Ok(());
         }
-        // Other conversations begin with the system part; this one goes on from its last question where the template writes
-        // the answer otherwise than the model did.
-        let kept = self.cache.kept();
-        let nearest = |reason: Reason| {
-            let of_it = kept.iter().filter(|k| k.reason == reason && held.starts_with(k.snapshot.ids()));
-            of_it.max_by_key(|k| k.snapshot.position())
-        };
-        for at in [Reason::System, Reason::User].into_iter().filter_map(nearest) {
-            store.save(&at.snapshot)?;
-            if at.reason == Reason::System {
-                store.pin(&at.snapshot, true)?;
+        let cache = self.cache.clone();
+        let saved = self.session.insist(|session| {
+            let held = session.ids();
+            // Other conversations begin with the system part; this one goes on from its last question where the template writes
+            // the answer otherwise than the model did.
+            let kept = cache.kept();
+            let nearest = |reason: Reason| {
+                let of_it = kept.iter().filter(|k| k.reason == reason && held.starts_with(k.snapshot.ids()));
+                of_it.max_by_key(|k| k.snapshot.position())
+            };
+            for at in [Reason::System, Reason::User].into_iter().filter_map(nearest) {
+                store.save(&at.snapshot)?;
+                if at.reason == Reason::System {
+                    store.pin(&at.snapshot, true)?;
+                }
             }
-        }
-        let saved = store.save(&self.session.snapshot()?)?;
+            store.save(&session.snapshot()?)
+        })?;
         log::info!("{} tokens saved in {:.0} ms, {} bytes", saved.tokens, saved.took.as_secs_f64() * 1e3, saved.bytes);
         Ok(())
     }
 
     fn memory(&self) -> String {
-        let plan = self.model.memory();
+        let plan = Local::memory(self);
         let held = self.session.ids().len() as u64;
         let rows = plan.cache / plan.context.max(1) * held;
         let size = indicatif::BinaryBytes;
@@ -361,6 +413,7 @@ impl Engine for Local {
         if let Some(store) = &self.store {
             lines.push(format!("on disk    {}, in {}", store.usage(), store.dir().display()));
         }
+        lines.extend(self.recovery.past().last().map(|recovered| format!("losses     {recovered}")));
         let (read, took) = self.read;
         let saved = took.as_secs_f64() * self.reused as f64 / read.max(1) as f64;
         lines.push(format!("saved      {} tokens were not read again: about {saved:.1} s", self.reused));
@@ -467,7 +520,7 @@ mod tests {
         let held = local.session.ids().to_vec();
         let more = "<|im_end|>\n<|im_start|>user\nand now?<|im_end|>\n<|im_start|>assistant\n";
         let (_, next) = ids(&mut local, &format!("{text}{more}"), 1);
-        let new = local.model.tokenizer().unwrap().encode(more).unwrap().len();
+        let new = local.session.model().tokenizer().unwrap().encode(more).unwrap().len();
         assert_eq!((next.reused, next.read, next.reread), (held.len(), new, 0), "only what is new");
     }
 

@@ -1,6 +1,6 @@
 //! The runtime of this repository: a session in each slot, one pass for the next tokens of all, and snapshots of what was read.
 
-use gatedelta::qwen::{Batch, Cache, Model, Reason, Session};
+use gatedelta::qwen::{Batch, Cache, Model, Reason, Recovery, Session};
 use gatedelta::tune::{Class, Kind};
 use gatedelta::{Error, Result};
 
@@ -8,12 +8,10 @@ use super::Engine;
 
 /// See the [module](self).
 pub struct Local {
-    model: Model,
+    recovery: Recovery,
     slots: Vec<Slot>,
     batch: Batch,
     cache: Cache,
-    /// Tokens that are read at a time, counted from the first: where a prompt is cut depends on the prompt alone.
-    piece: usize,
     /// `<|im_start|>`: turns of a chat begin with it.
     turn: Option<u32>,
     /// Counts answers.
@@ -38,18 +36,16 @@ impl Local {
     ///
     /// # Errors
     /// What the device reports.
-    pub fn new(model: &Model, slots: usize, budget: u64) -> Result<Local> {
-        let slot = |_| Ok(Slot { session: model.session()?, used: 0, failed: false, marks: Vec::new() });
-        let caps = model.backend().caps();
-        let slow = caps.kind == Kind::Cpu || caps.class == Class::Software;
-        let own = model.memory().piece;
-        let piece = if slow { own.min(SLOW_PIECE) } else { own };
+    pub fn new(recovery: &Recovery, slots: usize, budget: u64) -> Result<Local> {
+        let slot = |_| Ok(Slot { session: recovery.session()?, used: 0, failed: false, marks: Vec::new() });
+        let cache = Cache::new(budget);
+        recovery.watch(&cache);
+        let model = recovery.model();
         Ok(Local {
-            model: model.clone(),
+            recovery: recovery.clone(),
             slots: (0..slots).map(slot).collect::<Result<_>>()?,
-            batch: Batch::new(model),
-            cache: Cache::new(budget),
-            piece: piece.max(1) as usize,
+            batch: Batch::new(&model),
+            cache,
             turn: model.tokenizer()?.id("<|im_start|>"),
             clock: 0,
         })
@@ -86,6 +82,14 @@ impl Local {
     }
 }
 
+/// Tokens that are read at a time, counted from the first: where a prompt is cut depends on the prompt and the device alone.
+fn piece(model: &Model) -> usize {
+    let caps = model.backend().caps();
+    let slow = caps.kind == Kind::Cpu || caps.class == Class::Software;
+    let own = model.memory().piece;
+    (if slow { own.min(SLOW_PIECE) } else { own }).max(1) as usize
+}
+
 impl Slot {
     /// How many tokens of `ids` it holds. A recurrent state cannot be cut: it is all of them or none.
     fn holds(&self, ids: &[u32]) -> usize {
@@ -108,7 +112,7 @@ impl Engine for Local {
         let worth = |at: &usize| (self.slots[*at].holds(ids), std::cmp::Reverse(self.slots[*at].used));
         let mut at = free.iter().copied().max_by_key(worth).ok_or_else(|| missing("free slots"))?;
         let held = self.slots[at].holds(ids);
-        let snapshot = self.cache.longest(&self.model, before).filter(|s| s.position() > held as u64);
+        let snapshot = self.cache.longest(&self.recovery.model(), before).filter(|s| s.position() > held as u64);
         if snapshot.is_some() {
             let idle = free.iter().copied().min_by_key(|at| self.slots[*at].used);
             at = idle.unwrap_or(at);
@@ -127,7 +131,8 @@ impl Engine for Local {
     }
 
     fn read(&mut self, slot: usize, prompt: &[u32], done: usize) -> Result<(usize, Vec<f32>)> {
-        let next = prompt.len().min((done / self.piece + 1) * self.piece);
+        let piece = piece(self.slots[slot].session.model());
+        let next = prompt.len().min((done / piece + 1) * piece);
         let mark = self.slots[slot].marks.iter().copied().find(|(at, _)| (done + 1..=next).contains(at));
         let end = mark.map_or(next, |(at, _)| at);
         let logits = self.append(slot, &prompt[done..end])?;
@@ -151,7 +156,7 @@ impl Engine for Local {
         let ids: Vec<u32> = order.iter().map(|i| tokens[*i].1).collect();
         match self.batch.step(&mut sessions, &ids) {
             Ok(logits) => {
-                let vocab = self.model.config().vocab as usize;
+                let vocab = self.recovery.model().config().vocab as usize;
                 let mut out: Vec<Result<Vec<f32>>> = (0..tokens.len()).map(|_| Ok(Vec::new())).collect();
                 for (i, row) in order.into_iter().zip(logits.chunks_exact(vocab)) {
                     out[i] = Ok(row.to_vec());
