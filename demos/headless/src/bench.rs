@@ -12,6 +12,7 @@ use gatedelta::shape::{Dtype, Heads};
 use gatedelta::tune::Kind;
 use serde_json::{Value, json};
 
+use crate::bench_agent;
 use crate::bench_model::{self, Which};
 use crate::bench_op::{self, Row, What};
 use crate::doors::dtype;
@@ -37,7 +38,20 @@ pub struct Args {
     /// Only the operator
     #[arg(long, conflicts_with = "shape")]
     op: bool,
-    /// Only a whole model with random weights: 0.8b, 2b, 4b or 9b
+    /// A long conversation held by one session: what the first token of each turn waits for, and what memory grows by
+    #[arg(long, conflicts_with = "op")]
+    agent: bool,
+    /// Turns of the conversation, each a question, a call, a tool's result and an answer
+    #[arg(long, value_name = "N", default_value_t = 200, requires = "agent")]
+    turns: u64,
+    /// Tokens of the conversation
+    #[arg(long, value_name = "N", default_value_t = 100_000, requires = "agent")]
+    length: u64,
+    /// Where the conversation is plotted
+    #[arg(long, value_name = "FILE", default_value = "agent.svg", requires = "agent")]
+    plot: PathBuf,
+    /// Only a whole model with random weights: 0.8b, 2b, 4b, 9b, or agent for the shape of the one inside the agent, which is the
+    /// default for a conversation
     #[arg(long, value_name = "SIZE")]
     shape: Option<String>,
     /// Only a whole model: this checkpoint
@@ -84,6 +98,10 @@ pub fn run(args: &Args) -> Result<bool> {
     let seconds = Duration::try_from_secs_f64(args.seconds).with_context(wrong)?;
     let heads = args.heads.iter().map(|text| parse_heads(text)).collect::<Result<Vec<_>>>()?;
     let (backend, account) = device::open(args.device.as_deref())?;
+    if args.agent {
+        let asked = bench_agent::Args { turns: args.turns, length: args.length, plot: &args.plot, json: args.json };
+        return bench_agent::run(&backend, &account, &which(args, "agent"), &asked);
+    }
     let caps = backend.caps();
     let peak = peak::of(&*backend);
     if args.json {
@@ -108,14 +126,18 @@ pub fn run(args: &Args) -> Result<bool> {
         }
     }
     if !args.op {
-        let size = args.shape.clone().unwrap_or_else(|| "0.8b".into());
-        let which = match args.model.clone() {
-            Some(dir) => Which::Files(dir),
-            None => Which::Random { size, vocab: args.vocab, dtype: args.weights },
-        };
-        bench_model::run(&backend, &which, seconds, args.json, peak)?;
+        bench_model::run(&backend, &which(args, "0.8b"), seconds, args.json, peak)?;
     }
     Ok(right)
+}
+
+/// The model that was asked for, by default one of this size.
+fn which(args: &Args, size: &str) -> Which {
+    let size = args.shape.clone().unwrap_or_else(|| size.into());
+    match args.model.clone() {
+        Some(dir) => Which::Files(dir),
+        None => Which::Random { size, vocab: args.vocab, dtype: args.weights },
+    }
 }
 
 fn parse_heads(text: &str) -> Result<Heads> {

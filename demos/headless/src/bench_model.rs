@@ -36,11 +36,14 @@ const TOGETHER: [usize; 3] = [2, 4, 8];
 /// The largest relative difference of logits between the two ways to read a prompt.
 const BOUND: f64 = 1e-4;
 
+/// The shape of the model inside the agent: 8 layers, 6 of them linear.
+const AGENT: &str = include_str!("../../agent/model/config.json");
+
 /// Which model.
 pub enum Which {
     /// A released size with random weights, its vocabulary cut to so many ids.
     Random {
-        /// 0.8b, 2b, 4b, 9b or 27b.
+        /// 0.8b, 2b, 4b, 9b, 27b or agent.
         size: String,
         /// Ids.
         vocab: Option<u32>,
@@ -58,7 +61,7 @@ pub enum Which {
 /// device reports.
 pub fn run(backend: &Arc<dyn Backend>, which: &Which, seconds: Duration, json: bool, peak: Option<Peak>) -> Result<()> {
     let begin = Instant::now();
-    let (model, name) = load(backend, which)?;
+    let (model, name) = which.load(backend.clone(), PROMPT as u64 + 2 * ANSWER)?;
     let load = begin.elapsed().as_secs_f64();
     let mut random = Random::new(11);
     let vocab = model.config().vocab;
@@ -126,19 +129,41 @@ pub fn run(backend: &Arc<dyn Backend>, which: &Which, seconds: Duration, json: b
     Ok(())
 }
 
-fn load(backend: &Arc<dyn Backend>, which: &Which) -> Result<(Model, String)> {
-    let options = LoadOptions { context: Some(PROMPT as u64 + 2 * ANSWER), ..LoadOptions::default() };
-    Ok(match which {
-        Which::Files(dir) => (Model::load(dir, backend.clone(), &options)?, dir.display().to_string()),
-        Which::Random { size, vocab, dtype } => {
-            let mut config = Config::preset(size).context("--shape")?;
-            if let Some(vocab) = *vocab {
-                config.vocab = vocab;
-                config.eos.retain(|&id| id < vocab);
-            }
-            (Model::random(config, backend.clone(), 1, *dtype, &options)?, format!("{size}, random {dtype} weights"))
+impl Which {
+    /// Its hyper-parameters.
+    ///
+    /// # Errors
+    /// A size that does not exist, a file that cannot be read.
+    pub fn config(&self) -> Result<Config> {
+        let (size, vocab) = match self {
+            Which::Files(dir) => return Ok(Config::read(&dir.join("config.json"))?),
+            Which::Random { size, vocab, .. } => (size, *vocab),
+        };
+        let mut config = match size.as_str() {
+            "agent" => Config { max_positions: 1 << 18, ..Config::from_json(&serde_json::from_str(AGENT)?)? },
+            size => Config::preset(size).context("--shape")?,
+        };
+        if let Some(vocab) = vocab {
+            config.vocab = vocab;
+            config.eos.retain(|&id| id < vocab);
         }
-    })
+        Ok(config)
+    }
+
+    /// The model with room for `context` tokens, and its name.
+    ///
+    /// # Errors
+    /// As [`Which::config`]; a model that cannot be loaded or does not fit.
+    pub fn load(&self, backend: Arc<dyn Backend>, context: u64) -> Result<(Model, String)> {
+        let options = LoadOptions { context: Some(context), ..LoadOptions::default() };
+        Ok(match self {
+            Which::Files(dir) => (Model::load(dir, backend, &options)?, dir.display().to_string()),
+            Which::Random { size, dtype, .. } => {
+                let model = Model::random(self.config()?, backend, 1, *dtype, &options)?;
+                (model, format!("{size}, random {dtype} weights"))
+            }
+        })
+    }
 }
 
 /// The relative difference of the last logits between reading ids at once and one by one.

@@ -4,6 +4,7 @@
 //! line that cannot be understood.
 
 mod bench;
+mod bench_agent;
 mod bench_grad;
 mod bench_model;
 mod bench_op;
@@ -14,9 +15,11 @@ mod devices;
 mod doors;
 mod grads;
 mod junit;
+mod observe;
 mod oracle;
 mod oracle_grad;
 mod peak;
+mod plot;
 #[path = "../../quiet.rs"]
 mod quiet;
 mod table;
@@ -48,7 +51,7 @@ enum Command {
     Logits(doors::Logits),
     /// Print the ids that greedy decoding appends to a list of token ids
     Generate(doors::Generate),
-    /// Time the operator, its backward pass and whole models
+    /// Time the operator, its backward pass, whole models and long conversations
     Bench(bench::Args),
 }
 
