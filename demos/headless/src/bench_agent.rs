@@ -9,6 +9,7 @@
 //! The memory is what the backend has handed out and somebody still holds, not what a plan says.
 
 use std::fmt::Write;
+use std::io::IsTerminal;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,9 +17,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use gatedelta::backend::Backend;
 use gatedelta::device::Account;
-use gatedelta::qwen::{
-    Cache, Config, Event, Finish, GenerateOptions, LayerKind, Model, Restored, Sampling, Session,
-};
+use gatedelta::qwen::{Cache, Config, Event, Finish, GenerateOptions, LayerKind, Model, Restored, Sampling, Session};
 use serde_json::json;
 
 use crate::bench::print_json;
@@ -115,14 +114,14 @@ pub fn run(backend: &Arc<dyn Backend>, account: &Account, which: &Which, args: &
     let observed = Observed::new(backend.clone(), &config.layers);
     let (model, name) = which.load(observed.clone(), args.length)?;
     let mut talk = Talk::new(&model, &observed, parts)?;
-    let begin = Instant::now();
+    let (begin, shown) = (Instant::now(), std::io::stderr().is_terminal());
     for i in 1..=args.turns {
         talk.turn()?;
-        if !args.json {
+        if shown {
             eprint!("\rturn {i} of {}, {} s", args.turns, begin.elapsed().as_secs());
         }
     }
-    if !args.json {
+    if shown {
         eprintln!();
     }
     let back = talk.come_back()?;
@@ -328,8 +327,19 @@ fn change(turns: &[Turn], of: impl Fn(&Turn) -> f64) -> f64 {
 /// The first turns, the last one, and some between.
 fn table(turns: &[Turn]) -> Table {
     let columns = [
-        "turn", "after", "restored", "read", "again", "first token ms", "linear ms", "full ms", "rest ms", "writing ms/token",
-        "keys and values", "states", "snapshots",
+        "turn",
+        "after",
+        "restored",
+        "read",
+        "again",
+        "first token ms",
+        "linear ms",
+        "full ms",
+        "rest ms",
+        "writing ms/token",
+        "keys and values",
+        "states",
+        "snapshots",
     ];
     let mut table = Table::new(2, &columns);
     let shown = |i: &usize| {
@@ -401,7 +411,10 @@ fn panels(talk: &Talk<'_>, per_token: u64) -> Vec<Panel> {
             title: "Memory of the session".into(),
             unit: "MiB",
             series: vec![
-                ("states and convolution tails of the linear layers".into(), series(&|t| mib(t.held.fixed / (t.snapshots + 1)))),
+                (
+                    "states and convolution tails of the linear layers".into(),
+                    series(&|t| mib(t.held.fixed / (t.snapshots + 1))),
+                ),
                 ("keys and values of the full-attention layers, pages".into(), series(&|t| mib(t.held.kv))),
                 ("of these, in use".into(), series(&|t| mib(t.position * per_token))),
             ],
@@ -421,7 +434,9 @@ mod tests {
             assert_eq!(p.system + turns * (p.question + p.call + p.result + p.answer), length);
             assert!(p.question > 0 && p.call > 1 && p.answer > 1 && p.result > 0 && p.system > 0, "{p:?}");
         }
-        for (length, turns, word) in [(100, 3, "--length 100"), (1000, 2, "--turns 2"), (u64::MAX, u64::MAX, "--length")] {
+        for (length, turns, word) in
+            [(100, 3, "--length 100"), (1000, 2, "--turns 2"), (u64::MAX, u64::MAX, "--length")]
+        {
             let why = Parts::new(length, turns).unwrap_err().to_string();
             assert!(why.contains(word), "{why}");
         }

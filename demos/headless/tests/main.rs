@@ -550,7 +550,8 @@ fn bench_goes_back_over_a_prefill() {
 fn a_conversation_is_read_once_and_plotted() {
     let dir = TempDir::new().unwrap();
     let plot = dir.path().join("plot.svg");
-    let args = ["bench", "--agent", "--device", "cpu", "--turns", "6", "--length", "9000", "--plot", path(&plot), "--json"];
+    let args =
+        ["bench", "--agent", "--device", "cpu", "--turns", "6", "--length", "9000", "--plot", path(&plot), "--json"];
     let output = program(&args);
     assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
     let rows: Vec<serde_json::Value> =
