@@ -34,7 +34,7 @@ const SNAPSHOTS: u64 = 512 << 20;
 /// The largest change of the linear layers' share that the claim allows.
 const BOUND: f64 = 0.2;
 
-/// Turns at either end whose middle is compared.
+/// Turns at either end whose fastest are compared.
 const WINDOW: usize = 10;
 
 /// What was asked for.
@@ -166,7 +166,7 @@ pub fn run(backend: &Arc<dyn Backend>, account: &Account, which: &Which, args: &
         let holds = if change.abs() <= BOUND { "holds" } else { "does not hold in this run" };
         let _ = writeln!(
             text,
-            "first token after a {what}, linear layers: {} ms in turn 2, {} ms in turn {}; medians of {} turns at either end: \
+            "first token after a {what}, linear layers: {} ms in turn 2, {} ms in turn {}; fastest of {} turns at either end: \
              {:+.1} % (within {:.0} %: {holds})",
             significant(first * 1e3),
             significant(last * 1e3),
@@ -313,15 +313,12 @@ fn window(turns: &[Turn]) -> usize {
     WINDOW.min((turns.len() - 1) / 2).max(1)
 }
 
-/// How the middle of the last turns compares with that of the second and those after it.
+/// How the fastest of the last turns compares with that of the second and those after it: the work is the same, and all that
+/// others do on the machine makes it slower.
 fn change(turns: &[Turn], of: impl Fn(&Turn) -> f64) -> f64 {
     let n = window(turns);
-    let middle = |turns: &[Turn]| {
-        let mut values: Vec<f64> = turns.iter().map(&of).collect();
-        values.sort_by(f64::total_cmp);
-        (values[(n - 1) / 2] + values[n / 2]) / 2.0
-    };
-    middle(&turns[turns.len() - n..]) / middle(&turns[1..=n]) - 1.0
+    let fastest = |turns: &[Turn]| turns.iter().map(&of).fold(f64::INFINITY, f64::min);
+    fastest(&turns[turns.len() - n..]) / fastest(&turns[1..=n]) - 1.0
 }
 
 /// The first turns, the last one, and some between.
@@ -402,11 +399,21 @@ fn panels(talk: &Talk<'_>, per_token: u64) -> Vec<Panel> {
             stacked: true,
         }
     };
+    let linear = |of: fn(&Turn) -> &Prompt| smooth(&series(&|t| of(t).linear * 1e3), 2);
     let mib = |bytes: u64| bytes as f64 / (1 << 20) as f64;
     let Parts { question, result, .. } = talk.parts;
     vec![
         first(format!("Time to first token after a question of {question} tokens"), |t| &t.question),
         first(format!("Time to first token after a tool's result of {result} tokens"), |t| &t.result),
+        Panel {
+            title: "Of these, the linear layers alone".into(),
+            unit: "ms",
+            series: vec![
+                (format!("after a question of {question} tokens"), linear(|t| &t.question)),
+                (format!("after a tool's result of {result} tokens"), linear(|t| &t.result)),
+            ],
+            stacked: false,
+        },
         Panel {
             title: "Memory of the session".into(),
             unit: "MiB",

@@ -597,7 +597,7 @@ fn a_conversation_is_read_once_and_plotted() {
             _ => {}
         }
     }
-    assert!(areas == 6 && lines > 3, "{svg}");
+    assert!(areas == 6 && lines > 5, "{svg}");
 }
 
 #[test]
