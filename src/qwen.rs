@@ -45,6 +45,7 @@ pub mod memory;
 pub mod model;
 mod pyvalue;
 mod random;
+mod rehearse;
 pub mod sample;
 pub mod session;
 pub mod state;

@@ -3,11 +3,13 @@
 //! - [`WebGpu::enumerate`] lists adapters, [`WebGpu::open`] opens one, [`WebGpu::from_device`] shares a host's device.
 //! - A launch becomes one dispatch or several: grids larger than the device dispatches at once, and work that would keep
 //!   the device longer than its watchdog likes, are cut by cells (`submit`).
+//! - Compiled kernels are kept on disk where the API allows it (`kept`): a second start compiles nothing.
 //! - Everything the device reports late (validation, memory, loss) is kept and returned by the next call (`fault`).
 
 mod bind;
 mod exchange;
 mod fault;
+mod kept;
 mod open;
 mod pipeline;
 mod readback;
@@ -231,7 +233,8 @@ impl Backend for WebGpu {
     }
 
     fn load(&self, pass: &Pass) -> Result<()> {
-        self.shared.fault.check()?;
+        // What else is pending belongs to the calls that use the device: this one may come from a thread beside them.
+        self.shared.fault.alive()?;
         for launch in &pass.launches {
             self.shared.pipelines.get(&self.shared, launch.kernel, &launch.consts)?;
         }

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use crate::bench_agent;
 use crate::bench_model::{self, Which};
 use crate::bench_op::{self, Row, What};
+use crate::bench_start;
 use crate::doors::dtype;
 use crate::peak::{self, Peak};
 use crate::say;
@@ -50,6 +51,15 @@ pub struct Args {
     /// Where the conversation is plotted
     #[arg(long, value_name = "FILE", default_value = "agent.svg", requires = "agent")]
     plot: PathBuf,
+    /// How long a new process takes to its first token, stage by stage: at the first start, and where compiled kernels were kept
+    #[arg(long, conflicts_with_all = ["op", "agent"])]
+    start: bool,
+    /// Processes that are started, of which the medians count
+    #[arg(long, value_name = "N", default_value_t = 5, requires = "start", value_parser = clap::value_parser!(u64).range(1..=100))]
+    runs: u64,
+    /// Starts in this process and tells of it in one JSON object
+    #[arg(long, hide = true, requires = "start", requires = "model")]
+    once: bool,
     /// Only a whole model with random weights: 0.8b, 2b, 4b, 9b, or agent for the shape of the one inside the agent, which is the
     /// default for a conversation
     #[arg(long, value_name = "SIZE")]
@@ -97,7 +107,18 @@ pub fn run(args: &Args) -> Result<bool> {
     let wrong = || format!("--seconds {}: expected a time of 0 or more", args.seconds);
     let seconds = Duration::try_from_secs_f64(args.seconds).with_context(wrong)?;
     let heads = args.heads.iter().map(|text| parse_heads(text)).collect::<Result<Vec<_>>>()?;
+    if args.once
+        && let Some(dir) = &args.model
+    {
+        return bench_start::once(args.device.as_deref(), dir);
+    }
     let (backend, account) = device::open(args.device.as_deref())?;
+    if args.start {
+        let asked = bench_start::Args { device: args.device.as_deref(), runs: args.runs, json: args.json };
+        // The processes that are started have all of the device.
+        drop(backend);
+        return bench_start::run(&account, &which(args, "0.8b"), &asked);
+    }
     if args.agent {
         let asked = bench_agent::Args { turns: args.turns, length: args.length, plot: &args.plot, json: args.json };
         return bench_agent::run(&backend, &account, &which(args, "agent"), &asked);

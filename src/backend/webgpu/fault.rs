@@ -42,11 +42,17 @@ impl Fault {
         lock(&self.lost).get_or_insert(why);
     }
 
+    /// The loss of the device alone.
+    pub(super) fn alive(&self) -> Result<()> {
+        match &*lock(&self.lost) {
+            Some(why) => Err(Error::DeviceLost { device: self.device.clone(), why: why.clone() }),
+            None => Ok(()),
+        }
+    }
+
     /// What was kept, once; the loss of the device, for ever.
     pub(super) fn check(&self) -> Result<()> {
-        if let Some(why) = &*lock(&self.lost) {
-            return Err(Error::DeviceLost { device: self.device.clone(), why: why.clone() });
-        }
+        self.alive()?;
         lock(&self.pending).take().map_or(Ok(()), Err)
     }
 }

@@ -70,6 +70,14 @@ impl Local {
             bar.set_position(done);
         });
         bar.finish_and_clear();
+        if let Ok(local) = &local {
+            let bar = ui::progress(0, "compiling {bar:30} {pos}/{len} kernels");
+            local.model.ready(&mut |done, total| {
+                bar.set_length(total);
+                bar.set_position(done);
+            });
+            bar.finish_and_clear();
+        }
         local
     }
 
