@@ -255,3 +255,93 @@ impl Pending for Zeros {
         Some(Ok(vec![0; self.0]))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::Cpu;
+    use crate::qwen::random::RandomSource;
+    use crate::shape::Dtype;
+    use crate::tune::Class;
+
+    /// A model on a stage that looks like a GPU of this class.
+    fn staged(class: Class) -> (Inner, Arc<Stage>) {
+        let mut config = Config::preset("0.8b").unwrap();
+        config.layers.truncate(8);
+        config.vocab = 32_000;
+        config.eos.clear();
+        let caps = Caps {
+            kind: Kind::WebGpu,
+            class,
+            max_binding: 1 << 30,
+            max_buffer: 1 << 30,
+            align: 256,
+            workgroup_memory: 32 << 10,
+            workgroup_threads: 1024,
+            subgroup: Some((32, 32)),
+            memory: None,
+            ..Cpu::new(Some(1)).unwrap().caps().clone()
+        };
+        let source = RandomSource { seed: 1, dtype: Dtype::Bf16 };
+        let weights = Weights::sketch(&config, &source, &caps).unwrap();
+        let plan = MemoryPlan::new(&config, &caps, 0, Some(4096), Dtype::F32).unwrap();
+        let sizes = Sizes::new(&config, &caps, 4096, Dtype::F32).unwrap();
+        let stage = Arc::new(Stage { caps, seen: Mutex::default() });
+        (Inner::from_parts(config, weights, stage.clone(), plan, sizes), stage)
+    }
+
+    #[test]
+    fn what_a_conversation_needs_has_been_rehearsed() {
+        for class in [Class::Software, Class::Integrated, Class::Discrete] {
+            let (model, stage) = staged(class);
+            play(model).unwrap();
+            let rehearsed = std::mem::take(&mut stage.seen().variants);
+            let names: HashSet<&str> = rehearsed.iter().map(|(name, _)| *name).collect();
+            for name in ["embed", "matmul", "matvec", "conv", "gdn_prepare", "gdn_scan", "attend", "argmax", "copy"] {
+                assert!(names.contains(name), "{name} is not among {names:?}");
+            }
+            assert_eq!(stage.take().len(), rehearsed.len(), "one launch of each");
+
+            let (model, stage) = staged(class);
+            let mut session = Model { inner: Arc::new(model) }.session().unwrap();
+            for tokens in [64, 1, 24, 512, 300, 10, 1, 1] {
+                session.prefill(&vec![0; tokens], &mut |_, _| {}).unwrap();
+            }
+            let missing: Vec<_> = stage.seen().variants.difference(&rehearsed).cloned().collect();
+            assert_eq!(missing, [], "{class:?}");
+        }
+    }
+
+    #[test]
+    fn it_ends_with_the_model() {
+        let shared = Arc::new(Shared::default());
+        let of_thread = shared.clone();
+        let thread = thread::spawn(move || {
+            let over = Over(&of_thread, Instant::now());
+            over.0.change(|counts| counts.total = 3);
+            while !over.0.stop.load(Ordering::Relaxed) {
+                thread::yield_now();
+            }
+            over.0.change(|counts| counts.done = 1);
+        });
+        let rehearsal = Rehearsal { shared: shared.clone(), thread: Some(thread) };
+        drop(rehearsal);
+        let told = *shared.counts();
+        assert!(told.done == 1 && told.total == 3 && told.over.is_some());
+    }
+
+    #[test]
+    fn whoever_waits_hears_of_the_end() {
+        let shared = Arc::new(Shared::default());
+        let of_thread = shared.clone();
+        let thread = thread::spawn(move || {
+            let over = Over(&of_thread, Instant::now());
+            over.0.change(|counts| counts.total = 2);
+            over.0.change(|counts| counts.done = 2);
+        });
+        let rehearsal = Rehearsal { shared, thread: Some(thread) };
+        let mut heard = Vec::new();
+        rehearsal.wait(&mut |done, total| heard.push((done, total)));
+        assert_eq!(heard.last(), Some(&(2, 2)), "{heard:?}");
+    }
+}

@@ -12,9 +12,11 @@ use gatedelta::qwen::{
     Batch, Config, Event, Finish, GenerateOptions, LayerKind, LoadOptions, Model, Sampling, Session,
 };
 use gatedelta::shape::Dtype;
+use gatedelta::tune::Kind;
 use serde_json::json;
 
 use crate::bench::print_json;
+use crate::observe::{Look, Observed};
 use crate::oracle::{self, Random};
 use crate::peak::{Peak, READ_BYTES};
 use crate::say;
@@ -61,7 +63,8 @@ pub enum Which {
 /// device reports.
 pub fn run(backend: &Arc<dyn Backend>, which: &Which, seconds: Duration, json: bool, peak: Option<Peak>) -> Result<()> {
     let begin = Instant::now();
-    let (model, name) = which.load(backend.clone(), PROMPT as u64 + 2 * ANSWER)?;
+    let observed = Observed::new(backend.clone(), &[]);
+    let (model, name) = which.load(observed.clone(), PROMPT as u64 + 2 * ANSWER)?;
     let load = begin.elapsed().as_secs_f64();
     let mut random = Random::new(11);
     let vocab = model.config().vocab;
@@ -71,6 +74,7 @@ pub fn run(backend: &Arc<dyn Backend>, which: &Which, seconds: Duration, json: b
     let difference = check(&mut session, &ids[..CHECKED])?;
     let prefill = time_prefill(&mut session, &ids, seconds)?;
     let decode = time_decode(&mut session, &ids)?;
+    let longest = longest_submission(&observed, &mut session, &ids)?;
     drop(session);
     let together: Vec<(usize, Sample)> =
         TOGETHER.iter().map(|n| Ok((*n, time_together(&model, &ids, *n)?))).collect::<Result<_>>()?;
@@ -93,7 +97,7 @@ pub fn run(backend: &Arc<dyn Backend>, which: &Which, seconds: Duration, json: b
             "together": together.iter().map(|(n, sample)| json!({
                 "sequences": n, "tokens_per_s": *n as f64 / sample.median(), "median_s": sample.median(),
             })).collect::<Vec<_>>(),
-            "peak_memory_bytes": peak_memory, "relative_difference": difference,
+            "longest_submission_s": longest, "peak_memory_bytes": peak_memory, "relative_difference": difference,
         }));
         return Ok(());
     }
@@ -121,10 +125,11 @@ pub fn run(backend: &Arc<dyn Backend>, which: &Which, seconds: Duration, json: b
     });
     say(&format!(
         "model {name}, vocabulary {vocab}, weights {}\n{table}loaded in {} s; largest process memory {memory}\n\
-         logits of a prompt read at once and id by id differ by {}\n\n",
+         logits of a prompt read at once and id by id differ by {}\n{}\n",
         bytes(weights),
         significant(load),
         error(difference),
+        longest.map_or(String::new(), |s| format!("longest submission {} ms\n", significant(s * 1e3))),
     ));
     Ok(())
 }
@@ -194,6 +199,18 @@ fn time_prefill(session: &mut Session, ids: &[u32], budget: Duration) -> Result<
         times.push(begin.elapsed().as_secs_f64());
     }
     Ok(Sample::new(times.split_off(1), false, 0.0))
+}
+
+/// The longest submission of reading the prompt and writing an id, where the backend submits.
+fn longest_submission(observed: &Observed, session: &mut Session, ids: &[u32]) -> Result<Option<f64>> {
+    if observed.caps().kind == Kind::Cpu {
+        return Ok(None);
+    }
+    session.reset()?;
+    observed.look(Look::Passes);
+    session.prefill(ids, &mut |_, _| {})?;
+    session.prefill(&ids[..1], &mut |_, _| {})?;
+    Ok(Some(observed.look(Look::Away).longest.as_secs_f64()))
 }
 
 /// Times of the ids of an answer after the prompt; the first few do not count.

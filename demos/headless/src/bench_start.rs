@@ -10,7 +10,6 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
-use gatedelta::backend::Backend;
 use gatedelta::device::{self, Account};
 use gatedelta::qwen::{Event, Finish, GenerateOptions, LoadOptions, Model, Sampling};
 use serde_json::{Value, json};

@@ -547,6 +547,31 @@ fn bench_goes_back_over_a_prefill() {
 }
 
 #[test]
+fn a_start_is_told_stage_by_stage() {
+    let args = ["bench", "--start", "--device", "cpu", "--shape", "agent", "--runs", "2", "--json"];
+    let output = program(&args);
+    assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
+    let rows: Vec<serde_json::Value> =
+        text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let kinds: Vec<_> = rows.iter().map(|row| row["kind"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["first start", "kernels kept"]);
+    for row in &rows {
+        let of = |name: &str| row[name].as_f64().unwrap();
+        // 2048 ids and 8 layers as bf16: all weights of the shape.
+        assert!((10e6..11.5e6).contains(&of("weight_bytes")), "{row}");
+        assert!(of("first_s") > 0.0 && of("load_s") > 0.0 && of("total_s") >= of("first_s"), "{row}");
+        assert_eq!(of("kernels"), 0.0, "the CPU's are compiled with the program");
+    }
+    fails(&program(&["bench", "--start", "--shape", "huge", "--device", "cpu"]), 1, &["--shape", "huge"]);
+    let absent = ["bench", "--start", "--device", "cpu", "--model", "no/such/model"];
+    fails(&program(&absent), 1, &["config.json", "a start failed"]);
+    for wrong in [&["bench", "--runs", "2"][..], &["bench", "--start", "--runs", "0"], &["bench", "--start", "--once"]]
+    {
+        assert_eq!(program(wrong).status.code(), Some(64), "{wrong:?}");
+    }
+}
+
+#[test]
 fn a_conversation_is_read_once_and_plotted() {
     let dir = TempDir::new().unwrap();
     let plot = dir.path().join("plot.svg");
