@@ -17,6 +17,7 @@ mod doors;
 mod files;
 mod grads;
 mod junit;
+mod large;
 mod observe;
 mod oracle;
 mod oracle_grad;
