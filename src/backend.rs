@@ -11,7 +11,7 @@ pub mod faulty;
 pub mod webgpu;
 
 use std::any::Any;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
@@ -159,6 +159,11 @@ impl Buffer {
         Arc::as_ptr(&self.inner) as *const u8 as usize
     }
 
+    /// Tells whether the memory still exists, and does not keep it.
+    pub fn watch(&self) -> Watch {
+        Watch { inner: Arc::downgrade(&self.inner), bytes: self.bytes }
+    }
+
     /// All of it.
     pub fn view(&self) -> View {
         View { buffer: self.clone(), offset: 0, bytes: self.bytes }
@@ -176,6 +181,26 @@ impl Buffer {
 impl std::fmt::Debug for Buffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Buffer({:x}, {} bytes)", self.id(), self.bytes)
+    }
+}
+
+/// Knows of a [`Buffer`] without keeping it: for accounts of what a device holds.
+#[derive(Clone)]
+pub struct Watch {
+    inner: Weak<dyn Any + Send + Sync>,
+    bytes: u64,
+}
+
+impl Watch {
+    /// Size in bytes of the memory; 0 once it has gone.
+    pub fn bytes(&self) -> u64 {
+        if self.inner.strong_count() > 0 { self.bytes } else { 0 }
+    }
+}
+
+impl std::fmt::Debug for Watch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Watch({} bytes)", self.bytes())
     }
 }
 

@@ -5,7 +5,8 @@
 //! - A *segment* is a run of chunks of one sequence that one scan cell walks in order, from the state in its slot and back
 //!   into it.
 //! - A *piece* is a run of segments that is launched together. Its windows of q, k, v and o fit the device's bindings and
-//!   its scratch fits the tile's budget, so memory does not grow with T.
+//!   its scratch fits the tile's budget, so memory does not grow with T; it has at most [`Tile::walk`] chunks of a sequence, so
+//!   the time of a launch does not either.
 //!
 //! A sequence has one segment per piece, and slot n belongs to sequence n, unless the piece is *cut*: where its sequences are
 //! too few to occupy the device (the tile's [`Cut`]), the longer ones have several segments that run at the
@@ -180,8 +181,11 @@ impl Plan {
             let fits = |i: usize| {
                 let (c, sequences) = (&chunks[i], (chunks[i].seq - s0) as u64);
                 // Of n chunks of a sequence there are at most n / least segments beside the last.
+                let index = (c.start - shape.cu_seqlens()[c.seq as usize]) / tile.chunk as u64;
+                let walked = index.min((i - first) as u64) + 1;
                 let room = cut.is_none_or(|cut| sequences + (i + 1 - first) as u64 / cut.least() < cut_slots);
-                c.start + c.len as u64 - t0 <= window_tokens && sequences < window_slots && room
+                let short = walked <= tile.walk.max(1);
+                c.start + c.len as u64 - t0 <= window_tokens && sequences < window_slots && room && short
             };
             let end = (first + 1..most).find(|&i| !fits(i)).unwrap_or(most);
             let span = cut.map_or(usize::MAX, |cut| span(&cut, &chunks[first..end], shape, tile));

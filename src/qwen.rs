@@ -47,6 +47,7 @@ pub mod model;
 mod pyvalue;
 mod random;
 pub mod recover;
+mod rehearse;
 pub mod sample;
 pub mod session;
 pub mod state;

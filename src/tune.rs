@@ -79,6 +79,9 @@ pub struct Tile {
     pub step_lanes: u32,
     /// Bytes of scratch that one piece of a prefill may take.
     pub scratch: u64,
+    /// Chunks of one sequence that a piece has at most, however few heads share its scratch: a scan cell walks all of them, and
+    /// no backend can cut a cell, so this bounds how long a submission takes.
+    pub walk: u64,
     /// Columns of the state's gradient that one `gdn_grad_scan` cell carries; divides V.
     pub dv_grad: u32,
     /// Threads of a `gdn_grad_scan` workgroup.
@@ -144,6 +147,7 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             // Written by prepare and read by scan soon after: with the q and k of the same tokens, which take eight times as
             // much with 16 heads, it should stay in the last-level cache.
             scratch: 2 << 20,
+            walk: u64::MAX,
             dv_grad: divisor(heads.v, if heads.hv >= 2 * caps.threads { 128 } else { 32 }),
             grad_lanes: 1,
             // What one row leaves for the next stays in the last-level cache.
@@ -167,6 +171,8 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
             step_lanes: divisor(heads.v, 128) / 2,
             // A scan cell cannot be cut: with 16 heads this is some hundred tokens, tens of milliseconds.
             scratch: 1 << 20,
+            // 16 tokens of 128 columns take about 0.1 ms of one core forward, five times that backward.
+            walk: 128,
             dv_grad: divisor(heads.v, 128),
             grad_lanes: divisor(heads.v, 128) / 2,
             grad_scratch: 16 << 20,
@@ -187,6 +193,7 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
                 step_lanes: lanes,
                 // No watchdog bounds a launch; a piece of 16 heads is 4096 tokens, enough to fill any GPU.
                 scratch: 64 << 20,
+                walk: u64::MAX,
                 dv_grad: dv_tile,
                 grad_lanes: lanes,
                 grad_scratch: 64 << 20,
@@ -213,6 +220,11 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
                 scratch: match caps.class {
                     Class::Discrete => 64 << 20,
                     _ => 16 << 20,
+                },
+                // As many as 16 heads have; an H100 takes 27 us for each.
+                walk: match caps.class {
+                    Class::Discrete => 512,
+                    _ => 128,
                 },
                 dv_grad: dv_tile,
                 grad_lanes: lanes,

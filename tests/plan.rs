@@ -48,6 +48,9 @@ fn check(shape: &Shape, tile: &Tile, limits: &Limits) -> Plan {
         for (row, c) in rows(piece.chunk_table, own.len()).zip(own) {
             assert_eq!(row, [(c.start - piece.tokens.start) as u32, c.len, c.seq, 0]);
         }
+        let walked = own.chunk_by(|a, b| a.seq == b.seq).map(|run| run.len() as u64).max().unwrap();
+        assert!(walked <= tile.walk, "{walked} chunks of a sequence in a piece");
+
         let mut covered = 0;
         for (row, s) in rows(piece.segment_table, piece.segments.len()).zip(&piece.segments) {
             assert_eq!(row, [s.first_chunk, s.chunks, s.slot, s.back]);
@@ -155,6 +158,36 @@ fn scratch_does_not_grow_with_tokens() {
     };
     let scratch = |t| check(&Shape::one(heads, t), &tile(32, 8 << 20), &limits).scratch;
     assert_eq!(scratch(1 << 12), scratch(1 << 17));
+}
+
+#[test]
+fn a_walk_does_not_grow_with_tokens_or_with_few_heads() {
+    for hv in [1, 16] {
+        let heads = Heads::new(1, hv, 16, 16, HeadMap::Div).unwrap();
+        let tile = Tile { walk: 100, ..tile(32, 64 << 20) };
+        let limits = Limits {
+            max_binding: 1 << 31,
+            align: 256,
+            token_bytes: 64,
+            state_bytes: 1024,
+            chunk_bytes: scratch_per_chunk_head(32),
+        };
+        // One long sequence, a short one, many that share pieces, another long one.
+        let lengths = [100_000, 5].into_iter().chain([64; 300]).chain([40_000]);
+        let cu: Vec<u64> = std::iter::once(0)
+            .chain(lengths.scan(0, |at, n| {
+                *at += n;
+                Some(*at)
+            }))
+            .collect();
+        let shape = Shape::new(heads, cu).unwrap();
+        let plan = check(&shape, &tile, &limits);
+        // 3125, 1, 600 and 1250 chunks: 31 full walks, then the rest of the long one with the others and the begin of the last.
+        assert!(plan.pieces[..31].iter().all(|piece| piece.chunks.len() == 100));
+        assert!(plan.pieces[31].chunks.len() > 400, "short sequences share a piece: {:?}", plan.pieces[31].chunks);
+        let whole = Plan::new(&shape, &Tile { walk: u64::MAX, ..tile }, &limits).unwrap();
+        assert!(whole.pieces.len() < plan.pieces.len() && whole.chunks == plan.chunks);
+    }
 }
 
 #[test]

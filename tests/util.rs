@@ -51,7 +51,7 @@ fn lavapipe() -> Vec<Device> {
         return Vec::new();
     };
     let open = |options| -> Arc<dyn Backend> { Arc::new(WebGpu::open(found, &options).unwrap()) };
-    let as_gpu = OpenOptions { default_limits: true, device_type: Some(DeviceType::Other) };
+    let as_gpu = OpenOptions { default_limits: true, device_type: Some(DeviceType::Other), ..OpenOptions::default() };
     vec![
         Device { name: "lavapipe", backend: open(OpenOptions::default()) },
         Device { name: "lavapipe as a GPU with default limits", backend: open(as_gpu) },

@@ -298,3 +298,49 @@ fn adapters_are_listed_or_their_absence_is_explained() {
         assert!(!found.caps.name.is_empty() && found.caps.max_binding >= 128 << 20, "{found:?}");
     }
 }
+
+#[test]
+fn compiled_kernels_are_kept_and_a_damaged_file_is_no_obstacle() {
+    let adapters = WebGpu::enumerate();
+    let Some(found) = adapters.found.iter().find(|f| f.caps.name.to_lowercase().contains("llvmpipe")) else {
+        return skipped("lavapipe", &adapters.why_none);
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let cache = folder.path().join("deep/er");
+    let files = || -> Vec<std::path::PathBuf> {
+        std::fs::read_dir(&cache).map_or(Vec::new(), |list| list.map(|entry| entry.unwrap().path()).collect())
+    };
+    let fills = |cache: std::path::PathBuf| {
+        let gpu = WebGpu::open(found, &OpenOptions { cache: Some(cache), ..OpenOptions::default() }).unwrap();
+        let a = poisoned(&gpu, 1000);
+        let mut pass = Pass::new();
+        fill(&mut pass, &a, 1000, 256, 7);
+        gpu.load(&pass).unwrap();
+        gpu.run(&pass).unwrap();
+        let a: Vec<u32> = gpu.read(&a).unwrap().wait_as().unwrap();
+        assert!(a.iter().all(|&x| x == 7));
+    };
+    fills(cache.clone());
+    let [file] = &files()[..] else { panic!("one file for one device: {:?}", files()) };
+    let whole = std::fs::read(file).unwrap();
+    fills(cache.clone());
+    assert_eq!(std::fs::read(file).unwrap(), whole);
+    let mut flipped = whole.clone();
+    *flipped.last_mut().unwrap() ^= 1;
+    for damaged in [
+        &[][..],
+        &whole[..20],
+        &whole[..whole.len() - 1],
+        &flipped,
+        b"another program's file altogether, of some length",
+    ] {
+        std::fs::write(file, damaged).unwrap();
+        fills(cache.clone());
+        assert_eq!(std::fs::read(file).unwrap(), whole, "it is replaced");
+    }
+    assert_eq!(files().len(), 1);
+    // Where nothing can be kept, nothing is: a file in the place of the folder, and no folder at all.
+    fills(file.clone());
+    fills(std::path::PathBuf::new());
+    assert_eq!((files().len(), std::fs::read_dir(folder.path()).unwrap().count()), (1, 1));
+}

@@ -3,12 +3,14 @@
 //! - [`WebGpu::enumerate`] lists adapters, [`WebGpu::open`] opens one, [`WebGpu::from_device`] shares a host's device.
 //! - A launch becomes one dispatch or several: grids larger than the device dispatches at once, and work that would keep
 //!   the device longer than its watchdog likes, are cut by cells (`submit`).
+//! - Compiled kernels are kept on disk where the API allows it (`kept`): a second start compiles nothing.
 //! - Everything the device reports late (validation, memory, loss) is kept and returned by the next call (`fault`). A panic
 //!   of wgpu, which has no other way to tell of a driver that fails while it is waited for, is a lost device too.
 
 mod bind;
 mod exchange;
 mod fault;
+mod kept;
 mod open;
 mod pipeline;
 mod readback;
@@ -225,7 +227,8 @@ impl Backend for WebGpu {
 
     fn load(&self, pass: &Pass) -> Result<()> {
         let shared = &self.shared;
-        shared.fault.check()?;
+        // What else is pending belongs to the calls that use the device: this one may come from a thread beside them.
+        shared.fault.alive()?;
         shared.caught(|| {
             pass.launches.iter().try_for_each(|l| shared.pipelines.get(shared, l.kernel, &l.consts).map(drop))
         })

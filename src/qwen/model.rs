@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -11,6 +12,7 @@ use crate::qwen::files::Checkpoint;
 use crate::qwen::layer::Workspace;
 use crate::qwen::memory::{MemoryPlan, Sizes};
 use crate::qwen::random::RandomSource;
+use crate::qwen::rehearse::Rehearsal;
 use crate::qwen::session::Session;
 use crate::qwen::template::{self, ChatTemplate};
 use crate::qwen::tokenizer::Tokenizer;
@@ -51,6 +53,8 @@ pub(crate) struct Inner {
     template: Option<ChatTemplate>,
     stop_ids: Vec<u32>,
     pub dir: PathBuf,
+    /// Kernels that are being compiled.
+    rehearsal: Option<Rehearsal>,
     /// The seed of random weights.
     pub random: Option<(u64, Dtype)>,
     /// The mapped files of others.
@@ -202,6 +206,14 @@ impl Model {
         Session::new(self.clone())
     }
 
+    /// Waits until the kernels are compiled that the model is likely to need, which began before its weights were loaded.
+    /// `progress` gets those that are and their number. How long compiling took, the time of loading included where both went
+    /// on together; nothing on devices whose kernels are compiled beforehand. Nobody has to wait: a pass compiles what it lacks,
+    /// and says what is wrong with it.
+    pub fn ready(&self, progress: &mut dyn FnMut(u64, u64)) -> Duration {
+        self.inner.rehearsal.as_ref().map_or(Duration::ZERO, |rehearsal| rehearsal.wait(progress))
+    }
+
     /// The hyper-parameters.
     pub fn config(&self) -> &Config {
         &self.inner.config
@@ -255,7 +267,7 @@ impl Inner {
         }
     }
 
-    /// Plans, then brings the weights to the device.
+    /// Plans, then brings the weights to the device, which compiles the kernels meanwhile.
     fn new(
         config: Config,
         source: &dyn Source,
@@ -269,13 +281,26 @@ impl Inner {
         }
         let plan = MemoryPlan::new(&config, backend.caps(), total, options)?;
         let sizes = Sizes::new(&config, backend.caps(), plan.context, plan.kv)?;
+        let rehearsal = Rehearsal::begin(&config, source, &backend, &plan, &sizes);
         let weights = Weights::load(&config, source, backend.as_ref(), &mut |done| progress(done, total))?;
-        Ok(Inner {
+        Ok(Inner { rehearsal, ..Inner::from_parts(config, weights, backend, plan, sizes) })
+    }
+
+    /// A model with nothing but weights.
+    pub fn from_parts(
+        config: Config,
+        weights: Weights,
+        backend: Arc<dyn Backend>,
+        plan: MemoryPlan,
+        sizes: Sizes,
+    ) -> Inner {
+        Inner {
             config,
             weights,
             backend,
             plan,
             sizes,
+            rehearsal: None,
             workspace: Mutex::new(None),
             turns: None,
             generation: GenerationConfig::default(),
@@ -289,7 +314,7 @@ impl Inner {
             gone: AtomicBool::new(false),
             #[cfg(feature = "store")]
             key: std::sync::OnceLock::new(),
-        })
+        }
     }
 }
 

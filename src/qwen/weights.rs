@@ -3,6 +3,7 @@
 //! Large matrices keep the type and, on a device that reads host memory, the very bytes of the file. Small tensors become
 //! f32, with the `1 +` of the zero-centred norms added.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::backend::{Backend, Buffer, HostBytes, View};
@@ -120,6 +121,14 @@ impl Weights {
         let mut measure = Measure { source, bytes: 0 };
         walk(config, source.prefix(), &mut measure)?;
         Ok(measure.bytes)
+    }
+
+    /// The weights as they will be on a device, in shape and size, without memory.
+    ///
+    /// # Errors
+    /// As [`Source::dtype`].
+    pub fn sketch(config: &Config, source: &dyn Source, caps: &Caps) -> Result<Weights> {
+        walk(config, source.prefix(), &mut Sketch { source, caps })
     }
 
     /// Brings the weights to the device; `progress` gets the bytes done so far.
@@ -245,6 +254,44 @@ impl Visit for Measure<'_> {
     fn joined(&mut self, names: &[(&str, u64)]) -> Result<View> {
         self.bytes += names.iter().map(|(_, len)| len * 4).sum::<u64>();
         Ok(Buffer::from_handle((), 0).view())
+    }
+}
+
+/// Weights of the right sizes in memory that does not exist.
+struct Sketch<'a> {
+    source: &'a dyn Source,
+    caps: &'a Caps,
+}
+
+impl Sketch<'_> {
+    fn weight(&self, dtype: Dtype, n: u64, k: u64) -> Result<Weight> {
+        let part = |rows: Range<u64>| {
+            let (row0, rows) = (rows.start, rows.end - rows.start);
+            Part { row0, rows, view: Buffer::from_handle((), rows * k * dtype.size()).view() }
+        };
+        Ok(Weight { dtype, n, k, parts: Weight::split(self.caps, dtype, n, k)?.into_iter().map(part).collect() })
+    }
+}
+
+impl Visit for Sketch<'_> {
+    fn matrix(&mut self, name: &str, n: u64, k: u64) -> Result<Weight> {
+        self.weight(self.source.dtype(name, n, k)?, n, k)
+    }
+
+    fn stacked(&mut self, names: &[&str], n: u64, k: u64) -> Result<Vec<Weight>> {
+        let dtypes = names.iter().map(|name| self.source.dtype(name, n, k)).collect::<Result<Vec<_>>>()?;
+        if dtypes.windows(2).any(|w| w[0] != w[1]) {
+            return dtypes.into_iter().map(|dtype| self.weight(dtype, n, k)).collect();
+        }
+        Ok(vec![self.weight(dtypes[0], n * names.len() as u64, k)?])
+    }
+
+    fn vector(&mut self, _: &str, shape: &[u64], _: f32) -> Result<View> {
+        Ok(Buffer::from_handle((), shape.iter().product::<u64>() * 4).view())
+    }
+
+    fn joined(&mut self, names: &[(&str, u64)]) -> Result<View> {
+        Ok(Buffer::from_handle((), names.iter().map(|(_, len)| len * 4).sum()).view())
     }
 }
 

@@ -33,9 +33,14 @@ pub struct Options {
     pub system: Option<String>,
     /// Whether the model reasons first; `None` leaves it to the model.
     pub thinking: Option<bool>,
+    /// Tokens of reasoning about one question, over all rounds; none for no limit but that on all tokens.
+    pub think_budget: Option<usize>,
     /// Tokens written for one question, over all rounds.
     pub max_tokens: usize,
 }
+
+/// What ends reasoning, as the model writes it.
+const CLOSE_THINK: &str = "</think>\n\n";
 
 /// A model, its tools and a conversation.
 pub struct Agent<E> {
@@ -302,44 +307,59 @@ impl<E: Engine> Agent<E> {
         let mut parser = Parser::new(self.specs.clone(), prompt.trim_end().ends_with("<think>"));
         let mut output = Output::default();
         let mut repeat = Repeat::new();
-        let mut ours = None;
-        let budget = self.options.max_tokens.saturating_sub(summary.generated_tokens);
-        let answer = self.engine.generate(&prompt, budget, &mut |step| {
-            match step {
-                Step::Read { done, total, reused } => sink.event(Event::Prefill { done, total, reused })?,
-                Step::Rest { text } => output.take(parser.push(text), sink)?,
-                Step::Notice { text } => sink.event(Event::Notice(text))?,
-                Step::Wrote { id, text } => {
-                    output.take(parser.push(text), sink)?;
-                    if repeat.push(id) {
-                        ours = Some(Reason::Repetition);
-                    } else if output.calls.len() >= CALL_LIMIT {
-                        ours = Some(Reason::Stop);
+        let reason = loop {
+            let reasoned = summary.reasoning_tokens;
+            let left = self.options.think_budget.map(|budget| budget.saturating_sub(reasoned));
+            if parser.reasons() && left == Some(0) {
+                let line = if parser.raw().is_empty() || parser.raw().ends_with('\n') { "" } else { "\n" };
+                output.take(parser.push(&format!("{line}{CLOSE_THINK}")), sink)?;
+                sink.event(Event::ReasoningCut(reasoned))?;
+                summary.reasoning_cut = true;
+            }
+            let (mut ours, mut thoughts, mut full) = (None, 0, false);
+            let budget = self.options.max_tokens.saturating_sub(summary.generated_tokens);
+            let answer = self.engine.generate(&format!("{prompt}{}", parser.raw()), budget, &mut |step| {
+                match step {
+                    Step::Read { done, total, reused } => sink.event(Event::Prefill { done, total, reused })?,
+                    Step::Rest { text } => output.take(parser.push(text), sink)?,
+                    Step::Notice { text } => sink.event(Event::Notice(text))?,
+                    Step::Wrote { id, text } => {
+                        output.take(parser.push(text), sink)?;
+                        thoughts += usize::from(parser.reasons());
+                        if repeat.push(id) {
+                            ours = Some(Reason::Repetition);
+                        } else if output.calls.len() >= CALL_LIMIT {
+                            ours = Some(Reason::Stop);
+                        } else {
+                            full = parser.reasons() && left.is_some_and(|left| thoughts >= left);
+                        }
                     }
                 }
+                Ok(ours.is_none() && !full && !stop())
+            })?;
+            summary.prompt_tokens = answer.prompt;
+            summary.read_tokens += answer.read;
+            summary.reused_tokens += answer.reused;
+            summary.reread_tokens += answer.reread;
+            summary.generated_tokens += answer.wrote;
+            summary.reasoning_tokens += thoughts;
+            summary.decoded_tokens += answer.decoded;
+            summary.prefill += answer.reading;
+            summary.decode += answer.writing;
+            match answer.end {
+                End::Cancelled if full && !stop() => {}
+                End::Stop => break Reason::Stop,
+                End::Budget => break Reason::Length,
+                End::Context => break Reason::Context,
+                End::Cancelled => break ours.unwrap_or(Reason::Interrupted),
             }
-            Ok(ours.is_none() && !stop())
-        })?;
+        };
         output.take(parser.finish(), sink)?;
-        summary.prompt_tokens = answer.prompt;
-        summary.read_tokens += answer.read;
-        summary.reused_tokens += answer.reused;
-        summary.reread_tokens += answer.reread;
-        summary.generated_tokens += answer.wrote;
-        summary.decoded_tokens += answer.decoded;
-        summary.prefill += answer.reading;
-        summary.decode += answer.writing;
         if !self.raw.is_empty() {
             self.raw.push_str("\n\n");
         }
         self.raw.push_str(parser.raw());
         self.last = Some((prompt, parser.raw().to_string()));
-        let reason = match answer.end {
-            End::Stop => Reason::Stop,
-            End::Budget => Reason::Length,
-            End::Context => Reason::Context,
-            End::Cancelled => ours.unwrap_or(Reason::Interrupted),
-        };
         if !parser.raw().trim().is_empty() {
             self.messages.push(output.message(parser.raw(), reason));
         }

@@ -20,6 +20,8 @@ pub enum Event<'a> {
     Prefill { done: usize, total: usize, reused: usize },
     /// The next piece of reasoning.
     Reasoning(&'a str),
+    /// The reasoning was ended after so many tokens: its budget is used up. The answer follows.
+    ReasoningCut(usize),
     /// The next piece of the answer.
     Token(&'a str),
     /// A call of this tool is being written.
@@ -85,7 +87,11 @@ pub struct Summary {
     pub reread_tokens: usize,
     /// Tokens written, over all rounds.
     pub generated_tokens: usize,
-    /// Of these, how many count for the speed: the first of a round is a part of reading.
+    /// Of these, how many were reasoning.
+    pub reasoning_tokens: usize,
+    /// The reasoning was ended because its budget was used up.
+    pub reasoning_cut: bool,
+    /// Of all written, how many count for the speed: the first of a round is a part of reading.
     pub decoded_tokens: usize,
     /// Tools run.
     pub tool_calls: usize,

@@ -43,6 +43,7 @@ fn to_json(event: Event<'_>) -> Option<Value> {
             json!({"event": "prefill", "done": done, "total": total, "reused": reused})
         }
         Event::Reasoning(text) => json!({"event": "reasoning", "text": text}),
+        Event::ReasoningCut(tokens) => json!({"event": "reasoning_cut", "tokens": tokens}),
         Event::Token(text) => json!({"event": "token", "text": text}),
         // The call itself follows, complete.
         Event::Opening(_) => return None,
@@ -62,6 +63,8 @@ fn to_json(event: Event<'_>) -> Option<Value> {
             "reused_tokens": summary.reused_tokens,
             "reread_tokens": summary.reread_tokens,
             "generated_tokens": summary.generated_tokens,
+            "reasoning_tokens": summary.reasoning_tokens,
+            "reasoning_cut": summary.reasoning_cut,
             "tool_calls": summary.tool_calls,
             "prefill_seconds": summary.prefill.as_secs_f64(),
             "decode_seconds": summary.decode.as_secs_f64(),

@@ -88,6 +88,7 @@ fn run(args: &Args, sink: &mut dyn Sink) -> Result<ExitCode> {
     let options = agent::Options {
         system: args.system.clone().filter(|text| !text.trim().is_empty()),
         thinking: args.thinking(),
+        think_budget: args.think_budget,
         max_tokens: args.max_tokens.unwrap_or(options::TOKENS),
     };
     let account = local.account().to_string();

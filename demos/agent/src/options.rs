@@ -72,6 +72,10 @@ pub struct Args {
     #[arg(long)]
     pub no_think: bool,
 
+    /// Ends the reasoning about one question after so many tokens, and has the model answer [default: --max-tokens]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub think_budget: Option<usize>,
+
     /// Tokens written for one question, reasoning and calls included [default: 4096]
     #[arg(long, value_name = "N", value_parser = positive)]
     pub max_tokens: Option<usize>,
@@ -151,9 +155,15 @@ mod tests {
         assert_eq!(args("agent").unwrap().thinking(), None);
         assert_eq!(args("agent --think").unwrap().thinking(), Some(true));
         assert_eq!(args("agent --think --no-think").unwrap().thinking(), Some(false));
-        for bad in
-            ["agent --max-tokens 0", "agent --context -1", "agent --greedy --top-k 3", "agent --seed x", "agent --what"]
-        {
+        assert_eq!(args("agent --think --think-budget 50").unwrap().think_budget, Some(50));
+        for bad in [
+            "agent --max-tokens 0",
+            "agent --think-budget 0",
+            "agent --context -1",
+            "agent --greedy --top-k 3",
+            "agent --seed x",
+            "agent --what",
+        ] {
             assert!(args(bad).is_err(), "{bad}");
         }
     }

@@ -189,6 +189,11 @@ impl Parser {
         &self.raw
     }
 
+    /// True while what comes is reasoning.
+    pub fn reasons(&self) -> bool {
+        self.reasoning
+    }
+
     /// Takes the next piece of the stream and returns what became certain.
     pub fn push(&mut self, piece: &str) -> Vec<Event> {
         let from = self.raw.len();

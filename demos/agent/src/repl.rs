@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Result, anyhow};
 use rustyline::{DefaultEditor, error::ReadlineError};
 
-use crate::agent::Agent;
+use crate::agent::{Agent, Options};
 use crate::engine::Engine;
 use crate::event::{Event, Sink, Summary};
 use crate::interrupt::Interrupt;
@@ -24,6 +24,7 @@ const HELP: &str = "Commands:
   /memory           what is held where, and what that saved
   /think on|off     lets the model reason before it answers, or not
   /think auto       leaves that to the model
+  /think N          ends the reasoning about a question after N tokens
   /raw              the last answer as the model wrote it, calls and all
   /exit             ends the program; so does Ctrl-D, or Ctrl-C twice
 Ctrl-C during an answer stops the answer. Anything else is a question.";
@@ -161,15 +162,22 @@ fn obey<E: Engine>(agent: &mut Agent<E>, command: &str, account: &str) -> bool {
             Err(why) => println!("{why}."),
         },
         ["memory"] => println!("{}", agent.memory()),
-        ["think"] => println!("Reasoning is {}.", thinking(agent.options.thinking)),
+        ["think"] => println!("Reasoning is {}.", thinking(&agent.options)),
         ["think", word @ ("on" | "off" | "auto")] => {
             agent.options.thinking = match *word {
                 "on" => Some(true),
                 "off" => Some(false),
                 _ => None,
             };
-            println!("Reasoning is {}.", thinking(agent.options.thinking));
+            println!("Reasoning is {}.", thinking(&agent.options));
         }
+        ["think", n] => match n.parse() {
+            Ok(n) if n > 0 => {
+                agent.options.think_budget = Some(n);
+                println!("Reasoning is {}.", thinking(&agent.options));
+            }
+            _ => println!("/think takes on, off, auto or a number of tokens from 1 on, not {n:?}."),
+        },
         ["raw"] if agent.raw().is_empty() => println!("The model has not written anything yet."),
         ["raw"] => println!("{}", visible(agent.raw())),
         _ => println!("There is no command /{command}; /help lists those there are."),
@@ -177,10 +185,14 @@ fn obey<E: Engine>(agent: &mut Agent<E>, command: &str, account: &str) -> bool {
     true
 }
 
-fn thinking(thinking: Option<bool>) -> &'static str {
-    match thinking {
+fn thinking(options: &Options) -> String {
+    let said = match options.thinking {
         Some(true) => "on",
-        Some(false) => "off",
+        Some(false) => return "off".into(),
         None => "left to the model",
+    };
+    match options.think_budget {
+        Some(n) => format!("{said}, and ended after {n} tokens"),
+        None => said.into(),
     }
 }

@@ -156,6 +156,9 @@ impl Sink for Terminal {
                 write!(self.err, "{}", dim.apply_to(visible(text)))?;
                 self.err.flush()?;
             }
+            Event::ReasoningCut(count) => {
+                self.say(&warn, &format!("[reasoning ended after {}, see --think-budget]", tokens(count)))?;
+            }
             Event::Token(text) => {
                 if !matches!(self.section, Section::Text { .. }) {
                     self.section(Section::Text { line_ended: false })?;

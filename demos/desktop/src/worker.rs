@@ -349,6 +349,7 @@ impl Desk {
         let options = agent::Options {
             system: args.system.clone().filter(|text| !text.trim().is_empty()),
             thinking: args.thinking(),
+            think_budget: args.think_budget,
             max_tokens: args.max_tokens.unwrap_or(TOKENS),
         };
         self.recoveries = local.recovery().past().len();
@@ -485,6 +486,9 @@ impl Sink for Teller<'_> {
         let update = match event {
             Event::Prefill { done, total, .. } => Update::Reading(done, total),
             Event::Reasoning(text) => Update::Reasoning(text.into()),
+            Event::ReasoningCut(tokens) => {
+                Update::Reasoning(format!("\n[ended after {tokens} tokens, see --think-budget]"))
+            }
             Event::Token(text) => Update::Text(text.into()),
             Event::Opening(name) => Update::Opening(name.into()),
             Event::ToolCall(Call { name, arguments }) => {

@@ -12,10 +12,12 @@ use gatedelta::shape::{Dtype, Heads};
 use gatedelta::tune::Kind;
 use serde_json::{Value, json};
 
+use crate::bench_agent;
 use crate::bench_model::{self, Which};
 use crate::bench_op::{self, Row, What};
 use crate::bench_restore;
 use crate::bench_rows::{self, Ask};
+use crate::bench_start;
 use crate::doors::dtype;
 use crate::peak::{self, Peak};
 use crate::say;
@@ -39,7 +41,29 @@ pub struct Args {
     /// Only the operator
     #[arg(long, conflicts_with = "shape")]
     op: bool,
-    /// Only a whole model with random weights: 0.8b, 2b, 4b or 9b
+    /// A long conversation held by one session: what the first token of each turn waits for, and what memory grows by
+    #[arg(long, conflicts_with = "op")]
+    agent: bool,
+    /// Turns of the conversation, each a question, a call, a tool's result and an answer
+    #[arg(long, value_name = "N", default_value_t = 200, requires = "agent")]
+    turns: u64,
+    /// Tokens of the conversation
+    #[arg(long, value_name = "N", default_value_t = 100_000, requires = "agent")]
+    length: u64,
+    /// Where the conversation is plotted
+    #[arg(long, value_name = "FILE", default_value = "agent.svg", requires = "agent")]
+    plot: PathBuf,
+    /// How long a new process takes to its first token, stage by stage: at the first start, and where compiled kernels were kept
+    #[arg(long, conflicts_with_all = ["op", "agent"])]
+    start: bool,
+    /// Processes that are started, of which the medians count
+    #[arg(long, value_name = "N", default_value_t = 5, requires = "start", value_parser = clap::value_parser!(u64).range(1..=100))]
+    runs: u64,
+    /// Starts in this process and tells of it in one JSON object
+    #[arg(long, hide = true, requires = "start", requires = "model")]
+    once: bool,
+    /// Only a whole model with random weights: 0.8b, 2b, 4b, 9b, or agent for the shape of the one inside the agent, which is the
+    /// default for a conversation
     #[arg(long, value_name = "SIZE")]
     shape: Option<String>,
     /// Only the way back from disk of a session of 4,000 tokens, with the layers and heads of this size
@@ -109,7 +133,22 @@ pub fn run(args: &Args) -> Result<bool> {
     let wrong = || format!("--seconds {}: expected a time of 0 or more", args.seconds);
     let seconds = Duration::try_from_secs_f64(args.seconds).with_context(wrong)?;
     let heads = args.heads.iter().map(|text| parse_heads(text)).collect::<Result<Vec<_>>>()?;
+    if args.once
+        && let Some(dir) = &args.model
+    {
+        return bench_start::once(args.device.as_deref(), dir);
+    }
     let (backend, account) = device::open(args.device.as_deref())?;
+    if args.start {
+        let asked = bench_start::Args { device: args.device.as_deref(), runs: args.runs, json: args.json };
+        // The processes that are started have all of the device.
+        drop(backend);
+        return bench_start::run(&account, &which(args, "0.8b"), &asked);
+    }
+    if args.agent {
+        let asked = bench_agent::Args { turns: args.turns, length: args.length, plot: &args.plot, json: args.json };
+        return bench_agent::run(&backend, &account, &which(args, "agent"), &asked);
+    }
     if let Some(file) = &args.rows {
         let options = Options { store: args.store, cut: args.cut, exact: args.exact, ..Options::default() };
         let ask = Ask { answers: args.answers.as_deref(), kinds: &args.kinds, options, seconds, within: args.within };
@@ -143,14 +182,18 @@ pub fn run(args: &Args) -> Result<bool> {
         }
     }
     if !args.op {
-        let size = args.shape.clone().unwrap_or_else(|| "0.8b".into());
-        let which = match args.model.clone() {
-            Some(dir) => Which::Files(dir),
-            None => Which::Random { size, vocab: args.vocab, dtype: args.weights },
-        };
-        bench_model::run(&backend, &which, args.prompt, seconds, args.json, peak)?;
+        bench_model::run(&backend, &which(args, "0.8b"), args.prompt, seconds, args.json, peak)?;
     }
     Ok(right)
+}
+
+/// The model that was asked for, by default one of this size.
+fn which(args: &Args, size: &str) -> Which {
+    let size = args.shape.clone().unwrap_or_else(|| size.into());
+    match args.model.clone() {
+        Some(dir) => Which::Files(dir),
+        None => Which::Random { size, vocab: args.vocab, dtype: args.weights },
+    }
 }
 
 fn parse_heads(text: &str) -> Result<Heads> {

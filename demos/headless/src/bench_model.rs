@@ -12,9 +12,11 @@ use gatedelta::qwen::{
     Batch, Config, Event, Finish, GenerateOptions, LayerKind, LoadOptions, Model, Sampling, Session,
 };
 use gatedelta::shape::Dtype;
+use gatedelta::tune::Kind;
 use serde_json::json;
 
 use crate::bench::print_json;
+use crate::observe::{Look, Observed};
 use crate::oracle::{self, Random};
 use crate::peak::{Peak, READ_BYTES};
 use crate::say;
@@ -33,11 +35,14 @@ const TOGETHER: [usize; 3] = [2, 4, 8];
 /// The largest relative difference of logits between the two ways to read a prompt.
 const BOUND: f64 = 1e-4;
 
+/// The shape of the model inside the agent: 8 layers, 6 of them linear.
+const AGENT: &str = include_str!("../../agent/model/config.json");
+
 /// Which model.
 pub enum Which {
     /// A released size with random weights, its vocabulary cut to so many ids.
     Random {
-        /// 0.8b, 2b, 4b, 9b or 27b.
+        /// 0.8b, 2b, 4b, 9b, 27b or agent.
         size: String,
         /// Ids.
         vocab: Option<u32>,
@@ -63,7 +68,8 @@ pub fn run(
 ) -> Result<()> {
     ensure!(prompt >= CHECKED, "--prompt {prompt}: expected {CHECKED} or more");
     let begin = Instant::now();
-    let (model, name) = load(backend, which, prompt)?;
+    let observed = Observed::new(backend.clone(), &[]);
+    let (model, name) = which.load(observed.clone(), prompt as u64 + 2 * ANSWER)?;
     let load = begin.elapsed().as_secs_f64();
     let mut random = Random::new(11);
     let vocab = model.config().vocab;
@@ -73,6 +79,7 @@ pub fn run(
     let difference = check(&mut session, &ids[..CHECKED])?;
     let prefill = time_prefill(&mut session, &ids, seconds)?;
     let decode = time_decode(&mut session, &ids)?;
+    let longest = longest_submission(&observed, &mut session, &ids)?;
     drop(session);
     let together: Vec<(usize, Sample)> =
         TOGETHER.iter().map(|n| Ok((*n, time_together(&model, &ids, *n)?))).collect::<Result<_>>()?;
@@ -95,7 +102,7 @@ pub fn run(
             "together": together.iter().map(|(n, sample)| json!({
                 "sequences": n, "tokens_per_s": *n as f64 / sample.median(), "median_s": sample.median(),
             })).collect::<Vec<_>>(),
-            "peak_memory_bytes": peak_memory, "relative_difference": difference,
+            "longest_submission_s": longest, "peak_memory_bytes": peak_memory, "relative_difference": difference,
         }));
         return Ok(());
     }
@@ -123,27 +130,50 @@ pub fn run(
     });
     say(&format!(
         "model {name}, vocabulary {vocab}, weights {}\n{table}loaded in {} s; largest process memory {memory}\n\
-         logits of a prompt read at once and id by id differ by {}\n\n",
+         logits of a prompt read at once and id by id differ by {}\n{}\n",
         bytes(weights),
         significant(load),
         error(difference),
+        longest.map_or(String::new(), |s| format!("longest submission {} ms\n", significant(s * 1e3))),
     ));
     Ok(())
 }
 
-fn load(backend: &Arc<dyn Backend>, which: &Which, prompt: usize) -> Result<(Model, String)> {
-    let options = LoadOptions { context: Some(prompt as u64 + 2 * ANSWER), ..LoadOptions::default() };
-    Ok(match which {
-        Which::Files(dir) => (Model::load(dir, backend.clone(), &options)?, dir.display().to_string()),
-        Which::Random { size, vocab, dtype } => {
-            let mut config = Config::preset(size).context("--shape")?;
-            if let Some(vocab) = *vocab {
-                config.vocab = vocab;
-                config.eos.retain(|&id| id < vocab);
-            }
-            (Model::random(config, backend.clone(), 1, *dtype, &options)?, format!("{size}, random {dtype} weights"))
+impl Which {
+    /// Its hyper-parameters.
+    ///
+    /// # Errors
+    /// A size that does not exist, a file that cannot be read.
+    pub fn config(&self) -> Result<Config> {
+        let (size, vocab) = match self {
+            Which::Files(dir) => return Ok(Config::read(&dir.join("config.json"))?),
+            Which::Random { size, vocab, .. } => (size, *vocab),
+        };
+        let mut config = match size.as_str() {
+            "agent" => Config { max_positions: 1 << 18, ..Config::from_json(&serde_json::from_str(AGENT)?)? },
+            size => Config::preset(size).context("--shape")?,
+        };
+        if let Some(vocab) = vocab {
+            config.vocab = vocab;
+            config.eos.retain(|&id| id < vocab);
         }
-    })
+        Ok(config)
+    }
+
+    /// The model with room for `context` tokens, and its name.
+    ///
+    /// # Errors
+    /// As [`Which::config`]; a model that cannot be loaded or does not fit.
+    pub fn load(&self, backend: Arc<dyn Backend>, context: u64) -> Result<(Model, String)> {
+        let options = LoadOptions { context: Some(context), ..LoadOptions::default() };
+        Ok(match self {
+            Which::Files(dir) => (Model::load(dir, backend, &options)?, dir.display().to_string()),
+            Which::Random { size, dtype, .. } => {
+                let model = Model::random(self.config()?, backend, 1, *dtype, &options)?;
+                (model, format!("{size}, random {dtype} weights"))
+            }
+        })
+    }
 }
 
 /// The relative difference of the last logits between reading ids at once and one by one.
@@ -174,6 +204,18 @@ fn time_prefill(session: &mut Session, ids: &[u32], budget: Duration) -> Result<
         times.push(begin.elapsed().as_secs_f64());
     }
     Ok(Sample::new(times.split_off(1), false, 0.0))
+}
+
+/// The longest submission of reading the prompt and writing an id, where the backend submits.
+fn longest_submission(observed: &Observed, session: &mut Session, ids: &[u32]) -> Result<Option<f64>> {
+    if observed.caps().kind == Kind::Cpu {
+        return Ok(None);
+    }
+    session.reset()?;
+    observed.look(Look::Passes);
+    session.prefill(ids, &mut |_, _| {})?;
+    session.prefill(&ids[..1], &mut |_, _| {})?;
+    Ok(Some(observed.look(Look::Away).longest.as_secs_f64()))
 }
 
 /// Times of the ids of an answer after the prompt; the first few do not count.

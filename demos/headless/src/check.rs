@@ -207,7 +207,8 @@ fn within_default_limits(name: &str) -> Result<Arc<dyn Backend>> {
     let found = adapters.found.iter().find(|found| found.caps.name == name).context("the adapter has gone")?;
     // What runs as fast on a software driver as it can is not what GPUs run.
     let device_type = (found.caps.class == Class::Software).then_some(DeviceType::Other);
-    Ok(Arc::new(WebGpu::open(found, &OpenOptions { default_limits: true, device_type })?))
+    let options = OpenOptions { default_limits: true, device_type, ..OpenOptions::default() };
+    Ok(Arc::new(WebGpu::open(found, &options)?))
 }
 
 /// Every case, way and storage type.

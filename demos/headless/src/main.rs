@@ -4,23 +4,28 @@
 //! line that cannot be understood.
 
 mod bench;
+mod bench_agent;
 mod bench_grad;
 mod bench_model;
 mod bench_op;
 mod bench_restore;
 mod bench_rows;
+mod bench_start;
 mod case;
 mod check;
 mod checkpoints;
 mod counted;
 mod devices;
 mod doors;
+mod files;
 mod grads;
 mod junit;
 mod large;
+mod observe;
 mod oracle;
 mod oracle_grad;
 mod peak;
+mod plot;
 #[path = "../../quiet.rs"]
 mod quiet;
 mod table;
@@ -52,7 +57,7 @@ enum Command {
     Logits(doors::Logits),
     /// Print the ids that greedy decoding appends to a list of token ids
     Generate(doors::Generate),
-    /// Time the operator, its backward pass and whole models
+    /// Time the operator, its backward pass, whole models and long conversations
     Bench(bench::Args),
 }
 

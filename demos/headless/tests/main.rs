@@ -547,3 +547,97 @@ fn bench_goes_back_over_a_prefill() {
     assert!(printed.lines().any(|l| l.starts_with("backward  T=512 ")), "{printed}");
     assert!(printed.contains("times the prefill at T=512"), "{printed}");
 }
+
+#[test]
+fn a_start_is_told_stage_by_stage() {
+    let args = ["bench", "--start", "--device", "cpu", "--shape", "agent", "--runs", "2", "--json"];
+    let output = program(&args);
+    assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
+    let rows: Vec<serde_json::Value> =
+        text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let kinds: Vec<_> = rows.iter().map(|row| row["kind"].as_str().unwrap()).collect();
+    assert_eq!(kinds, ["first start", "kernels kept"]);
+    for row in &rows {
+        let of = |name: &str| row[name].as_f64().unwrap();
+        // 2048 ids and 8 layers as bf16: all weights of the shape.
+        assert!((10e6..11.5e6).contains(&of("weight_bytes")), "{row}");
+        assert!(of("first_s") > 0.0 && of("load_s") > 0.0 && of("total_s") >= of("first_s"), "{row}");
+        assert_eq!(of("kernels"), 0.0, "the CPU's are compiled with the program");
+    }
+    fails(&program(&["bench", "--start", "--shape", "huge", "--device", "cpu"]), 1, &["--shape", "huge"]);
+    let absent = ["bench", "--start", "--device", "cpu", "--model", "no/such/model"];
+    fails(&program(&absent), 1, &["config.json", "a start failed"]);
+    for wrong in [&["bench", "--runs", "2"][..], &["bench", "--start", "--runs", "0"], &["bench", "--start", "--once"]]
+    {
+        assert_eq!(program(wrong).status.code(), Some(64), "{wrong:?}");
+    }
+}
+
+#[test]
+fn a_conversation_is_read_once_and_plotted() {
+    let dir = TempDir::new().unwrap();
+    let plot = dir.path().join("plot.svg");
+    let args =
+        ["bench", "--agent", "--device", "cpu", "--turns", "6", "--length", "9000", "--plot", path(&plot), "--json"];
+    let output = program(&args);
+    assert!(output.status.success(), "{}{}", text(&output.stdout), text(&output.stderr));
+    let rows: Vec<serde_json::Value> =
+        text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let (turns, summary) = (&rows[..6], &rows[6]);
+    assert_eq!((rows.len(), &summary["bench"]), (7, &"agent".into()));
+    // 1290 of the system, then turns of 128 + 41 + 1035 + 81; a token that was written is read with what follows it.
+    let mut position = 0;
+    for (i, turn) in turns.iter().enumerate() {
+        let new = if i == 0 { 1290 + 128 } else { 1 + 128 };
+        for (prompt, new, written) in [("question", new, 41), ("result", 1 + 1035, 81)] {
+            let prompt = &turn[prompt];
+            let counts = ["restored", "read", "again"].map(|count| prompt[count].as_u64().unwrap());
+            assert_eq!(counts, [position, new, 0], "{turn}");
+            let [first, linear, full] = ["first_token_s", "linear_s", "full_s"].map(|s| prompt[s].as_f64().unwrap());
+            assert!(linear > 0.0 && full > 0.0 && linear + full < first, "{turn}");
+            position += new + written - 1;
+        }
+        let bytes = |of: &str| turn[of].as_u64().unwrap();
+        assert_eq!(bytes("position"), position);
+        // 2 layers with k and v of 2 heads of 64 f32; pages of 4096, 4096 and what is left.
+        let pages = [4096, 8192, 9000].into_iter().find(|end| position <= *end).unwrap();
+        assert_eq!(bytes("kv_bytes"), pages * 2048, "{turn}");
+        // 6 layers with a state of 4 x 64 x 64 and a tail of 3 x 768 f32, for the session and each snapshot.
+        assert_eq!(bytes("fixed_bytes"), 6 * (4 * 64 * 64 + 3 * 768) * 4 * (1 + bytes("snapshots")), "{turn}");
+        assert_eq!(turn["other_bytes"], turns[0]["other_bytes"]);
+    }
+    assert_eq!(position, 8999);
+    let numbers = ["kv_bytes_per_token_predicted", "kv_bytes_per_token", "other_growth_bytes", "read_again"];
+    assert_eq!(numbers.map(|name| summary[name].as_f64().unwrap()), [2048.0, 2048.0, 0.0, 0.0]);
+    assert_eq!((&summary["memory_holds"], &summary["back_restored"]), (&true.into(), &8999.into()));
+
+    let svg = std::fs::read_to_string(&plot).unwrap();
+    let (mut areas, mut lines) = (0, 0);
+    let mut reader = quick_xml::Reader::from_str(&svg);
+    loop {
+        match reader.read_event().unwrap() {
+            quick_xml::events::Event::Empty(e) => {
+                areas += (e.name().as_ref() == "polygon") as usize;
+                lines += (e.name().as_ref() == "polyline") as usize;
+            }
+            quick_xml::events::Event::Eof => break,
+            _ => {}
+        }
+    }
+    assert!(areas == 6 && lines > 5, "{svg}");
+}
+
+#[test]
+fn a_conversation_that_cannot_be_held_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let (plot, nowhere) = (dir.path().join("plot.svg"), dir.path().join("no/such.svg"));
+    let bench = |more: &[&str]| program(&[&["bench", "--device", "cpu", "--agent"], more].concat());
+    fails(&bench(&["--turns", "2", "--plot", path(&plot)]), 1, &["--turns 2", "at least 3"]);
+    fails(&bench(&["--length", "1000", "--plot", path(&plot)]), 1, &["--length 1000", "6432"]);
+    fails(&bench(&["--plot", path(&nowhere)]), 1, &["--plot", "no/such.svg"]);
+    fails(&bench(&["--shape", "huge", "--plot", path(&plot)]), 1, &["--shape", "huge"]);
+    let model = golden("models/tiny-text");
+    fails(&bench(&["--model", path(&model), "--plot", path(&plot)]), 1, &["context", "100000"]);
+    assert_eq!(program(&["bench", "--turns", "3"]).status.code(), Some(64));
+    assert_eq!(bench(&["--op"]).status.code(), Some(64));
+}

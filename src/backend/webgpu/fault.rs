@@ -49,11 +49,14 @@ impl Fault {
         Some(Error::DeviceLost { device: self.device.clone(), why })
     }
 
+    /// The loss of the device alone.
+    pub(super) fn alive(&self) -> Result<()> {
+        self.gone().map_or(Ok(()), Err)
+    }
+
     /// What was kept, once; the loss of the device, for ever.
     pub(super) fn check(&self) -> Result<()> {
-        match self.gone() {
-            Some(lost) => Err(lost),
-            None => lock(&self.pending).take().map_or(Ok(()), Err),
-        }
+        self.alive()?;
+        lock(&self.pending).take().map_or(Ok(()), Err)
     }
 }

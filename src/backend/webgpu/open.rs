@@ -1,8 +1,9 @@
 //! Finding adapters and opening devices.
 
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use super::{Shared, WebGpu, bind, fault, fresh_id, pipeline, submit};
+use super::{Shared, WebGpu, bind, fault, fresh_id, kept, pipeline, submit};
 use crate::backend::cpu::physical_memory;
 use crate::error::{Error, Result};
 use crate::source;
@@ -32,7 +33,7 @@ pub struct Found {
 }
 
 /// How to open an adapter.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct OpenOptions {
     /// Ask for WebGPU's default limits and for no feature, as a browser would: 16 KiB of workgroup memory, 8 storage
     /// buffers, 256 invocations, 128 MiB a binding. For tests: every kernel has a variant that keeps to them.
@@ -40,6 +41,9 @@ pub struct OpenOptions {
     /// Kernels and sizes as for this kind of device, whatever the adapter is. For tests: a driver in software has kernels of
     /// its own, and this way runs those of GPUs too.
     pub device_type: Option<wgpu::DeviceType>,
+    /// The folder where compiled kernels are kept; by default the one that the environment variable `GATEDELTA_CACHE` names,
+    /// or `gatedelta` in the user's folder for such things. An empty path keeps none, and so does a variable that is empty.
+    pub cache: Option<PathBuf>,
 }
 
 impl WebGpu {
@@ -83,7 +87,7 @@ impl WebGpu {
         })?;
         let device_type = options.device_type.unwrap_or(found.info.device_type);
         let info = wgpu::AdapterInfo { device_type, ..found.info.clone() };
-        let gpu = Self::with_device(device, queue, info, true)?;
+        let gpu = Self::with_device(device, queue, info, options.cache.as_deref(), true)?;
         let fault = gpu.shared.fault.clone();
         gpu.shared.device.on_uncaptured_error(Arc::new(move |error| {
             let error = fault.translate("reported late", 0, error);
@@ -103,16 +107,22 @@ impl WebGpu {
     }
 
     /// Uses a device that a host application opened, with the limits and features it chose ([`WebGpu::descriptor`]
-    /// suggests some). `info` is its adapter's. Features that pay: `SUBGROUP`, `TIMESTAMP_QUERY`. The host keeps its own callbacks for uncaptured errors and the
+    /// suggests some). `info` is its adapter's. Features that pay: `SUBGROUP`, `TIMESTAMP_QUERY`, `PIPELINE_CACHE`. The host keeps its own callbacks for uncaptured errors and the
     /// loss of the device; it tells of a loss through [`WebGpu::lost`].
     ///
     /// # Errors
     /// [`Error::Unsupported`] if the device lacks what WebGPU guarantees, [`Error::OutOfMemory`].
     pub fn from_device(device: wgpu::Device, queue: wgpu::Queue, info: wgpu::AdapterInfo) -> Result<WebGpu> {
-        Self::with_device(device, queue, info, false)
+        Self::with_device(device, queue, info, None, false)
     }
 
-    fn with_device(device: wgpu::Device, queue: wgpu::Queue, info: wgpu::AdapterInfo, own: bool) -> Result<WebGpu> {
+    fn with_device(
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+        info: wgpu::AdapterInfo,
+        cache: Option<&Path>,
+        own: bool,
+    ) -> Result<WebGpu> {
         let (limits, features) = (device.limits(), device.features());
         let defaults = wgpu::Limits::default();
         for (what, found, least) in [
@@ -141,6 +151,7 @@ impl WebGpu {
         let fault = Arc::new(fault::Fault::new(caps.name.clone()));
         let queue_state = Mutex::new(submit::State::new(&device));
         let binds = Mutex::new(bind::Binds::new(&device));
+        let kept = kept::Kept::open(&device, &info, cache);
         let shared = Shared {
             features: source::Features::of(&caps),
             timestamps: features.contains(wgpu::Features::TIMESTAMP_QUERY),
@@ -151,7 +162,7 @@ impl WebGpu {
             limits,
             fault,
             dropped: Arc::default(),
-            pipelines: pipeline::Pipelines::default(),
+            pipelines: pipeline::Pipelines::new(kept),
             binds,
             queue_state,
             staged: Default::default(),
@@ -192,7 +203,7 @@ fn wanted_features(has: wgpu::Features, default_limits: bool) -> wgpu::Features 
     if default_limits {
         return wgpu::Features::empty();
     }
-    has & (wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY)
+    has & (wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::PIPELINE_CACHE)
 }
 
 /// WebGPU's defaults, with the adapter's own numbers for what the kernels and the backend use.

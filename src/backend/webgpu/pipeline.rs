@@ -1,9 +1,11 @@
 //! Compiled kernels, kept by (row, consts).
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::num::NonZeroU64;
 use std::sync::{Arc, Mutex};
 
+use super::kept::Kept;
 use super::{Shared, lock, submit};
 use crate::error::{Error, Result};
 use crate::kernel::{Access, Kernel};
@@ -31,30 +33,53 @@ pub(super) struct Layout {
 /// All variants of one row.
 struct Row {
     layout: Arc<Layout>,
-    variants: HashMap<Vec<u32>, Arc<Pipeline>>,
+    variants: HashMap<Vec<u32>, Slot>,
 }
 
+/// A variant, once it is compiled. Whoever comes first compiles it; others wait for that one alone.
+type Slot = Arc<Mutex<Option<Arc<Pipeline>>>>;
+
 /// All compiled kernels of a device.
-#[derive(Default)]
 pub(super) struct Pipelines {
     rows: Mutex<HashMap<&'static str, Row>>,
+    kept: Option<Kept>,
 }
 
 impl Pipelines {
+    pub(super) fn new(kept: Option<Kept>) -> Self {
+        Pipelines { rows: Mutex::default(), kept }
+    }
+
     /// The compiled variant; compiles it first where that has not happened.
     pub(super) fn get(&self, shared: &Shared, kernel: &'static Kernel, consts: &[u32]) -> Result<Arc<Pipeline>> {
-        let mut rows = lock(&self.rows);
-        if let Some(found) = rows.get(kernel.name).and_then(|row| row.variants.get(consts)) {
+        let (layout, slot) = self.slot(shared, kernel, consts)?;
+        let mut slot = lock(&slot);
+        if let Some(found) = &*slot {
             return Ok(found.clone());
         }
-        let layout = match rows.get(kernel.name) {
-            Some(row) => row.layout.clone(),
-            None => Arc::new(shared.guarded(kernel.name, || layout(&shared.device, kernel))?),
-        };
-        let pipeline = Arc::new(compile(shared, kernel, consts, layout.clone())?);
-        let row = rows.entry(kernel.name).or_insert_with(|| Row { layout, variants: HashMap::new() });
-        row.variants.insert(consts.to_vec(), pipeline.clone());
+        let cache = self.kept.as_ref().map(|kept| &kept.cache);
+        let pipeline = Arc::new(compile(shared, kernel, consts, layout, cache)?);
+        *slot = Some(pipeline.clone());
+        if let Some(kept) = &self.kept {
+            kept.compiled();
+        }
         Ok(pipeline)
+    }
+
+    fn slot(&self, shared: &Shared, kernel: &'static Kernel, consts: &[u32]) -> Result<(Arc<Layout>, Slot)> {
+        let mut rows = lock(&self.rows);
+        let row = match rows.entry(kernel.name) {
+            Entry::Occupied(row) => row.into_mut(),
+            Entry::Vacant(place) => {
+                let layout = Arc::new(shared.guarded(kernel.name, || layout(&shared.device, kernel))?);
+                place.insert(Row { layout, variants: HashMap::new() })
+            }
+        };
+        if let Some(slot) = row.variants.get(consts) {
+            return Ok((row.layout.clone(), slot.clone()));
+        }
+        let slot = row.variants.entry(consts.to_vec()).or_default().clone();
+        Ok((row.layout.clone(), slot))
     }
 }
 
@@ -81,7 +106,13 @@ fn layout(device: &wgpu::Device, kernel: &Kernel) -> Layout {
     Layout { bind, pipeline, uniform_bytes }
 }
 
-fn compile(shared: &Shared, kernel: &Kernel, consts: &[u32], layout: Arc<Layout>) -> Result<Pipeline> {
+fn compile(
+    shared: &Shared,
+    kernel: &Kernel,
+    consts: &[u32],
+    layout: Arc<Layout>,
+    cache: Option<&wgpu::PipelineCache>,
+) -> Result<Pipeline> {
     let text = source::wgsl(kernel, consts, shared.features)?;
     let compile_error = |error: wgpu::Error| match error {
         wgpu::Error::OutOfMemory { .. } => shared.failure(kernel.name, 0, error),
@@ -112,7 +143,7 @@ fn compile(shared: &Shared, kernel: &Kernel, consts: &[u32], layout: Arc<Layout>
                 zero_initialize_workgroup_memory: false,
                 ..Default::default()
             },
-            cache: None,
+            cache,
         })
     });
     match error {

@@ -4,6 +4,11 @@
 //! from a tenth of that. So the backend predicts how long each launch takes (its work times the variant's measured rate),
 //! cuts what is too long, and submits before a prediction passes [`BUDGET`]. Rates are learnt from submissions whose end
 //! was observed; until then a slow guess stands.
+//!
+//! A cell cannot be cut, so each kernel bounds what one does, whatever the length of the text: a scan walks at most
+//! [`Tile::walk`](crate::tune::Tile::walk) chunks of a sequence; attention, one split of the keys of a page for one tile of
+//! queries ([`crate::tune::attend`]); a product, one tile over the depth of the weights; all else, a block of tokens or numbers. A
+//! model besides reads its prompts in pieces of [`crate::tune::prefill_tokens`].
 
 use std::collections::VecDeque;
 use std::sync::Arc;

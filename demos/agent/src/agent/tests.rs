@@ -77,6 +77,7 @@ impl Sink for Log {
             Event::ToolCall(call) => format!("call {} {}", call.name, json!(call.arguments)),
             Event::ToolResult(_, outcome) => format!("{} {}", if outcome.ok { "ok" } else { "failed" }, outcome.text),
             Event::BrokenCall(broken) => format!("broken {}", broken.why),
+            Event::ReasoningCut(tokens) => format!("cut {tokens}"),
             _ => return Ok(()),
         };
         self.0.push(line);
@@ -107,7 +108,7 @@ fn agent(outputs: &[&str]) -> (Agent<Script>, Arc<Echo>) {
     let echo = Arc::new(Echo(AtomicUsize::new(0)));
     let outputs = outputs.iter().map(|text| Ok(text.to_string())).collect();
     let script = Script { outputs, prompts: Vec::new(), opened: false };
-    let options = Options { system: Some("be good".into()), thinking: None, max_tokens: 10_000 };
+    let options = Options { system: Some("be good".into()), thinking: None, think_budget: None, max_tokens: 10_000 };
     let toolbox = Toolbox::new(vec![echo.clone()], Duration::from_millis(300));
     (Agent::new(script, toolbox, options), echo)
 }
@@ -155,6 +156,67 @@ fn reasoning_is_kept_apart() {
     agent.engine.opened = true;
     ask(&mut agent);
     assert_eq!(agent.messages[2], json!({"role": "assistant", "content": "Yes.", "reasoning_content": "hm"}));
+}
+
+#[test]
+fn reasoning_ends_with_its_budget_and_the_answer_goes_on() {
+    let (mut agent, _) = agent(&["going round and round", "Yes."]);
+    agent.engine.opened = true;
+    agent.options.think_budget = Some(11);
+    let (log, summary) = ask(&mut agent);
+    assert_eq!(log, ["cut 11", "text Yes."]);
+    assert_eq!((summary.reason, summary.reasoning_cut, summary.reasoning_tokens), (Reason::Stop, true, 11));
+    assert_eq!(summary.generated_tokens, 15);
+    assert_eq!(agent.messages[2], json!({"role": "assistant", "content": "Yes.", "reasoning_content": "going round"}));
+    let [first, second] = &agent.engine.prompts[..] else { panic!("{:?}", agent.engine.prompts) };
+    assert_eq!(second, &format!("{first}going round\n</think>\n\n"), "the model reads on from its own words");
+    assert_eq!(agent.raw(), "going round\n</think>\n\nYes.");
+
+    // What ends by itself in time is left alone, and so is what is no reasoning.
+    let (mut agent, _) = self::agent(&["going\n</think>\n\nA long answer that is no reasoning."]);
+    agent.engine.opened = true;
+    agent.options.think_budget = Some(14);
+    let (log, summary) = ask(&mut agent);
+    assert_eq!(log, ["text A long answer that is no reasoning."]);
+    assert_eq!((summary.reasoning_cut, summary.reasoning_tokens), (false, "going\n</think".len()));
+}
+
+#[test]
+fn the_budget_of_reasoning_spans_the_rounds() {
+    let call = call("a");
+    let (mut agent, echo) = agent(&[&format!("let me see\n</think>\n\n{call}"), "again and again", "Done."]);
+    agent.engine.opened = true;
+    agent.options.think_budget = Some(30);
+    let (log, summary) = ask(&mut agent);
+    assert_eq!((log.last().unwrap().as_str(), echo.0.load(Ordering::Relaxed)), ("text Done.", 1));
+    assert_eq!((summary.reasoning_cut, summary.reasoning_tokens, summary.reason), (true, 30, Reason::Stop));
+    // Used up, it leaves a later round none at all.
+    let (mut agent, _) = self::agent(&[&format!("let me see\n</think>\n\n{call}"), "Done."]);
+    agent.engine.opened = true;
+    agent.options.think_budget = Some(1);
+    agent.engine.outputs.insert(1, Ok(call.clone()));
+    let (log, summary) = ask(&mut agent);
+    assert_eq!(
+        (log.iter().filter(|line| line.starts_with("cut")).count(), summary.reasoning_tokens),
+        (2, 1),
+        "{log:?}"
+    );
+    assert!(agent.engine.prompts.last().unwrap().ends_with("<think>\n</think>\n\n"), "{:?}", agent.engine.prompts);
+}
+
+#[test]
+fn a_budget_of_reasoning_does_not_outlive_that_of_tokens() {
+    let (mut agent, _) = agent(&["going round and round", "Yes."]);
+    agent.engine.opened = true;
+    (agent.options.think_budget, agent.options.max_tokens) = (Some(5), 5);
+    let (log, summary) = ask(&mut agent);
+    assert_eq!((log, summary.reason, summary.generated_tokens), (vec!["cut 5".to_string()], Reason::Length, 5));
+    // A loop in the reasoning ends the answer, with the reason, before any budget.
+    let (mut agent, _) = self::agent(&[&"hm ".repeat(1000)]);
+    agent.engine.opened = true;
+    agent.options.think_budget = Some(2000);
+    let (_, summary) = ask(&mut agent);
+    assert_eq!((summary.reason, summary.reasoning_cut), (Reason::Repetition, false));
 }
 
 #[test]

@@ -39,11 +39,11 @@ pub struct Local {
     unpacked: Option<tempfile::TempDir>,
 }
 
-/// The text of all that a session holds.
+/// The text of all that was read and written.
 struct Said {
     text: String,
-    /// How many tokens that is.
-    tokens: usize,
+    /// The tokens of it; the session may not have read the last.
+    ids: Vec<u32>,
 }
 
 /// What befell the device and has not been told yet.
@@ -71,6 +71,9 @@ impl Notices {
         Ok(goes_on)
     }
 }
+/// What may follow such text without its tokens becoming others: markers, which no token reaches across, and what the agent ends
+/// reasoning with, which a model never sees otherwise than behind what it wrote.
+const BEGINS: [&str; 3] = ["<|", "</think>", "\n</think>"];
 
 /// Disk that the snapshots of one folder may take.
 const DISK: u64 = 4 << 30;
@@ -97,6 +100,14 @@ impl Local {
             bar.set_position(done);
         });
         bar.finish_and_clear();
+        if let Ok(local) = &local {
+            let bar = ui::progress(0, "compiling {bar:30} {pos}/{len} kernels");
+            local.model.ready(&mut |done, total| {
+                bar.set_length(total);
+                bar.set_position(done);
+            });
+            bar.finish_and_clear();
+        }
         local
     }
 
@@ -257,11 +268,11 @@ impl Local {
     fn ids(&self, prompt: &str) -> Result<Vec<u32>> {
         let tokenizer = self.session.model().tokenizer()?;
         let held = self.session.ids();
-        let said = self.said.as_ref().filter(|said| said.tokens == held.len());
-        // A marker begins there, which no token reaches across.
-        let more = said.and_then(|said| prompt.strip_prefix(&said.text)).filter(|more| more.starts_with("<|"));
-        Ok(match more {
-            Some(more) => [held, &tokenizer.encode(more)?].concat(),
+        let fits = |said: &&Said| said.ids.starts_with(held) && said.ids.len() - held.len() <= 1;
+        let said = self.said.as_ref().filter(fits);
+        let more = said.and_then(|said| Some((said, prompt.strip_prefix(&said.text)?)));
+        Ok(match more.filter(|(_, more)| BEGINS.iter().any(|begin| more.starts_with(begin))) {
+            Some((said, more)) => [&said.ids[..], &tokenizer.encode(more)?].concat(),
             None => tokenizer.encode(prompt)?,
         })
     }
@@ -280,7 +291,7 @@ impl Engine for Local {
         budget: usize,
         each: &mut dyn FnMut(Step<'_>) -> Result<bool>,
     ) -> Result<Answer> {
-        let ids = self.ids(prompt)?;
+        let mut ids = self.ids(prompt)?;
         let context = Local::memory(self).context;
         if ids.len() as u64 >= context {
             bail!(
@@ -323,6 +334,7 @@ impl Engine for Local {
                 Event::Prompt { done, .. } => each(Step::Read { done: reused + done as usize, total, reused })?,
                 Event::Token { id, text } => {
                     answer.wrote += 1;
+                    ids.push(id);
                     text_so_far += &text;
                     each(Step::Wrote { id, text: &text })?
                 }
@@ -351,9 +363,8 @@ impl Engine for Local {
         }
         self.read.0 += answer.read as u64;
         self.read.1 += answer.reading;
-        // Only what the model ended itself is read to its last token.
-        if answer.end == End::Stop {
-            self.said = Some(Said { text: text_so_far, tokens: self.session.ids().len() });
+        if matches!(answer.end, End::Stop | End::Cancelled) {
+            self.said = Some(Said { text: text_so_far, ids });
         }
         Ok(answer)
     }
@@ -522,6 +533,29 @@ mod tests {
         let (_, next) = ids(&mut local, &format!("{text}{more}"), 1);
         let new = local.session.model().tokenizer().unwrap().encode(more).unwrap().len();
         assert_eq!((next.reused, next.read, next.reread), (held.len(), new, 0), "only what is new");
+    }
+
+    #[test]
+    fn reasoning_that_is_ended_is_not_read_again() {
+        let mut local = local();
+        let prompt = format!("{BEGIN}<|im_start|>assistant\n<think>\n");
+        let mut text = prompt.clone();
+        let mut seen = 0;
+        let answer = local.generate(&prompt, 100, &mut |step| {
+            if let Step::Wrote { text: more, .. } | Step::Rest { text: more } = step {
+                seen += 1;
+                text += more;
+            }
+            Ok(seen < 3)
+        });
+        assert_eq!(answer.unwrap().end, End::Cancelled);
+        let held = local.session.ids().to_vec();
+        let more = "\n</think>\n\n";
+        let (_, next) = ids(&mut local, &format!("{text}{more}"), 4);
+        // The last token that was written had not been read yet.
+        let new = local.model.tokenizer().unwrap().encode(more).unwrap().len() + 1;
+        assert_eq!((next.reused, next.read, next.reread), (held.len(), new, 0));
+        assert!(local.session.ids().starts_with(&held));
     }
 
     #[test]
