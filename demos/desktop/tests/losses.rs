@@ -67,7 +67,8 @@ fn an_answer_goes_on_after_losses_and_the_window_is_told() {
             })
         })
     };
-    let worker = Worker::start_on(Place::new().setup().args, None, None, Box::new(devices), || {}).unwrap();
+    let place = Place::new();
+    let worker = Worker::start_on(place.setup().args, None, None, Box::new(devices), || {}).unwrap();
     worker.load(Choice::default());
     loop {
         match worker.wait(PATIENCE).expect("news of the worker") {
