@@ -160,7 +160,7 @@ fn compile(backend: &dyn Backend, launches: &[Launch], shared: &Shared) {
         while !shared.stop.load(Ordering::Relaxed)
             && let Some(launch) = launches.get(next.fetch_add(1, Ordering::Relaxed))
         {
-            if let Err(why) = backend.load(&Pass { launches: vec![launch.clone()] }) {
+            if let Err(why) = backend.load(&Pass { launches: vec![launch.clone()], ..Pass::new() }) {
                 log::debug!("{why}");
             }
             shared.change(|counts| counts.done += 1);

@@ -121,7 +121,7 @@ impl Observed {
             place = named(&notes.places, launch).unwrap_or(place);
             match parts.last_mut() {
                 Some((last, part)) if *last == place => part.launches.push(launch.clone()),
-                _ => parts.push((place, Pass { launches: vec![launch.clone()] })),
+                _ => parts.push((place, Pass { launches: vec![launch.clone()], exact: pass.exact })),
             }
         }
         let kind = |place: Option<usize>| self.layers.get(place?).copied();
