@@ -162,7 +162,8 @@ __device__ __forceinline__ void grad_qk(const row::gdn_grad_qk::Launch& l) {
             u32 right_s[N][2][2], right_ds[N][2][2];
 #pragma unroll
             for (u32 i = 0; i < N; i++) {
-                const float4 vs = *(const float4*)(before + (size_t)8 * i * dv + step), vd = *(const float4*)(after + (size_t)8 * i * dv + step);
+                const size_t at = (size_t)8 * i * dv + step;
+                const float4 vs = *(const float4*)(before + at), vd = *(const float4*)(after + at);
                 inner = add_dot(inner, vs, vd);
                 right_2(right_s[i], vs);
                 right_2(right_ds[i], vd);
