@@ -35,6 +35,8 @@ impl Launch {
 pub struct Pass {
     /// The launches.
     pub launches: Vec<Launch>,
+    /// No backend may leave out what a head has forgotten: [`crate::gdn::Options::exact`].
+    pub exact: bool,
 }
 
 impl Pass {
@@ -72,6 +74,7 @@ impl Pass {
     /// Appends the launches of another pass.
     pub fn extend(&mut self, other: Pass) {
         self.launches.extend(other.launches);
+        self.exact |= other.exact;
     }
 }
 

@@ -8,6 +8,8 @@ mod bad;
 mod compiled;
 mod header;
 #[cfg(feature = "cuda")]
+mod hopper;
+#[cfg(feature = "cuda")]
 mod replay;
 #[cfg(feature = "cuda")]
 mod special;
@@ -59,6 +61,29 @@ pub fn emulator_dir() -> Result<std::path::PathBuf, String> {
             }
         })
         .clone()
+}
+
+/// Runs the ignored test `name` of this module in a process whose driver is the stand-in, told to be like `like`; what it printed.
+#[cfg(feature = "cuda")]
+pub fn child(name: &str, like: &str, env: &[(&str, &str)]) -> Option<String> {
+    let dir = match emulator_dir() {
+        Ok(dir) => dir,
+        Err(why) => {
+            crate::util::skipped("emulator", &why);
+            return None;
+        }
+    };
+    let out = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([&format!("cuda::{name}"), "--exact", "--ignored", "--nocapture", "--test-threads=1"])
+        .env("LD_LIBRARY_PATH", dir)
+        .env("GATEDELTA_EMULATE", like)
+        .env_remove("GATEDELTA_DEVICE")
+        .envs(env.iter().copied())
+        .output()
+        .unwrap();
+    let text = [&*String::from_utf8_lossy(&out.stdout), &*String::from_utf8_lossy(&out.stderr)].concat();
+    assert!(out.status.success(), "{like}: {text}");
+    Some(text)
 }
 
 /// The first CUDA device of this process's driver.

@@ -48,7 +48,7 @@ constexpr int CARRY_STRIDE = 36;   // of the state in shared memory: 4 mod 32, r
 // Grid: (cuts x Hv) x V / 32; K / 16 warps, warp w owns rows 16 w of the state.
 template <int K>
 __device__ __forceinline__ void carry(const CarryArgs& p) {
-    __shared__ float state[K * CARRY_STRIDE];
+    STATIC_SHARED(float, state, K * CARRY_STRIDE);
     const int threads = K * 2, tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, i = lane >> 2, j = lane & 3;
     const Cut cut = p.cuts[blockIdx.x / p.hv];
     const int h = blockIdx.x % p.hv, column = blockIdx.y * CARRY_COLUMNS;

@@ -7,18 +7,13 @@
 
 using namespace hopper;
 
-#define PREPARE(NAME, E, I, K) \
-    extern "C" __global__ void __launch_bounds__(128, 4) NAME(const __grid_constant__ PrepareArgs p) { prepare<E, I, K>(p); }
+#define PREPARE(NAME, E, I, K) ENTRY(NAME, 128, 4, PrepareArgs) { prepare<E, I, K>(p); }
 PREPARE(hopper_prepare_bf16_k128, Bf16, Bf16, 128)
 PREPARE(hopper_prepare_bf16_k64, Bf16, Bf16, 64)
 PREPARE(hopper_prepare_f16_k128, F16, F16, 128)
 PREPARE(hopper_prepare_f16_k64, F16, F16, 64)
 
-#define SCAN(NAME, E, I, K, WG, OUT)                                                         \
-    extern "C" __global__ void __launch_bounds__((WG + 1) * 128, 1)                       \
-        NAME(const __grid_constant__ ScanArgs p, const __grid_constant__ ScanMaps maps) { \
-        scan<E, I, K, WG, 3, OUT>(p, maps);                                                  \
-    }
+#define SCAN(NAME, E, I, K, WG, OUT) ENTRY_MAPS(NAME, (WG + 1) * 128, 1, ScanArgs, ScanMaps) { scan<E, I, K, WG, 3, OUT>(p, maps); }
 SCAN(hopper_scan_bf16_k128_w2, Bf16, Bf16, 128, 2, true)
 SCAN(hopper_scan_bf16_k128_w1, Bf16, Bf16, 128, 1, true)
 SCAN(hopper_scan_bf16_k64_w2, Bf16, Bf16, 64, 2, true)
@@ -36,7 +31,7 @@ SCAN(hopper_state_bf16_k64, Bf16, Bf16, 64, 1, false)
 SCAN(hopper_state_f16_k128, F16, F16, 128, 1, false)
 SCAN(hopper_state_f16_k64, F16, F16, 64, 1, false)
 
-extern "C" __global__ void __launch_bounds__(128) hopper_warm(const __grid_constant__ CarryArgs p) { warm(p); }
-extern "C" __global__ void __launch_bounds__(256) hopper_carry_k128(const __grid_constant__ CarryArgs p) { carry<128>(p); }
-extern "C" __global__ void __launch_bounds__(128) hopper_carry_k64(const __grid_constant__ CarryArgs p) { carry<64>(p); }
-extern "C" __global__ void __launch_bounds__(128) hopper_tables(const __grid_constant__ TablesArgs p) { tables(p); }
+ENTRY(hopper_warm, 128, 1, CarryArgs) { warm(p); }
+ENTRY(hopper_carry_k128, 256, 1, CarryArgs) { carry<128>(p); }
+ENTRY(hopper_carry_k64, 128, 1, CarryArgs) { carry<64>(p); }
+ENTRY(hopper_tables, 128, 1, TablesArgs) { tables(p); }

@@ -30,20 +30,8 @@ struct PrepareSmem {
     static constexpr int bytes(int group) { return GATES + group * 512 + 1024; }
 };
 
-// The nearest TF32 number, as bits.
-__device__ __forceinline__ uint32_t tf32(float x) {
-    uint32_t r;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(x));
-    return r;
-}
-
-// d [16, 8] += a [16, 8] b [8, 8] in TF32. Column j and j + 4 of a, and row j and j + 4 of b, are named 2j and 2j + 1 by all
-// callers: the sum does not mind, and a result's pairs of columns then fit as they are.
-__device__ __forceinline__ void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+// Column j and j + 4 of a product's left operand, and row j and j + 4 of its right one, are named 2j and 2j + 1 by all callers of
+// mma_tf32: the sum does not mind, and a result's pairs of columns then fit as they are.
 
 // acc [16, 16] += y b^T, y [16, 16] as a result, b [16, 16] f32 rows in shared memory.
 __device__ __forceinline__ void mma_16(float (&acc)[2][4], const float (&y)[2][4], const float* b, int stride, int i, int j) {
@@ -61,7 +49,7 @@ __device__ __forceinline__ void mma_16(float (&acc)[2][4], const float (&y)[2][4
 // I is the type of A and P.
 template <class E, class I, int K>
 __device__ __forceinline__ void prepare(const PrepareArgs& p) {
-    extern __shared__ char smem_raw[];
+    DYNAMIC_SHARED(smem_raw);
     char* smem = align_1024(smem_raw);
     using M = PrepareSmem<K>;
     constexpr int PANELS = K / 64;

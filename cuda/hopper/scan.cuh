@@ -60,7 +60,7 @@ __device__ __forceinline__ void load_low(uint32_t to, const char* from, uint32_t
 
 template <class E, class I, int K, int WG, int STAGES, bool OUT>
 __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
-    extern __shared__ char smem_raw[];
+    DYNAMIC_SHARED(smem_raw);
     char* smem = align_1024(smem_raw);
     using M = ScanSmem<K, WG, STAGES, OUT>;
     constexpr int PANELS = K / 64;
@@ -285,7 +285,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                     ns[2 * b + 1] = E::pack(cs[b].x * u[4 * b + 2], cs[b].y * u[4 * b + 3]);
                 }
 #pragma unroll
-                for (int b = 4 * x; b < 4 * x + 4; b++) asm volatile("" : "+r"(ns[b])::"memory");
+                for (int b = 4 * x; b < 4 * x + 4; b++) hold(ns[b]);
                 wgmma_fence();
                 E::template mma_rs<1>(s, ns + 4 * x, desc_step(rows, x * 2048), 1);
             }
@@ -323,7 +323,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
 #pragma unroll
                     for (int b = 4 * x; b < 4 * x + 8; b++) {
                         sb[b] = E::pack(s[2 * b], s[2 * b + 1]);
-                        asm volatile("" : "+r"(sb[b])::"memory");
+                        hold(sb[b]);
                     }
                     wgmma_fence();
 #pragma unroll

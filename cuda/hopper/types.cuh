@@ -5,6 +5,7 @@
 // pairs in that order, these are the fragments of a [64, 16] for block pairs: a product's result, rounded, is the next
 // product's left operand without leaving the registers.
 #pragma once
+#ifndef GATEDELTA_EMULATOR
 #include <cstdint>
 
 namespace hopper {
@@ -54,50 +55,6 @@ struct Bf16 {
               "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),
               "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TRANS));
-    }
-    // Columns 16 X and on of d [64, 64]: (+)= a [64, 16] b [16, 64 - 16 X], b in blocks of 8 x 8.
-    template <int X>
-    static __device__ __forceinline__ void mma_low(float (&d)[32], const uint32_t* a, uint64_t b, int add) {
-        if constexpr (X == 0)
-            asm volatile(
-                "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-                "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-                "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
-                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-        if constexpr (X == 1)
-            asm volatile(
-                "{\n.reg .pred p;\nsetp.ne.b32 p, %29, 0;\n"
-                "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 "
-                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                "%16, %17, %18, %19, %20, %21, %22, %23}, "
-                "{%24, %25, %26, %27}, %28, p, 1, 1, 0;\n}"
-                : "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-        if constexpr (X == 2)
-            asm volatile(
-                "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
-                "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-                "{%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}"
-                : "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-        if constexpr (X == 3)
-            asm volatile(
-                "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
-                "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-                "{%0, %1, %2, %3, %4, %5, %6, %7}, "
-                "{%8, %9, %10, %11}, %12, p, 1, 1, 0;\n}"
-                : "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
     }
     // d [64, 64] (+)= a [64, 16] b [16, 64], both in shared memory with 16 contiguous.
     static __device__ __forceinline__ void mma_ss(float (&d)[32], uint64_t a, uint64_t b, int add) {
@@ -161,50 +118,6 @@ struct F16 {
               "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TRANS));
     }
-    // Columns 16 X and on of d [64, 64]: (+)= a [64, 16] b [16, 64 - 16 X], b in blocks of 8 x 8.
-    template <int X>
-    static __device__ __forceinline__ void mma_low(float (&d)[32], const uint32_t* a, uint64_t b, int add) {
-        if constexpr (X == 0)
-            asm volatile(
-                "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-                "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-                "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
-                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
-                  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-        if constexpr (X == 1)
-            asm volatile(
-                "{\n.reg .pred p;\nsetp.ne.b32 p, %29, 0;\n"
-                "wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 "
-                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                "%16, %17, %18, %19, %20, %21, %22, %23}, "
-                "{%24, %25, %26, %27}, %28, p, 1, 1, 0;\n}"
-                : "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
-                  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-        if constexpr (X == 2)
-            asm volatile(
-                "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
-                "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-                "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-                "{%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}"
-                : "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
-                  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-        if constexpr (X == 3)
-            asm volatile(
-                "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
-                "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 "
-                "{%0, %1, %2, %3, %4, %5, %6, %7}, "
-                "{%8, %9, %10, %11}, %12, p, 1, 1, 0;\n}"
-                : "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-    }
     // d [64, 64] (+)= a [64, 16] b [16, 64], both in shared memory with 16 contiguous.
     static __device__ __forceinline__ void mma_ss(float (&d)[32], uint64_t a, uint64_t b, int add) {
         asm volatile(
@@ -222,3 +135,5 @@ struct F16 {
 };
 
 }  // namespace hopper
+
+#endif

@@ -85,6 +85,7 @@ impl Prefill {
         let (qk, vo) = (heads.hk as u64 * heads.k as u64, heads.hv as u64 * heads.v as u64);
         let gates = |view: &View| Rows::packed(view.clone(), heads.hv as u64);
         let rows = ChunkRows::new(&self.shape, &self.options, &self.tile, &self.caps)?;
+        pass.exact |= self.options.exact;
         for piece in &self.plan.pieces {
             let caps = &self.caps;
             let q = window(caps, "q", &io.q, &piece.tokens, qk, size)?;

@@ -1,8 +1,6 @@
 //! What goes wrong, said in errors: no driver, drivers and devices that are too old or fail, memory, launches. The stand-in for the
 //! driver plays the broken ones, each in a process of its own.
 
-use std::process::Command;
-
 use gatedelta::Error;
 use gatedelta::backend::Backend;
 use gatedelta::backend::cuda::{Cuda, OpenOptions, choose};
@@ -21,25 +19,9 @@ fn subject() -> Option<&'static dyn Backend> {
     found.map(|d| &*d.backend)
 }
 
-/// Runs the ignored test `name` in a process whose driver is the stand-in, told to be like `like`; what it printed.
+/// Runs the ignored test `name` of this file in a process whose driver is the stand-in, told to be like `like`; what it printed.
 fn child(name: &str, like: &str) -> Option<String> {
-    let dir = match crate::cuda::emulator_dir() {
-        Ok(dir) => dir,
-        Err(why) => {
-            skipped("emulator", &why);
-            return None;
-        }
-    };
-    let out = Command::new(std::env::current_exe().unwrap())
-        .args([&format!("cuda::bad::{name}"), "--exact", "--ignored", "--nocapture", "--test-threads=1"])
-        .env("LD_LIBRARY_PATH", dir)
-        .env("GATEDELTA_EMULATE", like)
-        .env_remove("GATEDELTA_DEVICE")
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&out.stdout).into_owned();
-    assert!(out.status.success(), "{like}: {text}{}", String::from_utf8_lossy(&out.stderr));
-    Some(text)
+    crate::cuda::child(&format!("bad::{name}"), like, &[])
 }
 
 /// Run by [`child`]: opens the device and uses it, and prints what came of each.

@@ -1,13 +1,15 @@
 //! The window: what it knows, what it does with what the user and the worker say, and how it is laid out.
 
+mod composer;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use eframe::egui::{
-    CentralPanel, Context, Frame, Key, KeyboardShortcut, Margin, Modifiers, Panel, ProgressBar, RichText, Role,
-    ScrollArea, Sides, Spinner, TextEdit, Ui, WidgetInfo,
+    CentralPanel, Context, Frame, Margin, Panel, ProgressBar, RichText, Role, ScrollArea, Sides, Spinner, Ui,
+    WidgetInfo,
 };
 use gatedelta::backend::webgpu::WebGpu;
 use gatedelta::device::Account;
@@ -18,7 +20,7 @@ use crate::conversation::{Call, Conversation, Figures, Item};
 use crate::plots::Samples;
 use crate::side;
 use crate::store::{Settings, Store};
-use crate::theme::{self, card, palette};
+use crate::theme::{self, palette};
 use crate::tree::{self, Node};
 use crate::worker::{Choice, Held, Loaded, Update, Worker};
 
@@ -79,6 +81,8 @@ pub struct App {
     pub(crate) directory: String,
     errors: Vec<String>,
     pub(crate) samples: Samples,
+    /// Nothing was shown yet.
+    fresh: bool,
     closed: bool,
 }
 
@@ -87,7 +91,7 @@ impl App {
     pub fn new(ctx: &Context, setup: Setup) -> Self {
         theme::install(ctx);
         let mut app = App::default();
-        (app.args, app.host) = (setup.args, setup.host);
+        (app.args, app.host, app.fresh) = (setup.args, setup.host, true);
         if let Some(folder) = &setup.folder {
             match Store::open(folder) {
                 Ok((store, kept)) => {
@@ -339,6 +343,8 @@ impl App {
             Ok((figures, messages)) if !messages.is_empty() => {
                 (turn.figures, turn.messages) = (Some(figures), messages);
             }
+            // Nothing was written before the window closes: the question stays, as after a crash.
+            _ if self.closed => {}
             // Nothing was written: the question goes back to where it was typed.
             other => {
                 let question = turn.question.clone();
@@ -530,60 +536,6 @@ impl App {
                 if let Some(folder) = start.folder {
                     ui.label(RichText::new(format!("It may read {folder} and below.")).small().weak());
                 }
-            }
-        }
-    }
-
-    fn composer(&mut self, ui: &mut Ui) {
-        let colors = palette(ui.visuals());
-        let ready = matches!(self.model, Model::Ready(_));
-        let newline = KeyboardShortcut::new(Modifiers::SHIFT, Key::Enter);
-        let mut send = false;
-        card(colors.side).stroke((1.0, colors.line)).show(ui, |ui| {
-            let edit = TextEdit::multiline(&mut self.draft)
-                .id_salt("draft")
-                .desired_rows(2)
-                .desired_width(f32::INFINITY)
-                .frame(Frame::NONE)
-                .return_key(newline)
-                .hint_text("Ask something. Enter sends, Shift+Enter begins a new line.");
-            let response = ScrollArea::vertical().max_height(140.0).show(ui, |ui| ui.add(edit)).inner;
-            response.ctx.accesskit_node_builder(response.id, |node| node.set_label("Your question"));
-            if response.has_focus() && ui.input(|input| input.key_pressed(Key::Enter) && input.modifiers.is_none()) {
-                send = true;
-            }
-            Sides::new().shrink_left().truncate().show(
-                ui,
-                |ui| ui.label(RichText::new(self.status()).small().weak()),
-                |ui| {
-                    if self.active.is_some() {
-                        if ui.button("Stop").clicked() {
-                            self.stop();
-                        }
-                    } else {
-                        let text = RichText::new("Send").color(colors.on_accent);
-                        let can = ready && !self.draft.trim().is_empty();
-                        let button = eframe::egui::Button::new(text).fill(colors.accent);
-                        send |= ui.add_enabled(can, button).clicked();
-                    }
-                },
-            );
-        });
-        if send && self.active.is_none() && ready && !self.draft.trim().is_empty() {
-            let question = std::mem::take(&mut self.draft);
-            self.ask(&question);
-        }
-    }
-
-    /// What runs where, in one line.
-    fn status(&self) -> String {
-        match &self.model {
-            Model::None => "no model".into(),
-            Model::Loading(..) => "the model is being loaded".into(),
-            Model::Ready(loaded) => {
-                let model = loaded.choice.model.as_deref().map_or_else(|| "the model inside".into(), name);
-                let device = loaded.account.chosen.map_or("", |at| &loaded.account.candidates[at].name);
-                format!("{model} on {device}")
             }
         }
     }

@@ -128,8 +128,9 @@ fn until_ready(window: &mut Window) {
 /// Types a question, presses Enter, and waits for the answer.
 #[track_caller]
 fn ask(window: &mut Window, question: &str) {
+    let before = app(window).conversation().turns().len();
     type_and_send(window, question);
-    assert!(app(window).answering(), "Enter sends");
+    assert_eq!(app(window).conversation().turns().len(), before + 1, "Enter sends");
     until(window, "an answer", |window| !app(window).answering());
 }
 

@@ -4,7 +4,7 @@ use egui_kittest::kittest::Queryable;
 
 use crate::{Place, app, ask, nowhere, screen, shows, type_and_send, until, until_ready, window};
 use gatedelta_desktop::app::Model;
-use gatedelta_desktop::conversation::Item;
+use gatedelta_desktop::conversation::{Conversation, Item, Turn};
 
 fn text(item: &Item) -> String {
     match item {
@@ -34,7 +34,7 @@ fn a_question_is_answered_with_a_tool() {
     window.get_by_label("What is 17.5% of 2480?").click();
     window.step();
     window.step();
-    assert!(app(&window).answering(), "a suggestion is asked at once");
+    assert_eq!(app(&window).conversation().turns().len(), 1, "a suggestion is asked at once");
     until(&mut window, "an answer", |window| !app(window).answering());
     assert_eq!(answer(&window)[0], "[calculator 434]");
     for shown in ["calculator", "expression=", "434", "done", "The result is 434.", "Answer complete:"] {
@@ -69,7 +69,10 @@ fn going_back_forks_and_everything_is_there_again() {
 
     let mut again = crate::window(place.setup(), None);
     again.step();
-    assert_eq!(*app(&again).conversation(), before);
+    let said = |conversation: &Conversation| -> Vec<_> {
+        conversation.turns().iter().map(|turn| (turn.question.clone(), turn.messages.clone())).collect()
+    };
+    assert_eq!(said(app(&again).conversation()), said(&before));
     assert!(shows(&again, "The result is 434.") && shows(&again, "Go to: what is 12 * (3 + 4)"));
     until_ready(&mut again);
     again.get_by_label("Go to: what is 12 * (3 + 4)").click();
@@ -85,25 +88,45 @@ fn going_back_forks_and_everything_is_there_again() {
 
 #[test]
 fn closing_in_the_middle_of_an_answer_loses_nothing() {
-    let place = Place::new();
-    // A long list, so that the model has to read for a while between the tool's answer and its own.
-    for n in 0..150 {
-        std::fs::write(place.dir.path().join(format!("folder/file-{n}.txt")), "").unwrap();
+    // Between the question and the end of the answer, as far as it goes before the window closes.
+    let stages: [(&str, fn(&Turn) -> bool); 4] = [
+        ("the question", |_| true),
+        ("a call", |turn| !turn.items.is_empty()),
+        ("its outcome", |turn| matches!(turn.items.first(), Some(Item::Call(call)) if call.outcome.is_some())),
+        ("a text", |turn| matches!(turn.items.get(1), Some(Item::Text(_)))),
+    ];
+    let mut in_the_middle = 0;
+    for (stage, reached) in stages {
+        let place = Place::new();
+        // A long list, so that the model has to read for a while between the tool's answer and its own.
+        for n in 0..150 {
+            std::fs::write(place.dir.path().join(format!("folder/file-{n}.txt")), "").unwrap();
+        }
+        let mut window = window(place.setup(), None);
+        until_ready(&mut window);
+        type_and_send(&mut window, "Which files are here?");
+        let turn = |window: &crate::Window| app(window).conversation().turn(0).unwrap().clone();
+        until(&mut window, stage, |window| reached(&turn(window)));
+        in_the_middle += usize::from(app(&window).answering());
+        let shown: Vec<String> = turn(&window).items.iter().map(text).collect();
+        drop(window);
+
+        let mut again = crate::window(place.setup(), None);
+        again.step();
+        assert_eq!(turn(&again).question, "Which files are here?");
+        assert!(shows(&again, "Which files are here?"), "{stage}");
+        let kept: Vec<String> = turn(&again).items.iter().map(text).collect();
+        // What was under way when the window closed may have gone on a little: a call has run, a text has grown.
+        assert!(kept.len() >= shown.len(), "{stage}: {shown:?}, {kept:?}");
+        for (shown, kept) in shown.iter().zip(&kept) {
+            assert!(kept.starts_with(shown.trim_end_matches(" runs]")), "{stage}: {shown:?}, {kept:?}");
+        }
+        until_ready(&mut again);
+        ask(&mut again, "what is 12 * (3 + 4)");
+        assert_eq!(answer(&again).last().unwrap(), "The result is 84.", "{stage}");
     }
-    let mut window = window(place.setup(), None);
-    until_ready(&mut window);
-    type_and_send(&mut window, "Which files are here?");
-    until(&mut window, "a call", |window| shows(window, "list_files") || !app(window).answering());
-    assert!(app(&window).answering(), "the answer is still under way");
-    drop(window);
-    let mut again = crate::window(place.setup(), None);
-    again.step();
-    let turn = app(&again).conversation().turn(0).unwrap().clone();
-    assert_eq!(turn.question, "Which files are here?");
-    assert!(matches!(&turn.items[0], Item::Call(call) if call.name == "list_files"), "{turn:?}");
-    until_ready(&mut again);
-    ask(&mut again, "what is 12 * (3 + 4)");
-    assert_eq!(answer(&again).last().unwrap(), "The result is 84.");
+    // A machine that is busy elsewhere may hold the window up until an answer is complete, but not each time.
+    assert!(in_the_middle > 0, "every answer was complete before the window closed");
 }
 
 #[test]
@@ -111,13 +134,28 @@ fn an_answer_can_be_stopped() {
     let place = Place::new();
     let mut window = window(place.setup(), None);
     until_ready(&mut window);
-    type_and_send(&mut window, "add up all numbers in budget.csv");
-    window.get_by_label("Stop").click();
-    until(&mut window, "the end", |window| !app(window).answering());
-    let kept = app(&window).conversation().turns().len();
-    // Stopped before the first token the question is back where it was typed, else the turn says that it was stopped.
-    assert!(kept == 1 || window.state_mut().as_mut().unwrap().draft() == "add up all numbers in budget.csv");
-    assert!(window.query_by_label("Stop").is_none());
+    // As above: one that is complete before it can be stopped does not count.
+    for _ in 0..5 {
+        let before = app(&window).conversation().turns().len();
+        type_and_send(&mut window, "add up all numbers in budget.csv");
+        let stop = window.query_by_label("Stop");
+        let stopped = stop.map(|stop| stop.click()).is_some();
+        until(&mut window, "the end", |window| !app(window).answering());
+        assert!(window.query_by_label("Stop").is_none());
+        let kept = &app(&window).conversation().turns()[before..];
+        if kept.is_empty() {
+            // Stopped before the first token: the question is back where it was typed.
+            assert!(stopped);
+            assert_eq!(window.state_mut().as_mut().unwrap().draft(), "add up all numbers in budget.csv");
+            return;
+        }
+        let note = kept[0].figures.as_ref().unwrap().note.clone();
+        if stopped && note.is_some() {
+            assert_eq!(note.unwrap(), "Stopped.");
+            return;
+        }
+    }
+    panic!("every answer was complete before it could be stopped");
 }
 
 #[test]

@@ -72,6 +72,8 @@ pub struct Case {
     pub qk_l2norm: bool,
     /// Not of the file: how to cut its sequences, see [`Options::cut`].
     pub cut: Option<u32>,
+    /// Not of the file: too large to go any other way than at once.
+    pub large: bool,
     /// The file's answers, if it holds both.
     pub answers: Option<Answers>,
     /// The gradient to go back from, if the file has it.
@@ -158,6 +160,7 @@ impl Case {
             scale,
             qk_l2norm,
             cut: None,
+            large: false,
             answers,
             cotangents,
             gradients,

@@ -21,7 +21,7 @@ use crate::case::{self, Case};
 use crate::junit::{self, Suite, Test};
 use crate::table::{self, Table, verdict};
 use crate::ways::Way;
-use crate::{checkpoints, grads, oracle, say};
+use crate::{checkpoints, grads, large, oracle, say};
 
 /// Storage types and the largest relative error of o and ht in each.
 const STORES: [(Dtype, f64); 3] = [(Dtype::F32, 1e-5), (Dtype::F16, 1e-3), (Dtype::Bf16, 5e-3)];
@@ -41,6 +41,9 @@ pub struct Args {
     /// Cut sequences into segments of at most so many chunks, 0 for never; without it, as the device is best used
     #[arg(long, value_name = "CHUNKS")]
     cut: Option<u32>,
+    /// Check large shapes too: single sequences of up to 32768 tokens, ragged batches, 70,000 sequences (minutes, 10 GiB of memory)
+    #[arg(long)]
+    large: bool,
     /// Write a JUnit report
     #[arg(long, value_name = "FILE")]
     junit: Option<PathBuf>,
@@ -84,6 +87,11 @@ pub fn run(args: &Args) -> Result<bool> {
         cases.push(case);
     }
     cases.extend(oracle::generated()?);
+    if args.large {
+        progress("the answers of large shapes");
+        cases.extend(large::cases()?);
+        progress("");
+    }
     cases.iter_mut().for_each(|case| case.cut = args.cut);
     let checkpoints = checkpoints::read(&directory(&args.models, "models")?)?;
 
@@ -208,7 +216,7 @@ fn operator(subject: &Subject, cases: &[Case], tests: &mut Vec<Test>, worst: &mu
         Table::new(2, &["case", "way", "f32 o", "f32 ht", "f16 o", "f16 ht", "bf16 o", "bf16 ht", "verdict"]);
     let mut failures = String::new();
     for case in cases {
-        for way in Way::ALL {
+        for way in Way::ALL.into_iter().filter(|&way| !case.large || way == Way::Prefill) {
             progress(&format!("{}: {} {}", subject.label, case.name, way.name()));
             let mut row = vec![case.name.clone(), way.name().to_string()];
             let mut pass = true;

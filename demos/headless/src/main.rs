@@ -15,6 +15,7 @@ mod devices;
 mod doors;
 mod grads;
 mod junit;
+mod large;
 mod oracle;
 mod oracle_grad;
 mod peak;

@@ -190,7 +190,8 @@ pub fn inputs(name: &str, shape: Shape, qk_l2norm: bool, h0: bool, seed: u64) ->
     let h0 = h0.then(|| (0..shape.sequences() as u64 * heads.state_len()).map(|_| 0.3 * random.normal()).collect());
     let name = name.into();
     let (answers, cotangents, gradients) = (None, None, None);
-    Case { name, shape, q, k, v, g, beta, h0, scale: None, qk_l2norm, cut: None, answers, cotangents, gradients }
+    let (cut, large) = (None, false);
+    Case { name, shape, q, k, v, g, beta, h0, scale: None, qk_l2norm, cut, large, answers, cotangents, gradients }
 }
 
 /// Cases that the files do not cover: the other head map, head sizes at the ends of the range, lengths around chunk ends.

@@ -4,6 +4,9 @@
 use crate::case::{Case, Cotangents, Gradients};
 use crate::oracle::{self, Random, Token};
 
+/// Tokens whose states are held at once.
+const BLOCK: usize = 128;
+
 /// Random cotangents of a case. Those of o are bf16 numbers, as the inputs are.
 pub fn cotangents(case: &Case, seed: u64) -> Cotangents {
     let mut random = Random::new(seed);
@@ -60,20 +63,34 @@ impl Sums {
     pub fn head(&mut self, case: &Case, cotangents: &Cotangents, n: usize, h: u32) {
         let (dk, dv, scale) = (case.shape.heads.k as usize, case.shape.heads.v as usize, oracle::scale(case));
         let (tokens, own) = (oracle::tokens(case, n), oracle::state_of(case, n, h));
-        // The state before each token, then after the last.
-        let mut states = vec![oracle::initial(case, n, h)];
+        // The state before each block of tokens: all states of a long sequence would be gigabytes.
+        let mut starts = Vec::with_capacity(tokens.len() / BLOCK + 1);
         let (mut r, mut e) = (vec![0.0; dv], vec![0.0; dv]);
+        let mut state = oracle::initial(case, n, h);
         for t in tokens.clone() {
-            let mut state = states[states.len() - 1].clone();
+            if (t - tokens.start).is_multiple_of(BLOCK) {
+                starts.push(state.clone());
+            }
             Token::new(case, t, h).advance(&mut state, &mut r);
-            states.push(state);
         }
         let mut ds: Vec<f64> = match &cotangents.dht {
             Some(dht) => dht[own.clone()].iter().map(|&x| x as f64).collect(),
             None => vec![0.0; own.len()],
         };
         let (mut q_grad, mut k_grad) = (vec![0.0; dk], vec![0.0; dk]);
-        for (t, around) in tokens.zip(states.windows(2)).rev() {
+        let mut states: Vec<Vec<f64>> = Vec::new();
+        for t in tokens.clone().rev() {
+            // The states before the tokens of t's block up to it, then after it.
+            let at = (t - tokens.start) % BLOCK;
+            if states.len() != at + 2 {
+                states = starts.pop().into_iter().collect();
+                for t in t - at..=t {
+                    let mut state = states[states.len() - 1].clone();
+                    Token::new(case, t, h).advance(&mut state, &mut r);
+                    states.push(state);
+                }
+            }
+            let around = &states[at..at + 2];
             let token = Token::new(case, t, h);
             let (before, after) = (around[0].chunks_exact(dv), around[1].chunks_exact(dv));
             let d_o = &cotangents.d_o[token.at_v(dv)];
@@ -110,6 +127,7 @@ impl Sums {
             self.dg[token.at] = dg;
             add_raw(&mut self.dq[token.at_qk(dk)], &q_grad, &token.q, token.q_factor, case.qk_l2norm);
             add_raw(&mut self.dk[token.at_qk(dk)], &k_grad, &token.k, token.k_factor, case.qk_l2norm);
+            states.pop();
         }
         self.dh0[own].copy_from_slice(&ds);
     }

@@ -4,6 +4,9 @@
 //! The rows' tables are of chunks of 32 tokens and say where states are; a small kernel makes those of the Hopper kernels from them,
 //! on the device. Chunk i of 64 tokens of a segment takes the place of chunk i of 32; the places that are left over are empty. What
 //! `prepare` leaves for `scan` does not fit the rows' scratch: the backend has its own, as large as the largest prefill so far.
+//!
+//! Where sequences and heads are too few to fill the device, sequences are cut into segments that run at once (`cuda/hopper/carry.cuh`):
+//! which heads have forgotten what lies before a segment is decided on the device, from the gates.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -21,9 +24,16 @@ use crate::shape::Dtype;
 const IMAGE_BYTES: u64 = 2 * 5120 + 1024;
 /// Bytes of a panel `[64, 64]` of 16-bit numbers: PANEL of forward.cuh.
 const PANEL: u32 = 64 * 128;
-/// Bytes of the tables' entries: Chunk and Segment of forward.cuh.
+/// Bytes of the tables' entries: Chunk, Segment and Cut of forward.cuh.
 const CHUNK_BYTES: u64 = 8;
 const SEGMENT_BYTES: u64 = 32;
+const CUT_BYTES: u64 = 16;
+/// Columns of V that a block of `carry` has: CARRY_COLUMNS of carry.cuh.
+const CARRY_COLUMNS: u32 = 32;
+/// A head that has decayed by e to this has forgotten, for numbers of 16 bits.
+const FORGOTTEN: f32 = -12.0;
+/// Fewer chunks in a segment than this are not worth the passes beside.
+const SHORTEST: u64 = 16;
 
 /// Launches in the place of rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +50,8 @@ pub struct Special {
     pub scan_bytes: u32,
     /// Warpgroups of 64 columns of V that a block of it has, beside the one that loads.
     pub consumers: u32,
+    /// Chunks of 64 tokens in a segment; 0: sequences stay whole.
+    pub cut: u32,
 }
 
 /// A launch's numbers by name.
@@ -54,8 +66,9 @@ impl Numbers<'_> {
 }
 
 /// The launches that replace those from `at` on, if there are any: those of a prefill with 16-bit q, k and v, K and V of 64 or 128,
-/// and rows that start at multiples of 16 bytes. `multiprocessors` are those of the device.
-pub fn special(launches: &[Launch], at: usize, multiprocessors: u32) -> Option<Special> {
+/// and rows that start at multiples of 16 bytes. `multiprocessors` are those of the device; `cut` is how long segments shall be
+/// instead of what is best there.
+pub fn special(launches: &[Launch], at: usize, multiprocessors: u32, cut: Option<u32>) -> Option<Special> {
     let [prepare, scan, ..] = launches.get(at..)? else { return None };
     if *prepare.kernel != gdn::PREPARE || *scan.kernel != gdn::SCAN {
         return None;
@@ -91,17 +104,40 @@ pub fn special(launches: &[Launch], at: usize, multiprocessors: u32) -> Option<S
         return None;
     }
     let group = p.get("group");
+    let (sequences, chunks) = (scan.grid[0] as u64, prepare.grid[0] as u64 / 2);
+    // Of a head: blocks with two consumers.
+    let heads = scan.grid[1] as u64 * (v as u64).div_ceil(128);
+    let cut = cut.unwrap_or_else(|| best_cut(sequences, chunks, heads, multiprocessors));
+    let segments = places(sequences, prepare.grid[0] as u64, cut);
     // Two consumers share the loads of a block; with few blocks, one each fills the device better.
-    let blocks = scan.grid[0] as u64 * scan.grid[1] as u64 * (v / 128) as u64;
-    let consumers = if v % 128 != 0 || 3 * blocks < 2 * multiprocessors as u64 { 1 } else { 2 };
+    let consumers = if v % 128 != 0 || 3 * segments * heads < 2 * multiprocessors as u64 { 1 } else { 2 };
     Some(Special {
         launches: 2,
         prepare: format!("hopper_prepare_{name}_k{k}"),
         prepare_bytes: prepare_bytes(k, group),
         scan: format!("hopper_scan_{name}_k{k}_w{consumers}"),
-        scan_bytes: scan_bytes(k, consumers),
+        scan_bytes: scan_bytes(k, consumers, true),
         consumers,
+        cut,
     })
+}
+
+/// Chunks in a segment, so that segments and heads fill the device once; 0 where whole sequences fill a third of it: measured on an
+/// H100, 32768 tokens with 16 heads take 0.60 of the time in 8 segments, with 32 heads 0.81 in 4, and with 64 heads cutting does
+/// not pay (`cuda/hopper/NOTES.md`).
+fn best_cut(sequences: u64, chunks: u64, heads: u64, multiprocessors: u32) -> u32 {
+    let multiprocessors = multiprocessors as u64;
+    if 3 * sequences * heads > multiprocessors {
+        return 0;
+    }
+    let length = (chunks * heads).div_ceil(multiprocessors).next_multiple_of(8).max(SHORTEST);
+    if chunks <= length { 0 } else { length as u32 }
+}
+
+/// Segments at most of so many sequences that have so many chunks of 32 tokens.
+fn places(sequences: u64, chunks: u64, cut: u32) -> u64 {
+    // A sequence of n chunks of 32 has at most (n + 1) / 2 of 64.
+    if cut == 0 { sequences } else { sequences + (chunks + sequences).div_ceil(2 * cut as u64) }
 }
 
 /// PrepareSmem::bytes of prepare.cuh.
@@ -112,15 +148,18 @@ fn prepare_bytes(k: u32, group: u32) -> u32 {
     image + IMAGE_BYTES as u32 + 768 + group * 512 + 1024
 }
 
-/// ScanSmem::BYTES of scan.cuh, with 3 stages and outputs.
-fn scan_bytes(k: u32, consumers: u32) -> u32 {
-    let stage = 2 * (k / 64) * PANEL + consumers * PANEL + 2 * PANEL + 1024;
-    3 * stage + consumers * PANEL + 3 * 16 + 1024
+/// ScanSmem::BYTES of scan.cuh, with 3 stages.
+fn scan_bytes(k: u32, consumers: u32, outputs: bool) -> u32 {
+    let (tiles, triangles) = if outputs { (2, 2) } else { (1, 1) };
+    let stage = tiles * (k / 64) * PANEL + consumers * PANEL + triangles * PANEL + 1024;
+    3 * stage + if outputs { consumers * PANEL } else { 0 } + 3 * 16 + 1024
 }
 
 /// What the Hopper kernels need beside a launch.
 pub(super) struct Hopper {
     on: bool,
+    /// See [`special`].
+    pub(super) cut: Option<u32>,
     functions: Mutex<HashMap<String, Arc<Variant>>>,
     scratch: Mutex<Scratch>,
 }
@@ -132,8 +171,8 @@ struct Scratch {
 }
 
 impl Hopper {
-    pub(super) fn new(on: bool) -> Self {
-        Hopper { on, functions: Mutex::default(), scratch: Mutex::default() }
+    pub(super) fn new(on: bool, cut: Option<u32>) -> Self {
+        Hopper { on, cut, functions: Mutex::default(), scratch: Mutex::default() }
     }
 
     /// Whether the kernels are used where they apply.
@@ -203,32 +242,55 @@ impl Hopper {
     }
 
     /// Appends the calls for a `gdn_prepare` and the `gdn_scan` after it, whose arguments start at `before` and `after`; false if
-    /// there is no memory for their scratch.
+    /// there is no memory for their scratch. `exact`: no head may leave out what it has forgotten.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn calls(
         &self,
         shared: &Shared,
         special: &Special,
         launches: &[Launch],
+        exact: bool,
         before: &[u64],
         after: &[u64],
         calls: &mut Vec<Call>,
     ) -> Result<bool> {
         let (p, s) = (Numbers(&launches[0]), Numbers(&launches[1]));
-        let (chunks, segments) = (launches[0].grid[0] as u64, launches[1].grid[0] as u64);
+        let (chunks, sequences) = (launches[0].grid[0] as u64, launches[1].grid[0] as u64);
         let (hk, hv, k, v) = (p.get("hk"), p.get("hv"), p.get("dk"), s.get("dv"));
-        let images_bytes = chunks * hv as u64 * IMAGE_BYTES;
-        let tables_bytes = (chunks * CHUNK_BYTES).next_multiple_of(256);
-        let Some(images) = self.scratch(shared, images_bytes + tables_bytes + segments * SEGMENT_BYTES)? else {
-            return Ok(false);
-        };
-        let (chunk_table, segment_table) = (images + images_bytes, images + images_bytes + tables_bytes);
+        let places = places(sequences, chunks, special.cut);
+        // A state or a transition before each segment and head, where there are segments.
+        let rows = if special.cut == 0 { 0 } else { places * hv as u64 };
+        let cuts = if special.cut == 0 { 0 } else { sequences };
+        let sizes = [
+            chunks * hv as u64 * IMAGE_BYTES,
+            chunks * CHUNK_BYTES,
+            places * SEGMENT_BYTES,
+            if special.cut == 0 { 0 } else { places * SEGMENT_BYTES },
+            cuts * CUT_BYTES,
+            4 * rows,
+            4 * rows * k as u64 * v as u64,
+            4 * rows * k as u64 * k as u64,
+        ];
+        let mut offsets = [0; 8];
+        let mut end = 0;
+        for (offset, size) in offsets.iter_mut().zip(sizes) {
+            *offset = end;
+            end += size.next_multiple_of(256);
+        }
+        let Some(scratch) = self.scratch(shared, end)? else { return Ok(false) };
+        let [images, chunk_table, segment_table, ordered, cut_table, warm, starts, transitions] =
+            offsets.map(|offset| scratch + offset);
+        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
 
-        let variant = self.function(shared, "hopper_tables", 128, 0, &[32])?;
-        let launch = vec![after[4], after[5], chunk_table, segment_table];
-        calls.push(Call { kernel: "hopper_tables", variant, grid: [segments as u32, 1, 1], launch, second: None });
+        // TablesArgs of tables.cuh.
+        let variant = self.function(shared, "hopper_tables", 128, 0, &[56])?;
+        let to_ordered = if special.cut == 0 { 0 } else { ordered };
+        let numbers = pair(special.cut, places as u32);
+        let launch = vec![after[4], after[5], chunk_table, segment_table, to_ordered, cut_table, numbers];
+        let grid = [sequences as u32, 1, 1];
+        calls.push(Call { kernel: "hopper_tables", variant, grid, launch, second: None });
 
         // PrepareArgs of forward.cuh.
-        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
         let at16 = |address: u64, name: &str| address + 2 * u64::from(s.get(name));
         let gates = 4 * u64::from(p.get("g_off"));
         let launch = vec![
@@ -248,21 +310,7 @@ impl Hopper {
         let grid = [launches[0].grid[0] * hk, 1, 1];
         calls.push(Call { kernel: "hopper_prepare", variant, grid, launch, second: None });
 
-        // ScanArgs, then ScanMaps. States are read and written in place.
-        let mut launch = vec![
-            segment_table,
-            images,
-            after[6],
-            after[6],
-            0,
-            0,
-            at16(after[7], "o_off"),
-            s.get("o_stride").into(),
-            pair(hk, hv),
-            pair(p.get("head_map"), v),
-            0,
-        ];
-        let second = launch.len();
+        let mut maps = Vec::with_capacity(48);
         let f16 = p.get("qk_type") == Dtype::F16.code();
         for (i, name, width) in [(0, "q", hk * k), (1, "k", hk * k), (2, "v", hv * v)] {
             let (off, stride) = (s.get(&format!("{name}_off")), s.get(&format!("{name}_stride")));
@@ -271,12 +319,42 @@ impl Hopper {
             let rows = (numbers.saturating_sub(u64::from(off) + u64::from(width))) / u64::from(stride.max(1)) + 1;
             let map =
                 tensor_map(shared, at16(after[i], &format!("{name}_off")), rows, width.into(), stride.into(), f16)?;
-            launch.extend_from_slice(&map.opaque);
+            maps.extend_from_slice(&map.opaque);
         }
+        let shape = [pair(hk, hv), pair(p.get("head_map"), v), 0];
+
+        if special.cut > 0 {
+            let store = if f16 { "f16" } else { "bf16" };
+            let (jobs, parts) = (places as u32 * hv, v / 64 + k / 64);
+            // CarryArgs of forward.cuh.
+            let threshold = if exact { f32::NEG_INFINITY } else { FORGOTTEN };
+            let numbers = [pair(threshold.to_bits(), places as u32), pair(hv, v)];
+            let carry = [&[ordered, cut_table, images, warm, after[6], starts, transitions][..], &numbers].concat();
+            let variant = self.function(shared, "hopper_warm", 128, 0, &[72])?;
+            let grid = [jobs.div_ceil(4), 1, 1];
+            calls.push(Call { kernel: "hopper_warm", variant, grid, launch: carry.clone(), second: None });
+
+            // ScanArgs, then ScanMaps: no outputs, states from zero.
+            let args = [ordered, images, 0, starts, transitions, warm, 0, 0];
+            let launch = [&args[..], &shape, &maps].concat();
+            let name = format!("hopper_state_{store}_k{k}");
+            let variant = self.function(shared, &name, 256, scan_bytes(k, 1, false), &[88, 384])?;
+            let grid = [jobs * parts, 1, 1];
+            calls.push(Call { kernel: "hopper_state", variant, grid, launch, second: Some(11) });
+
+            let variant = self.function(shared, &format!("hopper_carry_k{k}"), 2 * k, 0, &[72])?;
+            let grid = [sequences as u32 * hv, v / CARRY_COLUMNS, 1];
+            calls.push(Call { kernel: "hopper_carry", variant, grid, launch: carry, second: None });
+        }
+
+        // ScanArgs, then ScanMaps. Without segments states are read and written in place.
+        let from = if special.cut == 0 { after[6] } else { starts };
+        let args = [segment_table, images, from, after[6], 0, 0, at16(after[7], "o_off"), s.get("o_stride").into()];
+        let launch = [&args[..], &shape, &maps].concat();
         let threads = (special.consumers + 1) * 128;
         let variant = self.function(shared, &special.scan, threads, special.scan_bytes, &[88, 384])?;
-        let grid = [launches[1].grid[0] * hv * (v / 64 / special.consumers), 1, 1];
-        calls.push(Call { kernel: "hopper_scan", variant, grid, launch, second: Some(second) });
+        let grid = [places as u32 * hv * (v / 64 / special.consumers), 1, 1];
+        calls.push(Call { kernel: "hopper_scan", variant, grid, launch, second: Some(11) });
         Ok(true)
     }
 }

@@ -109,10 +109,11 @@ fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
         }
         let addresses = addresses(shared, launch)?;
         if shared.hopper.is_on()
-            && let Some(special) = hopper::special(&pass.launches, i, shared.multiprocessors)
+            && let Some(special) = hopper::special(&pass.launches, i, shared.multiprocessors, shared.hopper.cut)
         {
             let after = self::addresses(shared, &pass.launches[i + 1])?;
-            if shared.hopper.calls(shared, &special, &pass.launches[i..], &addresses, &after, &mut calls)? {
+            let own = &pass.launches[i..];
+            if shared.hopper.calls(shared, &special, own, pass.exact, &addresses, &after, &mut calls)? {
                 done = i + special.launches;
                 continue;
             }

@@ -30,14 +30,20 @@ pub struct Devices {
 #[derive(Debug, Clone, Copy)]
 pub struct OpenOptions {
     /// Use the kernels for Hopper in the place of a prefill's rows, where they apply: sm_90, q, k and v of 16 bits, heads of 64 or
-    /// 128. They have run from their own program alone and not yet from this backend, so that this is off unless the environment
-    /// variable `GATEDELTA_HOPPER` is 1.
+    /// 128. On a GPU they have run from their own program alone and not yet from this backend, so that this is off unless the
+    /// environment variable `GATEDELTA_HOPPER` is 1.
     pub hopper: bool,
+    /// Chunks of 64 tokens in the segments that they cut sequences into, 0 for never; none: as is best for the device. The
+    /// environment variable `GATEDELTA_HOPPER_CUT`.
+    pub hopper_cut: Option<u32>,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        OpenOptions { hopper: std::env::var_os("GATEDELTA_HOPPER").is_some_and(|v| v == "1") }
+        OpenOptions {
+            hopper: std::env::var_os("GATEDELTA_HOPPER").is_some_and(|v| v == "1"),
+            hopper_cut: std::env::var("GATEDELTA_HOPPER_CUT").ok().and_then(|v| v.parse().ok()),
+        }
     }
 }
 
@@ -109,7 +115,7 @@ impl Cuda {
             images: image::Images::default(),
             variants: launch::Variants::default(),
             graphs: Mutex::new(graph::Graphs::default()),
-            hopper: hopper::Hopper::new(options.hopper && found.arch == 90),
+            hopper: hopper::Hopper::new(options.hopper && found.arch == 90, options.hopper_cut),
             staging: Mutex::default(),
             id: fresh_id(),
         };

@@ -10,11 +10,11 @@ out=$1
 mkdir -p "$out"
 flags="-std=c++17 -O2 -g1 -fPIC -w -fno-strict-aliasing -fvisibility=default -DGATEDELTA_EMULATOR -I$here -I$cuda"
 objects=
-for source in "$here"/*.cpp "$cuda"/*.cu; do
-    object=$out/$(basename "$source").o
+for source in "$here"/*.cpp "$cuda"/*.cu "$cuda"/hopper/*.cu; do
+    object=$out/$(basename "$(dirname "$source")")-$(basename "$source").o
     objects="$objects $object"
     # Objects are kept for as long as nothing they are made from is newer.
-    if [ -e "$object" ] && [ -z "$(find "$source" "$here" "$cuda" -maxdepth 1 \( -name '*.h' -o -name '*.cuh' -o -path "$source" \) -newer "$object")" ]; then
+    if [ -e "$object" ] && [ -z "$(find "$source" "$here" "$cuda" "$cuda/hopper" -maxdepth 1 \( -name '*.h' -o -name '*.cuh' -o -path "$source" \) -newer "$object")" ]; then
         continue
     fi
     ${CXX:-g++} $flags -x c++ -c "$source" -o "$object"

@@ -8,6 +8,7 @@
 // Memory is the host's, work is done when its call returns, and an event is the time when it was recorded. The environment says
 // what else the device should be:
 //   GATEDELTA_EMULATE=devices=0|version=11040|arch=75|memory=1000000|launch=719|init=100     (any of them, with commas)
+// and with `tell=1` the name of each kernel goes to the standard error as it starts.
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,6 +22,7 @@
 #include <vector>
 
 #include "fibers.h"
+#include "hopper.h"
 
 namespace {
 
@@ -50,6 +52,11 @@ long setting(const char* name, long otherwise) {
 
 size_t memory_bytes() { return (size_t)setting("memory", 8L << 30); }
 
+long arch() { return setting("arch", 80); }
+
+// What a block may share if it asks for it.
+long shared_bytes() { return (arch() >= 90 ? 227 : 163) << 10; }
+
 double seconds() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -57,7 +64,9 @@ double seconds() {
 struct Function {
     std::string name;
     void (*body)(const void*);
-    uint32_t threads, bytes;
+    uint32_t threads;
+    std::vector<uint32_t> sizes;  // of its parameters
+    bool several;                 // it is given a list of parameters, else the one
 };
 
 struct Event {
@@ -66,8 +75,8 @@ struct Event {
 
 struct KernelNode {
     Function* f;
-    uint32_t grid[3], block;
-    std::vector<char> launch;
+    uint32_t grid[3], block, shared;
+    std::vector<std::vector<char>> params;
 };
 
 struct Graph {
@@ -93,7 +102,7 @@ bool is_device(const void* p, size_t bytes) {
     return (char*)p + bytes <= it->first + (it->second.second + 15) / 16 * 16;
 }
 
-int launch(Function* f, const uint32_t grid[3], const uint32_t block[3], const void* args) {
+int launch(Function* f, const uint32_t grid[3], const uint32_t block[3], uint32_t shared, void* const* args) {
     if (const long failure = setting("launch", 0)) return (int)failure;
     const uint64_t sides[3] = {grid[0], grid[1], grid[2]}, most[3] = {0x7fffffff, 65535, 65535};
     for (int i = 0; i < 3; i++)
@@ -103,7 +112,9 @@ int launch(Function* f, const uint32_t grid[3], const uint32_t block[3], const v
                 block[2]);
         return INVALID_VALUE;
     }
-    return emulator::run_grid(f->body, args, grid, block[0]) ? SUCCESS : LAUNCH_FAILED;
+    if (shared > (uint32_t)shared_bytes()) return INVALID_VALUE;
+    if (setting("tell", 0)) fprintf(stderr, "kernel %s\n", f->name.c_str());
+    return emulator::run_grid(f->body, f->several ? (const void*)args : args[0], grid, block[0], shared) ? SUCCESS : LAUNCH_FAILED;
 }
 
 }  // namespace
@@ -132,15 +143,14 @@ CU cuDeviceTotalMem_v2(size_t* n, int) {
     return SUCCESS;
 }
 CU cuDeviceGetAttribute(int* v, int attribute, int) {
-    const int arch = (int)setting("arch", 80);
     switch (attribute) {
         case 1: *v = 1024; break;            // threads of a block
         case 8: *v = 48 << 10; break;        // shared memory of a block
         case 16: *v = 8; break;              // multiprocessors
         case 18: *v = 0; break;              // integrated
-        case 75: *v = arch / 10; break;      // compute capability
-        case 76: *v = arch % 10; break;
-        case 97: *v = 163 << 10; break;      // shared memory of a block that asks for more
+        case 75: *v = (int)arch() / 10; break;      // compute capability
+        case 76: *v = (int)arch() % 10; break;
+        case 97: *v = (int)shared_bytes(); break;      // shared memory of a block that asks for more
         default: return INVALID_VALUE;
     }
     return SUCCESS;
@@ -251,28 +261,47 @@ CU cuModuleGetFunction(void** f, void*, const char* name) {
         void* body = dlsym(own, name);
         const uint32_t* threads = (const uint32_t*)dlsym(own, (std::string(name) + "_threads").c_str());
         const uint32_t* bytes = (const uint32_t*)dlsym(own, (std::string(name) + "_bytes").c_str());
+        const uint32_t* sizes = (const uint32_t*)dlsym(own, (std::string(name) + "_sizes").c_str());
         dlclose(own);
-        if (!body || !threads || !bytes) {
+        if (!body || !threads || (!bytes && !sizes)) {
             fprintf(stderr, "emulator: there is no kernel %s\n", name);
             return NOT_FOUND;
         }
-        found = {name, (void (*)(const void*))body, *threads, *bytes};
+        found = {name, (void (*)(const void*))body, *threads, {}, sizes != nullptr};
+        if (sizes)
+            while (*sizes) found.sizes.push_back(*sizes++);
+        else found.sizes.push_back(*bytes);
     }
     *f = &found;
     return SUCCESS;
 }
 CU cuFuncGetParamInfo(void* f, size_t i, size_t* offset, size_t* bytes) {
-    if (i != 0) return INVALID_VALUE;
+    const std::vector<uint32_t>& sizes = ((Function*)f)->sizes;
+    if (i >= sizes.size()) return INVALID_VALUE;
     *offset = 0;
-    *bytes = ((Function*)f)->bytes;
+    for (size_t n = 0; n < i; n++) *offset += sizes[n];
+    *bytes = sizes[i];
     return SUCCESS;
 }
 CU cuFuncSetAttribute(void*, int, int) { return SUCCESS; }
-CU cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned, void*, void** args,
-                  void**) {
+
+// Rows of 16-bit numbers in boxes of 64 a row, swizzled: what the kernels use.
+CU cuTensorMapEncodeTiled(CUtensorMap* map, int type, unsigned dimensions, void* base, const uint64_t* sizes, const uint64_t* strides,
+                          const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int, int fill) {
+    Lock lock(device);
+    const int F16 = 6, BF16 = 9, SWIZZLE_128B = 3;
+    if ((type != F16 && type != BF16) || dimensions != 2 || interleave != 0 || swizzle != SWIZZLE_128B || fill != 0) return INVALID_VALUE;
+    if (steps[0] != 1 || steps[1] != 1 || box[0] != 64 || box[1] == 0 || box[1] > 256) return INVALID_VALUE;
+    if ((uintptr_t)base % 16 != 0 || strides[0] % 16 != 0 || sizes[0] == 0 || sizes[1] == 0) return INVALID_VALUE;
+    if (!is_device(base, (sizes[1] - 1) * strides[0] + sizes[0] * 2)) return INVALID_VALUE;
+    *map = {(const char*)base, sizes[0], sizes[1], strides[0], box[0], box[1], {}};
+    return SUCCESS;
+}
+CU cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void*,
+                  void** args, void**) {
     Lock lock(device);
     const uint32_t grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
-    return launch((Function*)f, grid, block, args[0]);
+    return launch((Function*)f, grid, block, shared, args);
 }
 
 namespace {
@@ -281,7 +310,10 @@ void fill(KernelNode& n, const KernelNodeParams& p) {
     n.f = p.func;
     memcpy(n.grid, p.grid, sizeof n.grid);
     n.block = p.block[0];
-    n.launch.assign((char*)p.args[0], (char*)p.args[0] + p.func->bytes);
+    n.shared = p.shared;
+    n.params.clear();
+    for (size_t i = 0; i < p.func->sizes.size(); i++)
+        n.params.emplace_back((char*)p.args[i], (char*)p.args[i] + p.func->sizes[i]);
 }
 
 }  // namespace
@@ -320,7 +352,9 @@ CU cuGraphLaunch(void* g, void*) {
     Lock lock(device);
     for (KernelNode* n : ((Graph*)g)->nodes) {
         const uint32_t block[3] = {n->block, 1, 1};
-        if (const int e = launch(n->f, n->grid, block, n->launch.data())) return e;
+        std::vector<void*> args;
+        for (std::vector<char>& param : n->params) args.push_back(param.data());
+        if (const int e = launch(n->f, n->grid, block, n->shared, args.data())) return e;
     }
     return SUCCESS;
 }

@@ -8,6 +8,7 @@
 
 #define __device__
 #define __host__
+#define __global__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __restrict__ __restrict
 
@@ -53,6 +54,15 @@ void wait_warp();
 void* warp_memory(size_t bytes);
 // Memory of the block: the same address for the same `key`, poisoned when the block starts.
 void* shared_memory(const void* key, size_t bytes);
+// Where the block's memory starts, with that whose size the launch says.
+char* shared_base();
+// Waits until `threads` threads have come to barrier `id`.
+void wait_named(uint32_t id, uint32_t threads);
+// Waits until something has happened. Whoever changes what others poll says so.
+void poll();
+void happen();
+// Counts blocks: a different one for each that this host thread runs.
+uint64_t block_number();
 
 inline uint32_t lane() { return now->thread.x % 32; }
 
@@ -68,6 +78,17 @@ T shuffle(T x, uint32_t from) {
     T y = slots[from % 32];
     wait_warp();
     return y;
+}
+
+// Bit l: what lane l says.
+inline uint32_t ballot(bool x) {
+    uint8_t* said = (uint8_t*)warp_memory(32);
+    said[lane()] = x;
+    wait_warp();
+    uint32_t all = 0;
+    for (int l = 0; l < 32; l++) all |= (uint32_t)said[l] << l;
+    wait_warp();
+    return all;
 }
 
 }  // namespace emulator

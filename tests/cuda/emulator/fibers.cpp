@@ -90,6 +90,8 @@ struct Fiber {
     // What it waits for, and the round that ends the wait.
     Meeting* at;
     uint64_t round;
+    // What had happened when it began to wait for anything to happen; all ones: it does not.
+    uint64_t seen;
 };
 
 // What a host thread needs to run one block after another.
@@ -98,6 +100,9 @@ struct Host {
     std::vector<Fiber> fibers;
     Meeting block;
     Meeting warps[32];
+    Meeting named[16];
+    uint64_t happened = 0;
+    uint64_t blocks = 0;
     char* warp_memory[32];
     char* shared;
     std::vector<std::pair<const void*, size_t>> placed;  // key, offset
@@ -118,7 +123,7 @@ struct Host {
         for (char* m : warp_memory) free(m);
         for (char* s : stacks) munmap(s, STACK);
     }
-    bool run(uint32_t threads);
+    bool run(uint32_t threads, size_t dynamic);
 };
 
 __thread Host* host __attribute__((tls_model("initial-exec")));
@@ -143,7 +148,7 @@ void wait(Meeting& m) {
 }
 
 // True if every thread came to its end; false if some wait for others for ever.
-bool Host::run(uint32_t threads) {
+bool Host::run(uint32_t threads, size_t dynamic) {
     while (stacks.size() < threads) {
         void* s = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (s == MAP_FAILED) return false;
@@ -151,22 +156,26 @@ bool Host::run(uint32_t threads) {
     }
     block = {threads, 0, 0};
     for (uint32_t w = 0; w < 32; w++) warps[w] = {threads > 32 * w ? (threads - 32 * w < 32 ? threads - 32 * w : 32) : 0, 0, 0};
+    for (Meeting& m : named) m = {};
     memset(shared, 0xff, used_before);
     placed.clear();
-    used = 0;
+    used = dynamic;
+    blocks++;
     for (uint32_t i = 0; i < threads; i++) {
         start(fibers[i].context, stacks[i]);
         fibers[i].done = false;
         fibers[i].at = nullptr;
+        fibers[i].seen = ~0ull;
     }
     uint32_t left = threads;
     while (left > 0) {
         bool moved = false;
         for (uint32_t i = 0; i < threads; i++) {
             Fiber& f = fibers[i];
-            if (f.done || (f.at && f.at->round == f.round)) continue;
+            if (f.done || (f.at && f.at->round == f.round) || f.seen == happened) continue;
             moved = true;
             f.at = nullptr;
+            f.seen = ~0ull;
             current = &f;
             now = &f.thread;
             go(scheduler, f.context);
@@ -188,6 +197,20 @@ bool Host::run(uint32_t threads) {
 void wait_block() { wait(host->block); }
 void wait_warp() { wait(host->warps[now->thread.x / 32]); }
 
+void wait_named(uint32_t id, uint32_t threads) {
+    Meeting& m = host->named[id];
+    m.live = threads;
+    wait(m);
+}
+void poll() {
+    Fiber* f = host->current;
+    f->seen = host->happened;
+    go(f->context, host->scheduler);
+}
+void happen() { host->happened++; }
+uint64_t block_number() { return host->blocks; }
+char* shared_base() { return host->shared; }
+
 void* warp_memory(size_t bytes) {
     if (bytes > WARP_BYTES) abort();
     return host->warp_memory[now->thread.x / 32];
@@ -207,7 +230,8 @@ void* shared_memory(const void* key, size_t bytes) {
     return h->shared + at;
 }
 
-bool run_grid(void (*kernel)(const void*), const void* launch, const uint32_t grid[3], uint32_t threads) {
+bool run_grid(void (*kernel)(const void*), const void* launch, const uint32_t grid[3], uint32_t threads, size_t dynamic) {
+    if (dynamic > SHARED_BYTES) return false;
     const uint64_t blocks = (uint64_t)grid[0] * grid[1] * grid[2];
     std::atomic<uint64_t> next{0};
     std::atomic<bool> right{true};
@@ -220,7 +244,7 @@ bool run_grid(void (*kernel)(const void*), const void* launch, const uint32_t gr
             const uint3 at = {(uint32_t)(b % grid[0]), (uint32_t)(b / grid[0] % grid[1]), (uint32_t)(b / grid[0] / grid[1])};
             for (uint32_t i = 0; i < threads; i++)
                 h.fibers[i].thread = {{i, 0, 0}, at, {threads, 1, 1}, {grid[0], grid[1], grid[2]}};
-            if (!h.run(threads)) right = false;
+            if (!h.run(threads, dynamic)) right = false;
         }
     };
     // One launch at a time: the caller holds the device's lock.

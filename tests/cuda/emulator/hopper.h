@@ -1,0 +1,130 @@
+// The instructions of `cuda/hopper/ptx.cuh` and the products of `types.cuh` as ordinary C++.
+//
+// Copies are complete when they are asked for. Products of a warpgroup are done when they are waited for, as late as they may be:
+// results that are read and tiles that are given back too soon show as wrong numbers. Not shown: which proxy a write goes through,
+// and registers that change while a product reads them.
+#pragma once
+#include "emulator.h"
+
+#define ENTRY(NAME, THREADS, BLOCKS, A)                                          \
+    static void NAME##_body(const A& p);                                         \
+    extern "C" void NAME(void* const* args) { NAME##_body(*(const A*)args[0]); } \
+    extern "C" const uint32_t NAME##_threads = THREADS;                          \
+    extern "C" const uint32_t NAME##_sizes[] = {sizeof(A), 0};                   \
+    static void NAME##_body(const A& p)
+#define ENTRY_MAPS(NAME, THREADS, BLOCKS, A, M)                                                         \
+    static void NAME##_body(const A& p, const M& maps);                                                 \
+    extern "C" void NAME(void* const* args) { NAME##_body(*(const A*)args[0], *(const M*)args[1]); }    \
+    extern "C" const uint32_t NAME##_threads = THREADS;                                                 \
+    extern "C" const uint32_t NAME##_sizes[] = {sizeof(A), sizeof(M), 0};                               \
+    static void NAME##_body(const A& p, const M& maps)
+#define DYNAMIC_SHARED(name) char* name = emulator::shared_base()
+#define STATIC_SHARED(Type, name, count)  \
+    static const char name##_key = 0;     \
+    Type* name = (Type*)emulator::shared_memory(&name##_key, sizeof(Type) * (count))
+
+// Rows of 16-bit numbers, as the copy engine takes them: what cuTensorMapEncodeTiled of the stand-in writes.
+struct alignas(64) CUtensorMap {
+    const char* base;
+    uint64_t width, rows, stride;  // numbers, rows, bytes
+    uint32_t box_width, box_rows;
+    uint64_t rest[11];
+};
+static_assert(sizeof(CUtensorMap) == 128, "as the driver's");
+
+inline long long clock64() { return 0; }
+inline void __threadfence_system() {}
+inline int __any_sync(uint32_t, bool x) { return emulator::ballot(x) != 0; }
+inline uint32_t __ballot_sync(uint32_t, bool x) { return emulator::ballot(x); }
+inline int __ffs(uint32_t x) { return __builtin_ffs((int)x); }
+template <class T>
+T __shfl_up_sync(uint32_t, T x, uint32_t step) {
+    const uint32_t lane = emulator::lane();
+    return emulator::shuffle(x, lane >= step ? lane - step : lane);
+}
+
+namespace hopper {
+
+inline uint32_t smem_addr(const void* p) { return (uint32_t)((const char*)p - emulator::shared_base()); }
+
+// ---- mbarriers, copies: hopper.cpp ---------------------------------------------------------------------------------
+
+void mbar_init(uint32_t bar, uint32_t arrivals);
+void mbar_expect(uint32_t bar, uint32_t bytes);
+void mbar_arrive(uint32_t bar);
+// Comes back when something has happened since; true if it was that phase's end.
+bool mbar_try(uint32_t bar, uint32_t parity);
+inline void mbar_init_fence() {}
+inline void bar_sync(int id, int threads) { emulator::wait_named(id, threads); }
+
+inline void fence_proxy() {}
+void tma_load(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t bar);
+inline void tma_prefetch(const CUtensorMap*) {}
+void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar);
+void bulk_store(void* dst, uint32_t src, uint32_t bytes);
+inline void bulk_commit() {}
+inline void bulk_wait_read() {}
+inline void bulk_wait() {}
+inline void copy16(uint32_t dst, const void* src, bool live) {
+    char* to = emulator::shared_base() + dst;
+    if (live) memcpy(to, src, 16);
+    else memset(to, 0, 16);
+}
+inline void copy_wait() {}
+
+void ldsm_trans(uint32_t (&r)[4], uint32_t addr);
+void stsm(uint32_t addr, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3);
+void stsm_trans(uint32_t addr, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3);
+
+// ---- products of a warpgroup ---------------------------------------------------------------------------------------
+
+struct Product {
+    float* d;                // this thread's numbers of D [64, columns]
+    int columns;
+    const uint32_t* a;       // registers of A [64, 16], or null: A is at `desc_a`
+    uint64_t desc_a, desc_b;
+    bool trans, add, half;   // half: IEEE half, else bfloat16
+};
+void wgmma(const Product& p);
+void wgmma_commit();
+void wgmma_wait_all_but(uint32_t groups);
+inline void wgmma_fence() {}
+template <int N>
+void wgmma_wait() {
+    wgmma_wait_all_but(N);
+}
+
+template <int N>
+void hold(float (&)[N]) {}
+template <int N>
+void hold(uint32_t (&)[N]) {}
+inline void hold(uint32_t&) {}
+template <int N>
+void regs_up() {}
+template <int N>
+void regs_down() {}
+
+inline float exp2_fast(float x) { return exp2f(x); }
+inline uint32_t tf32(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    return (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & 0xffffe000;
+}
+void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <bool HALF>
+struct Stored {
+    static uint16_t bits(float x) { return HALF ? emulator::float_to_half(x) : emulator::float_to_bf16(x); }
+    static float number(uint16_t x) { return HALF ? emulator::half_to_float(x) : __uint_as_float((uint32_t)x << 16); }
+    static uint32_t pack(float lo, float hi) { return bits(lo) | (uint32_t)bits(hi) << 16; }
+    static float lo(uint32_t x) { return number((uint16_t)x); }
+    static float hi(uint32_t x) { return number((uint16_t)(x >> 16)); }
+    template <int TRANS, int N>
+    static void mma_rs(float (&d)[N], const uint32_t* a, uint64_t b, int add) {
+        wgmma({d, 2 * N, a, 0, b, TRANS != 0, add != 0, HALF});
+    }
+    static void mma_ss(float (&d)[32], uint64_t a, uint64_t b, int add) { wgmma({d, 64, nullptr, a, b, false, add != 0, HALF}); }
+};
+typedef Stored<false> Bf16;
+typedef Stored<true> F16;
+
+}  // namespace hopper

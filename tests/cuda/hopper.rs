@@ -1,0 +1,69 @@
+//! The Hopper kernels in the place of a prefill's rows, on the stand-in for the driver in a process of its own.
+
+use gatedelta::backend::cuda::{Cuda, OpenOptions};
+use gatedelta::gdn;
+use gatedelta::shape::{Dtype, HeadMap, Heads};
+
+use crate::naive::recurrence;
+use crate::util::{Batch, error, heads};
+
+/// Run by the tests below: sequences that stay whole, and cut into segments of one chunk and two.
+#[test]
+#[ignore = "run by other tests, in a process of its own"]
+fn prefills() {
+    let devices = Cuda::enumerate();
+    let mod_heads = Heads::new(2, 4, 64, 64, HeadMap::Mod).unwrap();
+    // Both sizes of K and V, both head maps, groups of 1, 2 and 3; lengths on both sides of a chunk of 64, none, and one of
+    // several chunks; states to begin with or none; L2 norms or none. Heads that never forget and heads that do at once.
+    let shapes: [(Heads, &[u64]); 6] = [
+        (heads(1, 2, 128, 128), &[64, 0, 65, 1]),
+        (heads(1, 1, 64, 128), &[200]),
+        (heads(1, 3, 128, 64), &[63, 130]),
+        (mod_heads, &[33, 31, 64]),
+        (heads(4, 4, 128, 128), &[100]),
+        (heads(1, 2, 128, 128), &[330, 129]),
+    ];
+    for cut in [0, 1, 2] {
+        let cuda = Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_cut: Some(cut) }).unwrap();
+        for (i, (heads, lens)) in shapes.iter().enumerate() {
+            for (store, exact) in [(Dtype::F16, false), (Dtype::Bf16, false), (Dtype::F16, true)] {
+                if exact && (cut != 1 || i < 4) {
+                    continue;
+                }
+                let mut batch = Batch::random(*heads, lens, i % 2 == 1, 70 + i as u64);
+                batch.options.store = store;
+                batch.options.exact = exact;
+                if i % 3 == 0 {
+                    batch.options.qk_l2norm = false;
+                    let rows = batch.q.chunks_mut(heads.k as usize).chain(batch.k.chunks_mut(heads.k as usize));
+                    for row in rows {
+                        let norm = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+                        row.iter_mut().for_each(|x| *x /= norm);
+                    }
+                }
+                let (o, ht) = recurrence(&batch.inputs(), |_| u64::MAX);
+                let out = gdn::prefill(&cuda, &batch.inputs()).unwrap();
+                let [of_o, of_ht] = [error(&out.o, &o), error(&out.ht, &ht)];
+                let what = format!("cut {cut}, {heads:?} {lens:?} {store}: o {of_o:.1e} ht {of_ht:.1e}");
+                println!("{what}");
+                let bound = if store == Dtype::F16 { 1e-3 } else { 5e-3 };
+                assert!(of_o <= bound && of_ht <= bound, "{what}");
+                let again = gdn::prefill(&cuda, &batch.inputs()).unwrap();
+                assert!(again.o == out.o && again.ht == out.ht, "{what}: the same inputs, other bits");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_kernels_agree_with_the_recurrence() {
+    let Some(text) = super::child("hopper::prefills", "arch=90,tell=1", &[]) else { return };
+    let scans =
+        ["k128_w2", "k128_w1", "k64_w1"].map(|kind| ["scan_bf16_", "scan_f16_"].map(|kernel| [kernel, kind].concat()));
+    let states =
+        ["state_bf16_k128", "state_bf16_k64", "state_f16_k128", "state_f16_k64", "warm", "carry_k128", "carry_k64"];
+    for kernel in scans.concat().iter().map(|name| &**name).chain(states) {
+        assert!(text.contains(&format!("kernel hopper_{kernel}\n")), "hopper_{kernel} was not used: {text}");
+    }
+    assert!(!text.contains("kernel gdn_scan"), "some prefill did without the Hopper kernels: {text}");
+}
