@@ -3,7 +3,7 @@
 //! - [`WebGpu::enumerate`] lists adapters, [`WebGpu::open`] opens one, [`WebGpu::from_device`] shares a host's device.
 //! - A launch becomes one dispatch or several: grids larger than the device dispatches at once, and work that would keep
 //!   the device longer than its watchdog likes, are cut by cells (`submit`).
-//! - Compiled kernels are kept on disk where the API allows it (`kept`): a second start compiles nothing.
+//! - Compiled kernels are kept on disk where the API allows it (`kept`), for the next start.
 //! - Everything the device reports late (validation, memory, loss) is kept and returned by the next call (`fault`). A panic
 //!   of wgpu, which has no other way to tell of a driver that fails while it is waited for, is a lost device too.
 

@@ -259,6 +259,7 @@ impl Pending for Zeros {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qwen::model::LoadOptions;
     use crate::qwen::random::RandomSource;
     use crate::shape::Dtype;
     use crate::tune::Class;
@@ -286,7 +287,8 @@ mod tests {
         };
         let source = RandomSource { seed: 1, dtype: Dtype::Bf16 };
         let weights = Weights::sketch(&config, &source, &caps).unwrap();
-        let plan = MemoryPlan::new(&config, &caps, 0, Some(4096), Dtype::F32).unwrap();
+        let options = LoadOptions { context: Some(4096), ..LoadOptions::default() };
+        let plan = MemoryPlan::new(&config, &caps, 0, &options).unwrap();
         let sizes = Sizes::new(&config, &caps, 4096, Dtype::F32).unwrap();
         let stage = Arc::new(Stage { caps, seen: Mutex::default() });
         (Inner::from_parts(config, weights, stage.clone(), plan, sizes), stage)

@@ -129,7 +129,7 @@ pub fn run(backend: &Arc<dyn Backend>, account: &Account, which: &Which, args: &
     let memory = talk.memory(&config)?;
     let turns = &talk.turns;
     let again: u64 = turns.iter().flat_map(|t| [t.question.again, t.result.again]).sum();
-    let longest = (backend.caps().kind != Kind::Cpu).then(|| talk.longest.as_secs_f64());
+    let longest = (backend.caps().kind != Kind::Cpu).then_some(talk.longest.as_secs_f64());
     let (question, result) = (change(turns, |t| t.question.linear), change(turns, |t| t.result.linear));
     let title = format!("A conversation of {} tokens in {} turns ({name})", args.length, args.turns);
     let panels = panels(&talk, memory.predicted);

@@ -102,7 +102,7 @@ impl Local {
         bar.finish_and_clear();
         if let Ok(local) = &local {
             let bar = ui::progress(0, "compiling {bar:30} {pos}/{len} kernels");
-            local.model.ready(&mut |done, total| {
+            local.session.model().ready(&mut |done, total| {
                 bar.set_length(total);
                 bar.set_position(done);
             });
