@@ -17,7 +17,7 @@ use crate::util::{Random, golden};
 
 const MODEL: &str = "models/tiny-text";
 const MIB: u64 = 1 << 20;
-const OPTIONS: LoadOptions = LoadOptions { context: Some(256), kv: Dtype::F32 };
+const OPTIONS: LoadOptions = LoadOptions { context: Some(256), kv: Dtype::F32, snapshots: 0 };
 
 fn random_ids(n: usize, seed: u64) -> Vec<u32> {
     let mut r = Random::new(seed);

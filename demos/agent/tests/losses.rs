@@ -59,7 +59,7 @@ fn converse(args: &[&str], plan: &Plan) -> (Log, [u64; 5], Place) {
     local.keep_in(folder.path()).unwrap();
     let mut log = Log { plan: plan.clone(), notices: local.notices(), ..Log::default() };
     let loaded = plan.calls();
-    let options = Options { system: Some(SYSTEM.into()), thinking: None, max_tokens: 200 };
+    let options = Options { system: Some(SYSTEM.into()), thinking: None, think_budget: None, max_tokens: 200 };
     let mut agent = Agent::new(local, Toolbox::new(vec![Arc::new(Calculator)], TIME_LIMIT), options);
     let summary = agent.answer("What is 17.5% of 2480?", &|| false, &mut log).unwrap();
     assert_eq!((summary.reason, summary.tool_calls > 0), (Reason::Stop, true), "{}", log.said);

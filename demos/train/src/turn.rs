@@ -41,7 +41,7 @@ pub fn take(
     request: &str,
     max_tokens: usize,
 ) -> Result<Turn> {
-    let options = Options { system: Some(SYSTEM.to_string()), thinking: None, max_tokens };
+    let options = Options { system: Some(SYSTEM.to_string()), thinking: None, think_budget: None, max_tokens };
     let mut agent = Agent::new(engine, world.toolbox()?, options);
     if !history.is_empty() {
         agent.restore(history.to_vec());

@@ -553,7 +553,7 @@ mod tests {
         let more = "\n</think>\n\n";
         let (_, next) = ids(&mut local, &format!("{text}{more}"), 4);
         // The last token that was written had not been read yet.
-        let new = local.model.tokenizer().unwrap().encode(more).unwrap().len() + 1;
+        let new = local.session.model().tokenizer().unwrap().encode(more).unwrap().len() + 1;
         assert_eq!((next.reused, next.read, next.reread), (held.len(), new, 0));
         assert!(local.session.ids().starts_with(&held));
     }
