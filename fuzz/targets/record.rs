@@ -3,9 +3,7 @@
 use gatedelta::qwen::state::store::reread;
 use twox_hash::XxHash3_128;
 
-#[path = "store.rs"]
-#[allow(dead_code, reason = "its files are all that is taken")]
-mod store;
+use super::store;
 
 pub const WORDS: &[&str] = &[];
 

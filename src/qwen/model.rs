@@ -157,8 +157,7 @@ impl Model {
     /// become of the files meanwhile.
     pub(crate) fn again(&self, backend: Arc<dyn Backend>, progress: &mut dyn FnMut(u64, u64)) -> Result<Model> {
         let old = &self.inner;
-        let options =
-            LoadOptions { context: Some(old.plan.context), kv: old.plan.kv, snapshots: old.plan.snapshots };
+        let options = LoadOptions { context: Some(old.plan.context), kv: old.plan.kv, snapshots: old.plan.snapshots };
         let config = old.config.clone();
         let inner = match (&old.checkpoint, old.random) {
             (Some(checkpoint), _) => {

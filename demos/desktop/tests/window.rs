@@ -86,7 +86,8 @@ fn going_back_forks_and_everything_is_there_again() {
 #[test]
 fn closing_in_the_middle_of_an_answer_loses_nothing() {
     // Between the question and the end of the answer, as far as it goes before the window closes.
-    let stages: [(&str, fn(&Turn) -> bool); 4] = [
+    type Reached = fn(&Turn) -> bool;
+    let stages: [(&str, Reached); 4] = [
         ("the question", |_| true),
         ("a call", |turn| !turn.items.is_empty()),
         ("its outcome", |turn| matches!(turn.items.first(), Some(Item::Call(call)) if call.outcome.is_some())),
@@ -146,9 +147,8 @@ fn an_answer_can_be_stopped() {
             assert_eq!(window.state_mut().as_mut().unwrap().draft(), "add up all numbers in budget.csv");
             return;
         }
-        let note = kept[0].figures.as_ref().unwrap().note.clone();
-        if stopped && note.is_some() {
-            assert_eq!(note.unwrap(), "Stopped.");
+        if let (true, Some(note)) = (stopped, &kept[0].figures.as_ref().unwrap().note) {
+            assert_eq!(note, "Stopped.");
             return;
         }
     }

@@ -58,7 +58,7 @@ enum Command {
     /// Print the ids that greedy decoding appends to a list of token ids
     Generate(doors::Generate),
     /// Time the operator, its backward pass, whole models and long conversations
-    Bench(bench::Args),
+    Bench(Box<bench::Args>),
 }
 
 fn main() -> ExitCode {

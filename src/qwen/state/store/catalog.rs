@@ -380,7 +380,7 @@ impl Catalog {
         };
         let states = arrival.fixed();
         let state = || blob::read(&self.dir, &last.record, Kind::State, |at, bytes| arrival.write(&states, at, bytes));
-        let (state, rows) = rayon::join(state, || chain.par_iter().try_for_each(|node| rows(node)));
+        let (state, rows) = rayon::join(state, || chain.par_iter().try_for_each(rows));
         rows.and(state)?;
         let moved = last.record.device != hash(snapshot::device(model).as_bytes());
         Ok(arrival.whole(last.history.clone(), answer, moved))
