@@ -4,7 +4,6 @@ use std::path::Path;
 
 use gatedelta::Error;
 use gatedelta::qwen::{Config, LoadOptions, MemoryPlan, Model};
-use gatedelta::shape::Dtype;
 use gatedelta::tune::Caps;
 use proptest::prelude::*;
 use serde_json::{Value, json};
