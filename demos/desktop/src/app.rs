@@ -47,6 +47,8 @@ pub enum Model {
     None,
     /// So many bytes of so many are loaded.
     Loading(u64, u64),
+    /// It is loaded; so many of its kernels of so many are compiled.
+    Compiling(u64, u64),
     /// It answers.
     Ready(Box<Loaded>),
 }
@@ -260,6 +262,7 @@ impl App {
     fn hear(&mut self, update: Update) {
         match update {
             Update::Loading(done, total) => self.model = Model::Loading(done, total),
+            Update::Compiling(done, total) => self.model = Model::Compiling(done, total),
             Update::Loaded(loaded) => self.loaded(loaded),
             Update::Refused(why) => {
                 // If another model takes its place, it says so next.
@@ -511,6 +514,11 @@ impl App {
                         ui.label("Looking for devices");
                     });
                 }
+            }
+            Model::Compiling(done, total) => {
+                ui.heading("Compiling kernels");
+                let share = *done as f32 / (*total).max(1) as f32;
+                ui.add(ProgressBar::new(share).desired_width(320.0).text(format!("{done} of {total}")));
             }
             Model::Ready(loaded) => {
                 let start = loaded.start.clone();

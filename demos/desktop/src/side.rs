@@ -15,7 +15,7 @@ use crate::worker::Choice;
 
 /// Shows all of it.
 pub fn show(app: &mut App, ui: &mut Ui) {
-    let idle = !app.answering() && !matches!(app.model, Model::Loading(..));
+    let idle = !app.answering() && !matches!(app.model, Model::Loading(..) | Model::Compiling(..));
     let mut wanted = None;
     title(ui, "Model");
     wanted = model(app, ui, idle).or(wanted);
@@ -49,6 +49,9 @@ fn model(app: &mut App, ui: &mut Ui, idle: bool) -> Option<Choice> {
         }
         Model::Loading(..) => {
             ui.label("Loading");
+        }
+        Model::Compiling(done, total) => {
+            ui.label(format!("Compiling: {done} of {total} kernels"));
         }
         Model::Ready(loaded) => {
             ui.label(loaded.choice.model.as_deref().map_or_else(|| "The one inside the program".into(), name));

@@ -45,6 +45,8 @@ enum Command {
 pub enum Update {
     /// A model is being loaded: so many bytes of so many.
     Loading(u64, u64),
+    /// So many kernels of so many are compiled, where loading did not leave the time for all.
+    Compiling(u64, u64),
     /// A model is ready.
     Loaded(Box<Loaded>),
     /// A model or a device cannot be used; whether another one is there instead is said by what comes next.
@@ -324,6 +326,7 @@ impl Desk {
         let (tools, folder) = gatedelta_agent::tools(&args)?;
         let open = (self.devices)(args.device.clone(), self.host.clone());
         let mut local = Local::load_on(&args, open, &mut |done, total| self.news.tell(Update::Loading(done, total)))?;
+        local.ready(&mut |done, total| self.news.tell(Update::Compiling(done, total)));
         if let Some(folder) = &self.state
             && let Err(why) = local.keep_in(folder)
         {

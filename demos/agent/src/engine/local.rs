@@ -102,7 +102,7 @@ impl Local {
         bar.finish_and_clear();
         if let Ok(local) = &local {
             let bar = ui::progress(0, "compiling {bar:30} {pos}/{len} kernels");
-            local.session.model().ready(&mut |done, total| {
+            local.ready(&mut |done, total| {
                 bar.set_length(total);
                 bar.set_position(done);
             });
@@ -200,6 +200,11 @@ impl Local {
     /// Which devices there are and why this one was chosen.
     pub fn account(&self) -> Account {
         self.recovery.account()
+    }
+
+    /// Waits until the kernels that the model needs are compiled; `progress` hears of those that are, and their number.
+    pub fn ready(&self, progress: &mut dyn FnMut(u64, u64)) {
+        self.session.model().ready(progress);
     }
 
     /// What opens the device again when it is lost.

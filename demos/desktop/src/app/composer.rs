@@ -57,6 +57,7 @@ impl App {
         match &self.model {
             Model::None => "no model".into(),
             Model::Loading(..) => "the model is being loaded".into(),
+            Model::Compiling(..) => "its kernels are being compiled".into(),
             Model::Ready(loaded) => {
                 let model = loaded.choice.model.as_deref().map_or_else(|| "the model inside".into(), name);
                 let device = loaded.account.chosen.map_or("", |at| &loaded.account.candidates[at].name);
