@@ -314,6 +314,8 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                     rows0 += beta.x * f[0] + beta.y * f[1], rows1 += beta.x * f[2] + beta.y * f[3];
                     const float x = of_k ? -beta.x : beta.x, y = of_k ? -beta.y : beta.y;
                     packed[2 * b] = E::pack(x * g[0], y * g[1]), packed[2 * b + 1] = E::pack(x * g[2], y * g[3]);
+                    // Or the vectors' numbers of all blocks are loaded at once.
+                    hold(packed[2 * b]);
                 }
                 rows0 = quad_sum(rows0), rows1 = quad_sum(rows1);
                 float* to = sums + (of_k ? SUM_ROW2 : SUM_ROW1);
@@ -369,7 +371,6 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                 wgmma_commit();
 #pragma unroll
                 for (int x = 0; x < PARTS; x++) await(TILE_DS + x);
-                last_dot();
                 wgmma_wait<0>();
                 hold(wide);
                 hold(sum);
@@ -415,13 +416,13 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
 #pragma unroll
                 for (int x = 0; x < PARTS; x++) multiply_panels<E, 0, 1>(wide, place(TILE_DV) + x * PANEL, place(TILE_S + x), x > 0);
                 wgmma_commit();
-                last_dot();
                 wgmma_wait<0>();
                 hold(wide);
                 hold(sum);
                 const float in0 = vec[VEC_IN + row0], in1 = vec[VEC_IN + row1];
                 fold(smem + M::KT, in0, in1, -in0, -in1, sums + SUM_U);
             }
+            last_dot();
             e1_phase ^= 1;
             // All products of this head have read their tiles.
             __syncwarp();

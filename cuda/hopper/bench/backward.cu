@@ -375,10 +375,10 @@ static vector<Case> cases() {
     add("head map mod", {200, 77}, 2, 8, 128, 128, false, Decay::Mixed, true, false, true);
     add("cliffs, -inf", {400}, 2, 4, 128, 128, false, Decay::Cliffs);
     add("cliffs, -inf, f16", {400}, 2, 4, 128, 128, true, Decay::Cliffs);
-    add("bench", {500}, 2, 4, 128, 128, false, Decay::Bench);
-    add("bench, f16", {500}, 2, 4, 128, 128, true, Decay::Bench);
+    add("bench", {500}, 4, 8, 128, 128, false, Decay::Bench);
+    add("bench, f16", {500}, 4, 8, 128, 128, true, Decay::Bench);
     add("no decay", {500}, 1, 2, 128, 128, false, Decay::None);
-    add("keys alike", {300}, 1, 2, 128, 128, false, Decay::Slow, true, false, false, 0, 0.5f);
+    add("keys alike", {300}, 2, 4, 128, 128, false, Decay::Slow, true, false, false, 0, 0.5f);
     add("2048 bench", {2048}, 1, 2, 128, 128, false, Decay::Bench);
     add("4096 no decay", {4096}, 1, 2, 128, 128, false, Decay::None);
     add("4096 no decay, f16", {4096}, 1, 2, 128, 128, true, Decay::None);
