@@ -53,18 +53,16 @@ __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// The thread's rows of x [64, K] times those of a tile in shared memory: sums over the columns, of rows row0 and row0 + 8.
+// The thread's part of the rows of x [64, K] times those of a tile in shared memory, rows row0 and row0 + 8, added to `sums`.
 template <class E, int K>
-__device__ __forceinline__ float2 row_dots(const float (&x)[K / 2], const char* tile, int row0, int j) {
-    float lo = 0.f, hi = 0.f;
+__device__ __forceinline__ void row_dots(float (&sums)[2], const float (&x)[K / 2], const char* tile, int row0, int j) {
 #pragma unroll
     for (int b = 0; b < K / 8; b++) {
         const char* at = tile + (b / 8) * PANEL + 4 * j;
         const uint32_t y = *(const uint32_t*)(at + swizzled(0, row0, b % 8)), z = *(const uint32_t*)(at + swizzled(0, row0 + 8, b % 8));
-        lo += x[4 * b] * E::lo(y) + x[4 * b + 1] * E::hi(y);
-        hi += x[4 * b + 2] * E::lo(z) + x[4 * b + 3] * E::hi(z);
+        sums[0] += x[4 * b] * E::lo(y) + x[4 * b + 1] * E::hi(y);
+        sums[1] += x[4 * b + 2] * E::lo(z) + x[4 * b + 3] * E::hi(z);
     }
-    return make_float2(quad_sum(lo), quad_sum(hi));
 }
 
 // d [64, N] += or = a b^T over the 64 numbers of a panel each; a [64 rows, 64] K-major or, TRANS_A, [64, 64 rows].
@@ -74,14 +72,6 @@ __device__ __forceinline__ void multiply_panels(float (&d)[N], uint32_t a, uint3
 #pragma unroll
     for (int s = 0; s < 4; s++)
         E::template mma_ss<TRANS_A, TRANS_B>(d, desc_step(x, s * (TRANS_A ? 2048 : 32)), desc_step(y, s * (TRANS_B ? 2048 : 32)), s > 0 || add);
-}
-
-// d [64, K] += a^T-free a [64, 64], packed in registers, times a tile [64, K].
-template <class E, int N>
-__device__ __forceinline__ void multiply_rows(float (&d)[N], const uint32_t (&a)[16], uint32_t tile) {
-    const uint64_t y = desc_mn_major(tile, PANEL);
-#pragma unroll
-    for (int s = 0; s < 4; s++) E::template mma_rs<1>(d, a + 4 * s, desc_step(y, s * 2048), 1);
 }
 
 // A [64, 64] packed as a left operand, transposed into a panel; the caller's warp writes columns 16 warp to 16 warp + 15.
@@ -124,8 +114,9 @@ template <class E, int K>
 __device__ __forceinline__ void store_rows(float (&y)[K / 2], char* tile, const float* norm, char* to, long long stride, int len, int warp, int lane) {
     const int i = lane >> 2, j = lane & 3, row0 = 16 * warp + i;
     if (norm != nullptr) {
-        const float2 dot = row_dots<E, K>(y, tile, row0, j);
-        const float lo = norm[row0] * norm[row0] * dot.x, hi = norm[row0 + 8] * norm[row0 + 8] * dot.y;
+        float dots[2] = {0.f, 0.f};
+        row_dots<E, K>(dots, y, tile, row0, j);
+        const float lo = norm[row0] * norm[row0] * quad_sum(dots[0]), hi = norm[row0 + 8] * norm[row0 + 8] * quad_sum(dots[1]);
 #pragma unroll
         for (int b = 0; b < K / 8; b++) {
             const char* at = tile + (b / 8) * PANEL + 4 * j;
@@ -236,18 +227,16 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
     const bool of_k = warpgroup == 1;
     const int i = lane >> 2, j = lane & 3, row0 = 16 * warp + i, row1 = row0 + 8;
     const uint32_t sk = base + M::KT, sq = base + M::Q, e1 = base + M::E1;
-    int position = 0;  // of the value head's first tile: slot
-    uint32_t turn = 0;  // how often the ring has been round, its parity
+    uint32_t position = 0;  // of the value head's first tile, modulo two rounds of the ring: slot and parity of the round
     int vec_at = 0;
-    uint32_t sums_at = 0, e1_phase = 0, qk_phase = 0;
+    uint32_t parity = 0, qk_phase = 0;  // parity: of the value heads so far
 
     auto slot = [&](int tile) {
-        const int s = position + tile;
-        return s >= SLOTS ? s - SLOTS : s;
+        const uint32_t s = position + tile;
+        return (int)(s >= 2 * SLOTS ? s - 2 * SLOTS : s >= SLOTS ? s - SLOTS : s);
     };
     auto await = [&](int tile) {
-        const int s = position + tile;
-        mbar_wait(full + 8 * slot(tile), turn ^ (s >= SLOTS), p.hung, HUNG_CONSUMER + 16 * warpgroup + tile);
+        mbar_wait(full + 8 * slot(tile), (position + tile) / SLOTS & 1, p.hung, HUNG_CONSUMER + 16 * warpgroup + tile);
     };
     auto give = [&](int tile) {
         if (lane == 0) mbar_arrive(empty + 8 * slot(tile));
@@ -285,10 +274,8 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
         for (int m = 0; m < group; m++) {
             const int h = p.mod ? kh + m * p.hk : kh * group + m;
             const float* vec = (const float*)(smem + M::VEC + vec_at * 2048);
-            float* sums = (float*)(smem + M::SUMS + sums_at * 4096);
-            // M1 or M2 in the registers of what is [64, K]: no two of them at once.
-            float wide[K / 2];
-            float(&tile)[32] = *(float(*)[32])&wide;
+            float* sums = (float*)(smem + M::SUMS + parity * 4096);
+            float tile[32];  // M1 or M2, or 64 columns of what is [64, K]: the sums over the heads leave no room for all of them
             uint32_t packed[16];
 
             // What the tile of M1 or M2 becomes: E1 or D, packed; its sums over rows and columns.
@@ -297,16 +284,17 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                 const float norm1 = of_k ? vec[VEC_RK + row1] : p.scale * vec[VEC_RQ + row1];
                 const float c0 = vec[VEC_C + row0], c1 = vec[VEC_C + row1];
                 float rows0 = 0.f, rows1 = 0.f, columns[16];
+                const float* own_columns = vec + 2 * j;
+                const int below = row0 - 2 * j - (of_k ? 1 : 0);  // K K^T is taken below the diagonal
 #pragma unroll
                 for (int b = 0; b < 8; b++) {
-                    const int col = 8 * b + 2 * j;
-                    const float2 c = *(const float2*)(vec + VEC_C + col), beta = *(const float2*)(vec + VEC_BETA + col), rk = *(const float2*)(vec + VEC_RK + col);
-                    const int diagonal = of_k ? 1 : 0;  // K K^T is taken below it
+                    const float2 c = *(const float2*)(own_columns + VEC_C + 8 * b), beta = *(const float2*)(own_columns + VEC_BETA + 8 * b);
+                    const float2 rk = *(const float2*)(own_columns + VEC_RK + 8 * b);
                     float g[4];
-                    g[0] = row0 >= col + diagonal ? exp2_fast(c0 - c.x) * rk.x * norm0 * tile[4 * b] : 0.f;
-                    g[1] = row0 >= col + 1 + diagonal ? exp2_fast(c0 - c.y) * rk.y * norm0 * tile[4 * b + 1] : 0.f;
-                    g[2] = row1 >= col + diagonal ? exp2_fast(c1 - c.x) * rk.x * norm1 * tile[4 * b + 2] : 0.f;
-                    g[3] = row1 >= col + 1 + diagonal ? exp2_fast(c1 - c.y) * rk.y * norm1 * tile[4 * b + 3] : 0.f;
+                    g[0] = below >= 8 * b ? exp2_fast(c0 - c.x) * rk.x * norm0 * tile[4 * b] : 0.f;
+                    g[1] = below >= 8 * b + 1 ? exp2_fast(c0 - c.y) * rk.y * norm0 * tile[4 * b + 1] : 0.f;
+                    g[2] = below >= 8 * b - 8 ? exp2_fast(c1 - c.x) * rk.x * norm1 * tile[4 * b + 2] : 0.f;
+                    g[3] = below >= 8 * b - 7 ? exp2_fast(c1 - c.y) * rk.y * norm1 * tile[4 * b + 3] : 0.f;
                     float f[4];
 #pragma unroll
                     for (int e = 0; e < 4; e++) f[e] = g[e] * own[4 * b + e];
@@ -335,15 +323,27 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                 for (int step = 1; step < 32; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
                 if (lane == 0) sums[SUM_LAST + 4 * warpgroup + warp] = dot;
             };
-            // Sums a row of `wide` times K or Q and the factor of the row, and adds what belongs to dK or dQ.
-            auto fold = [&](const char* rows, float dot0, float dot1, float add0, float add1, float* to) {
-                const float2 dots = row_dots<E, K>(wide, rows, row0, j);
-                if (j == 0) to[row0] = dot0 * dots.x, to[row1] = dot1 * dots.y;
+            // x = left times the tiles from `right` on, [64, K] by panels: its factors `add` to the sum of dQ or dK, and its rows' products with
+            // those of Q or K, times `dot`, to `to`.
+            auto take = [&](auto trans, int left, int right, const char* rows, float dot0, float dot1, float add0, float add1, float* to) {
+                float dots[2] = {0.f, 0.f};
 #pragma unroll
-                for (int b = 0; b < K / 8; b++) {
-                    sum[4 * b] += add0 * wide[4 * b], sum[4 * b + 1] += add0 * wide[4 * b + 1];
-                    sum[4 * b + 2] += add1 * wide[4 * b + 2], sum[4 * b + 3] += add1 * wide[4 * b + 3];
+                for (int y = 0; y < K / 64; y++) {
+                    wgmma_fence();
+#pragma unroll
+                    for (int x = 0; x < PARTS; x++) multiply_panels<E, trans, 1>(tile, place(left) + x * PANEL, place(right + x) + y * PANEL, x > 0);
+                    wgmma_commit();
+                    wgmma_wait<0>();
+                    hold(tile);
+                    row_dots<E, 64>(dots, tile, rows + y * PANEL, row0, j);
+#pragma unroll
+                    for (int b = 0; b < 8; b++) {
+                        float* at = sum + 32 * y + 4 * b;
+                        at[0] += add0 * tile[4 * b], at[1] += add0 * tile[4 * b + 1], at[2] += add1 * tile[4 * b + 2], at[3] += add1 * tile[4 * b + 3];
+                    }
                 }
+                const float lo = dot0 * quad_sum(dots[0]), hi = dot1 * quad_sum(dots[1]);
+                if (j == 0) to[row0] = lo, to[row1] = hi;
             };
 
             await(TILE_E);
@@ -360,38 +360,29 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                 work_up();
                 __syncwarp();
                 if (lane == 0) mbar_arrive(e1_full);
-#pragma unroll
-                for (int x = 0; x < PARTS; x++) await(TILE_S + x);
-                hold(packed);
+                bar_sync(1, WARPGROUP);
                 hold(sum);
                 wgmma_fence();
-#pragma unroll
-                for (int x = 0; x < PARTS; x++) multiply_panels<E, 0, 1>(wide, place(TILE_DO) + x * PANEL, place(TILE_S + x), x > 0);
-                multiply_rows<E>(sum, packed, sk);
+                multiply_panels<E, 1, 1>(sum, e1, sk, 1);
                 wgmma_commit();
+                wgmma_wait<0>();
+                hold(sum);
+#pragma unroll
+                for (int x = 0; x < PARTS; x++) await(TILE_S + x);
+                const float out0 = vec[VEC_OUT + row0], out1 = vec[VEC_OUT + row1];
+                take(Int<0>{}, TILE_DO, TILE_S, smem + M::Q, out0, out1, out0, out1, sums + SUM_Q);
 #pragma unroll
                 for (int x = 0; x < PARTS; x++) await(TILE_DS + x);
-                wgmma_wait<0>();
-                hold(wide);
-                hold(sum);
-                const float out0 = vec[VEC_OUT + row0], out1 = vec[VEC_OUT + row1];
-                fold(smem + M::Q, out0, out1, out0, out1, sums + SUM_Q);
             } else {
                 give(TILE_DO);
 #pragma unroll
                 for (int x = 0; x < PARTS; x++) await(TILE_DS + x);
-                wgmma_fence();
-#pragma unroll
-                for (int x = 0; x < PARTS; x++) multiply_panels<E, 1, 1>(wide, place(TILE_E) + x * PANEL, place(TILE_DS + x), x > 0);
-                wgmma_commit();
-                await(TILE_DV);
-                if (len < CHUNK) clear(smem + slot(TILE_DV) * M::SLOT, PARTS, len);
-                wgmma_wait<0>();
-                hold(wide);
                 // e^(c_C - c) rk: what is left of K behind the chunk, without beta.
                 const float left0 = exp2_fast(vec[VEC_TOTAL] - vec[VEC_C + row0]) * vec[VEC_RK + row0];
                 const float left1 = exp2_fast(vec[VEC_TOTAL] - vec[VEC_C + row1]) * vec[VEC_RK + row1];
-                fold(smem + M::KT, left0, left1, vec[VEC_STATE + row0], vec[VEC_STATE + row1], sums + SUM_Z);
+                take(Int<1>{}, TILE_E, TILE_DS, smem + M::KT, left0, left1, vec[VEC_STATE + row0], vec[VEC_STATE + row1], sums + SUM_Z);
+                await(TILE_DV);
+                if (len < CHUNK) clear(smem + slot(TILE_DV) * M::SLOT, PARTS, len);
                 wgmma_fence();
 #pragma unroll
                 for (int x = 0; x < PARTS; x++) multiply_panels<E, 0, 1>(tile, place(TILE_DV) + x * PANEL, place(TILE_E) + x * PANEL, x > 0);
@@ -401,29 +392,21 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                 give(TILE_E);
                 work_up();
                 bar_sync(2, WARPGROUP);
-                mbar_wait(e1_full, e1_phase, p.hung, HUNG_CONSUMER + 16 * warpgroup + 14);
-                hold(packed);
+                mbar_wait(e1_full, parity, p.hung, HUNG_CONSUMER + 16 * warpgroup + 14);
                 hold(sum);
                 wgmma_fence();
-                multiply_rows<E>(sum, packed, sk);
+                multiply_panels<E, 1, 1>(sum, base + M::D, sk, 1);
                 multiply_panels<E, 0, 1>(sum, base + M::D, sk, 1);
                 multiply_panels<E, 0, 1>(sum, e1, sq, 1);
                 wgmma_commit();
+                wgmma_wait<0>();
+                hold(sum);
 #pragma unroll
                 for (int x = 0; x < PARTS; x++) await(TILE_S + x);
-                hold(wide);
-                wgmma_fence();
-#pragma unroll
-                for (int x = 0; x < PARTS; x++) multiply_panels<E, 0, 1>(wide, place(TILE_DV) + x * PANEL, place(TILE_S + x), x > 0);
-                wgmma_commit();
-                wgmma_wait<0>();
-                hold(wide);
-                hold(sum);
                 const float in0 = vec[VEC_IN + row0], in1 = vec[VEC_IN + row1];
-                fold(smem + M::KT, in0, in1, -in0, -in1, sums + SUM_U);
+                take(Int<0>{}, TILE_DV, TILE_S, smem + M::KT, in0, in1, -in0, -in1, sums + SUM_U);
             }
             last_dot();
-            e1_phase ^= 1;
             // All products of this head have read their tiles.
             __syncwarp();
             if (!of_k) give(TILE_DO);
@@ -465,9 +448,9 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                 if (2 * lane + 1 < len) p.dg[at + p.hv] = after - dc[0], p.dbeta[at + p.hv] = dbeta[1];
             }
             position += PER_HEAD;
-            if (position >= SLOTS) position -= SLOTS, turn ^= 1;
+            if (position >= 2 * SLOTS) position -= 2 * SLOTS;
             if (++vec_at == 3) vec_at = 0;
-            sums_at ^= 1;
+            parity ^= 1;
         }
 
         const float* norm = !p.l2norm ? nullptr : (const float*)(smem + M::VEC + (vec_at + 2) % 3 * 2048) + (of_k ? VEC_RK : VEC_RQ);
