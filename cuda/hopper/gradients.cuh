@@ -244,6 +244,7 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
     auto place = [&](int tile) { return base + slot(tile) * M::SLOT; };
     // Rows of a tile behind the sequence's end are another's: zeroes them.
     auto clear = [&](char* tile, int panels, int len) {
+#pragma unroll 1
         for (int x = 0; x < panels; x++) clear_rows(tile + x * PANEL, len, tid, WARPGROUP);
         fence_proxy();
         bar_sync(1 + warpgroup, WARPGROUP);
@@ -347,51 +348,32 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
             };
 
             await(TILE_E);
-            if (!of_k) {
-                await(TILE_DO);
-                if (len < CHUNK) clear(smem + slot(TILE_DO) * M::SLOT, PARTS, len);
-                wgmma_fence();
-#pragma unroll
-                for (int x = 0; x < PARTS; x++) multiply_panels<E, 0, 1>(tile, place(TILE_DO) + x * PANEL, place(TILE_E) + x * PANEL, x > 0);
-                wgmma_commit();
-                wgmma_wait<0>();
-                hold(tile);
-                give(TILE_E);
-                work_up();
-                __syncwarp();
-                if (lane == 0) mbar_arrive(e1_full);
-                bar_sync(1, WARPGROUP);
-                hold(sum);
-                wgmma_fence();
-                multiply_panels<E, 1, 1>(sum, e1, sk, 1);
-                wgmma_commit();
-                wgmma_wait<0>();
-                hold(sum);
-#pragma unroll
-                for (int x = 0; x < PARTS; x++) await(TILE_S + x);
-                const float out0 = vec[VEC_OUT + row0], out1 = vec[VEC_OUT + row1];
-                take(Int<0>{}, TILE_DO, TILE_S, smem + M::Q, out0, out1, out0, out1, sums + SUM_Q);
-#pragma unroll
-                for (int x = 0; x < PARTS; x++) await(TILE_DS + x);
-            } else {
+            if (of_k) {
                 give(TILE_DO);
-#pragma unroll
+#pragma unroll 1
                 for (int x = 0; x < PARTS; x++) await(TILE_DS + x);
                 // e^(c_C - c) rk: what is left of K behind the chunk, without beta.
                 const float left0 = exp2_fast(vec[VEC_TOTAL] - vec[VEC_C + row0]) * vec[VEC_RK + row0];
                 const float left1 = exp2_fast(vec[VEC_TOTAL] - vec[VEC_C + row1]) * vec[VEC_RK + row1];
                 take(Int<1>{}, TILE_E, TILE_DS, smem + M::KT, left0, left1, vec[VEC_STATE + row0], vec[VEC_STATE + row1], sums + SUM_Z);
-                await(TILE_DV);
-                if (len < CHUNK) clear(smem + slot(TILE_DV) * M::SLOT, PARTS, len);
-                wgmma_fence();
+            }
+            const int x_tile = of_k ? TILE_DV : TILE_DO;
+            await(x_tile);
+            if (len < CHUNK) clear(smem + slot(x_tile) * M::SLOT, PARTS, len);
+            wgmma_fence();
 #pragma unroll
-                for (int x = 0; x < PARTS; x++) multiply_panels<E, 0, 1>(tile, place(TILE_DV) + x * PANEL, place(TILE_E) + x * PANEL, x > 0);
-                wgmma_commit();
-                wgmma_wait<0>();
-                hold(tile);
-                give(TILE_E);
-                work_up();
-                bar_sync(2, WARPGROUP);
+            for (int x = 0; x < PARTS; x++) multiply_panels<E, 0, 1>(tile, place(x_tile) + x * PANEL, place(TILE_E) + x * PANEL, x > 0);
+            wgmma_commit();
+            wgmma_wait<0>();
+            hold(tile);
+            give(TILE_E);
+            work_up();
+            if (!of_k) {
+                __syncwarp();
+                if (lane == 0) mbar_arrive(e1_full);
+            }
+            bar_sync(1 + warpgroup, WARPGROUP);
+            if (of_k) {
                 mbar_wait(e1_full, parity, p.hung, HUNG_CONSUMER + 16 * warpgroup + 14);
                 hold(sum);
                 wgmma_fence();
@@ -401,11 +383,24 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                 wgmma_commit();
                 wgmma_wait<0>();
                 hold(sum);
-#pragma unroll
-                for (int x = 0; x < PARTS; x++) await(TILE_S + x);
-                const float in0 = vec[VEC_IN + row0], in1 = vec[VEC_IN + row1];
-                take(Int<0>{}, TILE_DV, TILE_S, smem + M::KT, in0, in1, -in0, -in1, sums + SUM_U);
+            } else {
+                hold(sum);
+                wgmma_fence();
+                multiply_panels<E, 1, 1>(sum, e1, sk, 1);
+                wgmma_commit();
+                wgmma_wait<0>();
+                hold(sum);
             }
+#pragma unroll 1
+            for (int x = 0; x < PARTS; x++) await(TILE_S + x);
+            {
+                const float* at = vec + (of_k ? VEC_IN : VEC_OUT) + row0;
+                const float sign = of_k ? -1.f : 1.f, lo = at[0], hi = at[8];
+                take(Int<0>{}, x_tile, TILE_S, smem + (of_k ? M::KT : M::Q), lo, hi, sign * lo, sign * hi, sums + (of_k ? SUM_U : SUM_Q));
+            }
+            if (!of_k)
+#pragma unroll 1
+                for (int x = 0; x < PARTS; x++) await(TILE_DS + x);
             last_dot();
             // All products of this head have read their tiles.
             __syncwarp();
