@@ -383,7 +383,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         if constexpr (KEEP) {
             if (lane == 0) bulk_wait();
         }
-        if (!KEEP && seg.out >= 0) {
+        if (seg.out >= 0 && (!KEEP || p.states_out != nullptr)) {
             float* x = (transition ? p.transitions : p.states_out) + ((long long)seg.out * p.hv + h) * K * width + v0;
 #pragma unroll
             for (int b = 0; b < K / 8; b++)
