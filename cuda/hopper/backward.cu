@@ -42,3 +42,20 @@ GRADIENTS(hopper_gradients_f16_k128_v128, F16, 128, 128)
 GRADIENTS(hopper_gradients_f16_k128_v64, F16, 128, 64)
 GRADIENTS(hopper_gradients_f16_k64_v128, F16, 64, 128)
 GRADIENTS(hopper_gradients_f16_k64_v64, F16, 64, 64)
+
+// Where sequences are cut: one consumer a block.
+#define STATE(NAME, E, K) ENTRY_MAPS(NAME, 256, 1, ScanArgs, ScanMaps) { scan<E, E, K, 1, 3, false, true>(p, maps); }
+STATE(hopper_grad_state_bf16_k128, Bf16, 128)
+STATE(hopper_grad_state_bf16_k64, Bf16, 64)
+STATE(hopper_grad_state_f16_k128, F16, 128)
+STATE(hopper_grad_state_f16_k64, F16, 64)
+#define CARRY_BACK(NAME, E, K) ENTRY_MAPS(NAME, 256, 1, ReverseArgs, ReverseMaps) { reverse<E, K, 1, 3, true>(p, maps); }
+CARRY_BACK(hopper_reverse_state_bf16_k128, Bf16, 128)
+CARRY_BACK(hopper_reverse_state_bf16_k64, Bf16, 64)
+CARRY_BACK(hopper_reverse_state_f16_k128, F16, 128)
+CARRY_BACK(hopper_reverse_state_f16_k64, F16, 64)
+ENTRY(hopper_grad_warm, 128, 1, GradWarmArgs) { warm<true>(p.carry, p.back); }
+ENTRY(hopper_grad_carry_k128, 256, 1, CarryArgs) { carry<128>(p); }
+ENTRY(hopper_grad_carry_k64, 128, 1, CarryArgs) { carry<64>(p); }
+ENTRY(hopper_reverse_carry_k128, 256, 1, CarryArgs) { carry<128, true>(p); }
+ENTRY(hopper_reverse_carry_k64, 128, 1, CarryArgs) { carry<64, true>(p); }

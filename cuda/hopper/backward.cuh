@@ -66,8 +66,15 @@ struct ReverseArgs {
     long long dv_stride;
     int hk, hv;
     int mod;
-    int v;           // V
-    uint32_t* hung;  // host memory, or null: see mbar_wait
+    int v;            // V
+    uint32_t* hung;   // host memory, or null: see mbar_wait
+    const int* warm;  // [segments, Hv], for a pass that only carries: chunks from a segment's start on that its start's gradient depends on
+};
+
+// `warm`: what the forward has, and the same from the segments' starts.
+struct GradWarmArgs {
+    CarryArgs carry;
+    int* back;  // [segments, Hv]
 };
 
 struct GradientArgs {

@@ -59,7 +59,8 @@ struct Segment {
     int in;      // row of the states it starts from, -1: zeros
     int out;     // row of the states it leaves, -1: none
     int origin;  // first chunk of its sequence
-    int pad[2];
+    int end;     // behind the last chunk of its sequence; for the backward
+    int pad;
 };
 
 // The segments of one sequence that is cut.

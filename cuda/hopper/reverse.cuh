@@ -6,6 +6,8 @@
 // The chain has three products, U, dV and the first of dS; the others fill the time in which its results are scaled and
 // rounded: (out o dO^T) Q behind dV, and R^T = dO^T (P diag(beta)) of the chunk before behind dS.
 //
+// CARRY: only the state's gradient before the segment, from zeros behind the chunks that it depends on, for the segment before.
+//
 // Barriers: full[s] (the producer's bytes), empty[s] (a lane of each consumer warp). Named: 8, all consumers at a ragged end.
 #pragma once
 #include "scan.cuh"
@@ -35,7 +37,7 @@ struct ReverseMaps {
     CUtensorMap q, k, d_o;
 };
 
-template <class E, int K, int WG, int STAGES>
+template <class E, int K, int WG, int STAGES, bool CARRY = false>
 __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps& maps) {
     DYNAMIC_SHARED(smem_raw);
     char* smem = align_1024(smem_raw);
@@ -46,9 +48,17 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
 
     // The block's share: a segment, a value head, a part of V.
     const int parts = p.v / (64 * WG), part = blockIdx.x % parts, h = blockIdx.x / parts % p.hv;
-    const Segment seg = p.segments[blockIdx.x / parts / p.hv];
+    const int at_seg = blockIdx.x / parts / p.hv;
+    const Segment seg = p.segments[at_seg];
     const int kh = key_head(h, p.hk, p.hv, p.mod);
-    const int token = uniform(seg.token), tokens = uniform(seg.tokens), chunk = seg.chunk;
+    int len = seg.tokens;
+    if constexpr (CARRY) {
+        if (seg.chunk == seg.origin) return;  // nobody is before it
+        const int warm = p.warm[at_seg * p.hv + h];
+        if (warm >= 0) len = min(len, warm * CHUNK);
+    }
+    const int token = uniform(seg.token), tokens = uniform(len), chunk = seg.chunk;
+    const int in = CARRY ? -1 : seg.in, out = CARRY ? at_seg - 1 : seg.out;
     const int chunks = (tokens + CHUNK - 1) / CHUNK;
     const int first = 64 * WG * part;  // column of V
 
@@ -103,8 +113,8 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
         float s[K / 2];
 #pragma unroll
         for (int n = 0; n < K / 2; n++) s[n] = 0.f;
-        if (seg.in >= 0) {
-            const float* x = p.dstates_in + ((long long)seg.in * p.hv + h) * K * p.v + v0;
+        if (in >= 0) {
+            const float* x = p.dstates_in + ((long long)in * p.hv + h) * K * p.v + v0;
 #pragma unroll
             for (int b = 0; b < K / 8; b++)
 #pragma unroll
@@ -159,7 +169,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             wgmma_commit();
         };
         auto keep_state = [&](int n) {
-            keep_rows<PANELS>(kept, keep_states(p, K, chunk + n, h, column / 64) + warp * 2048, sb, lane);
+            if constexpr (!CARRY) keep_rows<PANELS>(kept, keep_states(p, K, chunk + n, h, column / 64) + warp * 2048, sb, lane);
         };
 
         // y^T = state o U^T + R^T, packed.
@@ -246,9 +256,9 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
                 wgmma_commit();
             }
             // dV to the warp's staging, while that runs.
+            if constexpr (!CARRY)
 #pragma unroll
-            for (int b = 0; b < 4; b++)
-                stsm_trans(own_at + b * 512, E::pack(u[8 * b], u[8 * b + 1]), E::pack(u[8 * b + 2], u[8 * b + 3]),
+                for (int b = 0; b < 4; b++) stsm_trans(own_at + b * 512, E::pack(u[8 * b], u[8 * b + 1]), E::pack(u[8 * b + 2], u[8 * b + 3]),
                            E::pack(u[8 * b + 4], u[8 * b + 5]), E::pack(u[8 * b + 6], u[8 * b + 7]));
             int next = st + 1;
             uint32_t next_phase = phase;
@@ -266,7 +276,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             multiply(r, d_o, at_next + M::P);
             multiply_state(at_next + M::KT);
             if (n > 0) keep_state(n - 1);
-            {
+            if constexpr (!CARRY) {
                 const int row0 = token + n * CHUNK, len = tokens - n * CHUNK;
                 char* to = (char*)p.dv + ((long long)(row0 + (lane >> 1)) * p.dv_stride + h * p.v + column + 16 * warp) * 2 + (lane & 1) * 16;
                 const char* from = own + (lane >> 1) * 32 + (((lane & 1) ^ ((lane >> 3) & 1)) << 4);
@@ -279,8 +289,8 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             st = next, phase = next_phase;
         }
         if (lane == 0) bulk_wait();
-        if (seg.out >= 0) {
-            float* x = p.dstates_out + ((long long)seg.out * p.hv + h) * K * p.v + v0;
+        if (out >= 0) {
+            float* x = p.dstates_out + ((long long)out * p.hv + h) * K * p.v + v0;
 #pragma unroll
             for (int b = 0; b < K / 8; b++)
 #pragma unroll

@@ -83,7 +83,8 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         const int warm = p.warm[at_seg * p.hv + h];
         const int all = (tokens + CHUNK - 1) / CHUNK;
         transition = part >= parts_v;
-        if (seg.out < 0 || (transition && warm >= 0)) return;
+        // The backward needs transitions of all segments: one carries a gradient over the last.
+        if ((seg.out < 0 && !(GRAD && transition)) || (transition && warm >= 0)) return;
         const int skip = warm >= 0 ? all - warm : 0;
         token += skip * CHUNK, tokens -= skip * CHUNK, chunk += skip;
     }
@@ -383,8 +384,9 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         if constexpr (KEEP) {
             if (lane == 0) bulk_wait();
         }
-        if (seg.out >= 0 && (!KEEP || p.states_out != nullptr)) {
-            float* x = (transition ? p.transitions : p.states_out) + ((long long)seg.out * p.hv + h) * K * width + v0;
+        const int out = GRAD && transition ? at_seg + 1 : seg.out;
+        if (out >= 0 && (!KEEP || p.states_out != nullptr)) {
+            float* x = (transition ? p.transitions : p.states_out) + ((long long)out * p.hv + h) * K * width + v0;
 #pragma unroll
             for (int b = 0; b < K / 8; b++)
 #pragma unroll

@@ -149,8 +149,11 @@ fn the_gradients_agree_with_the_recurrence() {
     let kinds = ["bf16_k128", "f16_k128", "bf16_k64", "f16_k64"];
     let kernels = kinds.map(|kind| {
         let scans = ["keep", "reverse"].map(|kernel| format!("{kernel}_{kind}_w1"));
-        [&scans[..], &[format!("grad_prepare_{kind}"), format!("gradients_{kind}_v128"), format!("gradients_{kind}_v64")]]
-            .concat()
+        [
+            &scans[..],
+            &[format!("grad_prepare_{kind}"), format!("gradients_{kind}_v128"), format!("gradients_{kind}_v64")],
+        ]
+        .concat()
     });
     for kernel in kernels.concat() {
         assert!(text.contains(&format!("kernel hopper_{kernel}\n")), "hopper_{kernel} was not used: {text}");

@@ -2,11 +2,12 @@
 //
 //   nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 -Xcompiler -O3,-mavx2,-mfma,-pthread -o backward backward.cu bench/backward.cu
 //   ./backward check [from to]  every case against float64
-//   ./backward time             FlashQLA's table of the backward, with its own figures (of an H200) beside
+//   ./backward time [consumers cut]  FlashQLA's table of the backward, with its own figures (of an H200) beside
 //   ./backward one ...          a single pass, for a profiler
 //
 // Each case poisons scratch and outputs with NaN; an answer must be finite, within its bound, and the same in every bit when
 // run again. tests/cuda/emulator/runtime.h says how the checks run without a GPU.
+#include "../carry.cuh"
 #include "../gradients.cuh"
 #include "../prepare.cuh"
 #include "../reverse.cuh"
@@ -31,6 +32,18 @@ using namespace hopper;
     DECLARE(hopper_reverse_##NAME##_##K##_w2, const __grid_constant__ ReverseArgs, const __grid_constant__ ReverseMaps)        \
     DECLARE(hopper_gradients_##NAME##_##K##_v64, const __grid_constant__ GradientArgs, const __grid_constant__ GradientMaps)   \
     DECLARE(hopper_gradients_##NAME##_##K##_v128, const __grid_constant__ GradientArgs, const __grid_constant__ GradientMaps)
+#define CUT(NAME, K)                                                                                                    \
+    DECLARE(hopper_grad_state_##NAME##_##K, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)         \
+    DECLARE(hopper_reverse_state_##NAME##_##K, const __grid_constant__ ReverseArgs, const __grid_constant__ ReverseMaps)
+CUT(bf16, k64)
+CUT(bf16, k128)
+CUT(f16, k64)
+CUT(f16, k128)
+DECLARE(hopper_grad_warm, const __grid_constant__ GradWarmArgs)
+DECLARE(hopper_grad_carry_k64, const __grid_constant__ CarryArgs)
+DECLARE(hopper_grad_carry_k128, const __grid_constant__ CarryArgs)
+DECLARE(hopper_reverse_carry_k64, const __grid_constant__ CarryArgs)
+DECLARE(hopper_reverse_carry_k128, const __grid_constant__ CarryArgs)
 OF_K(bf16, k64)
 OF_K(bf16, k128)
 OF_K(f16, k64)
@@ -52,7 +65,17 @@ struct Case {
     int pad;                   // rows behind the last sequence, full of NaN
     float spread;              // keys share a direction: 0 none, 1 all
     int wg;                    // consumers per block of the scans; 0: chosen
+    int cut = 0;               // chunks in a segment; 0: sequences stay whole
 };
+
+// Chunks in a segment, as the backend's forward chooses them.
+static int best_cut(const vector<int>& lens, int heads) {
+    long long chunks = 0;
+    for (int x : lens) chunks += (x + CHUNK - 1) / CHUNK;
+    if (3 * (long long)lens.size() * heads > multiprocessors()) return 0;
+    const long long length = std::max(16ll, ((chunks * heads + multiprocessors() - 1) / multiprocessors() + 7) / 8 * 8);
+    return chunks <= length ? 0 : (int)length;
+}
 
 static const char* decay_name(Decay d) {
     static const char* names[] = {"A=0..16", "none", "slow", "bench", "cliffs"};
@@ -65,7 +88,11 @@ struct Run {
     int tokens = 0, rows = 0, n = 0, wg;
     vector<int> cu;
     vector<Chunk> chunks;
-    vector<Segment> segments;
+    vector<Segment> segments, back, ordered;  // for `keep`, for `reverse`; by sequence, for what goes before them
+    vector<Cut> cuts;
+    Buffer warm, warm_back, starts, ends, transitions, d_back, d_ordered, d_cuts;
+    CarryArgs ca, cb;
+    GradWarmArgs wa;
     Buffer q, k, v, d_o, g, beta, h0, dht;
     Buffer dq, dk, dv, dg, dbeta, dh0;
     Buffer images, states, dstates, news, d_chunks, d_segments;
@@ -81,13 +108,25 @@ struct Run {
         n = (int)c.lens.size();
         cu.push_back(0);
         for (int s = 0; s < n; s++) {
-            segments.push_back({tokens, c.lens[s], (int)chunks.size(), c.states ? s : -1, s, (int)chunks.size(), {}});
+            const int origin = (int)chunks.size(), own = (c.lens[s] + CHUNK - 1) / CHUNK, first = (int)ordered.size();
+            const int step = c.cut ? c.cut : std::max(1, own), count = std::max(1, (own + step - 1) / step);
+            cuts.push_back({first, count, c.states ? s : -1, 0});
+            for (int m = 0; m < count; m++) {
+                const int at = first + m, skip = m * step * CHUNK;
+                const bool last = m + 1 == count;
+                Segment x = {tokens + skip, last ? c.lens[s] - skip : step * CHUNK, origin + m * step, 0, 0, origin, origin + own, 0};
+                const int state = c.cut ? at : c.states ? s : -1;
+                x.in = state, x.out = last ? s : -1, segments.push_back(x);
+                x.in = state, x.out = m == 0 ? s : -1, back.push_back(x);
+                x.in = at, x.out = last ? -1 : at + 1, ordered.push_back(x);
+            }
             for (int t = 0; t < c.lens[s]; t += CHUNK) chunks.push_back({tokens + t, std::min(CHUNK, c.lens[s] - t)});
             tokens += c.lens[s];
             cu.push_back(tokens);
         }
         chunks.push_back({0, 0});  // an empty place, as the backend's tables have them
-        std::stable_sort(segments.begin(), segments.end(), [](const Segment& a, const Segment& b) { return a.tokens > b.tokens; });
+        for (vector<Segment>* x : {&segments, &back})
+            std::stable_sort(x->begin(), x->end(), [](const Segment& a, const Segment& b) { return a.tokens > b.tokens; });
         rows = tokens + c.pad;
         const size_t of_k = (size_t)rows * c.hk * c.k * 2, of_v = (size_t)rows * c.hv * c.v * 2, gates = (size_t)rows * c.hv * 4, places = chunks.size() * c.hv;
         for (Buffer* b : {&q, &k, &dq, &dk}) b->make(of_k);
@@ -99,6 +138,15 @@ struct Run {
         d_chunks.make(chunks.size() * sizeof(Chunk)), d_segments.make(segments.size() * sizeof(Segment));
         CHECK(cudaMemcpy(d_chunks.p, chunks.data(), d_chunks.bytes, cudaMemcpyHostToDevice));
         CHECK(cudaMemcpy(d_segments.p, segments.data(), d_segments.bytes, cudaMemcpyHostToDevice));
+        d_back.make(back.size() * sizeof(Segment)), d_ordered.make(ordered.size() * sizeof(Segment)), d_cuts.make(cuts.size() * sizeof(Cut));
+        CHECK(cudaMemcpy(d_back.p, back.data(), d_back.bytes, cudaMemcpyHostToDevice));
+        CHECK(cudaMemcpy(d_ordered.p, ordered.data(), d_ordered.bytes, cudaMemcpyHostToDevice));
+        CHECK(cudaMemcpy(d_cuts.p, cuts.data(), d_cuts.bytes, cudaMemcpyHostToDevice));
+        if (c.cut) {
+            const size_t jobs = ordered.size() * c.hv;
+            warm.make(jobs * 4), warm_back.make(jobs * 4), starts.make(jobs * c.k * c.v * 4), ends.make(jobs * c.k * c.v * 4);
+            transitions.make((jobs + c.hv) * c.k * c.k * 4);
+        }
         for (Buffer* b : {&q, &k, &v, &d_o, &g, &beta}) CHECK(cudaMemset(b->p, 0xff, b->bytes));
         make_rows(q.p, tokens * c.hk, c.k, c.f16, seed + 1, !c.l2norm, c.l2norm ? 3.f : 1.f, 0.f);
         make_rows(k.p, tokens * c.hk, c.k, c.f16, seed + 2, !c.l2norm, c.l2norm ? 2.f : 1.f, c.spread);
@@ -119,8 +167,12 @@ struct Run {
         gm.q = map_q, gm.k = map_k, gm.d_o = rm.d_o, gm.dv = tensor_map(dv.p, rows, c.hv * c.v, c.f16);
         const float scale = 1.f / sqrtf((float)c.k);
         pa = {q.p, k.p, (float*)g.p, (float*)beta.p, (Chunk*)d_chunks.p, (char*)images.p, c.hk * c.k, c.hk * c.k, scale, c.hk, c.hv, c.mod, c.l2norm};
-        ka = {(Segment*)d_segments.p, (char*)images.p, (float*)h0.p, nullptr, (float*)states.p, nullptr, news.p, 0, c.hk, c.hv, c.mod, c.v, hung_device()};
-        ra = {(Segment*)d_segments.p, (char*)images.p, (float*)dht.p, (float*)dh0.p, (char*)dstates.p, dv.p, c.hv * c.v, c.hk, c.hv, c.mod, c.v, hung_device()};
+        ka = {(Segment*)d_segments.p, (char*)images.p, (float*)(c.cut ? starts.p : h0.p), nullptr, (float*)states.p, nullptr, news.p, 0, c.hk, c.hv, c.mod, c.v, hung_device()};
+        ra = {(Segment*)d_back.p, (char*)images.p, (float*)(c.cut ? ends.p : dht.p), (float*)dh0.p, (char*)dstates.p, dv.p, c.hv * c.v, c.hk, c.hv, c.mod, c.v, hung_device(), nullptr};
+        ca = {(Segment*)d_ordered.p, (Cut*)d_cuts.p, (char*)images.p, (int*)warm.p, (float*)h0.p, (float*)starts.p, (float*)transitions.p, -12.f,
+              (int)ordered.size(), c.hv, c.v};
+        cb = ca, cb.h0 = (float*)dht.p, cb.states = (float*)ends.p;
+        wa = {ca, (int*)warm_back.p};
         ga = {(Chunk*)d_chunks.p, (char*)images.p, (char*)states.p, (char*)dstates.p, (char*)news.p, dq.p, dk.p, (float*)dg.p, (float*)dbeta.p,
               c.hk * c.k, c.hk * c.k, scale, (int)chunks.size(), c.hk, c.hv, c.mod, c.l2norm, hung_device()};
         // Two consumers share the loads of a block; with few blocks, one each fills the chip better.
@@ -131,12 +183,29 @@ struct Run {
 
     void poison() {
         for (Buffer* b : outputs()) CHECK(cudaMemset(b->p, 0xff, b->bytes));
-        for (Buffer* b : {&images, &states, &dstates, &news}) CHECK(cudaMemset(b->p, 0xff, b->bytes));
+        for (Buffer* b : {&images, &states, &dstates, &news, &warm, &warm_back, &starts, &ends, &transitions})
+            if (b->bytes) CHECK(cudaMemset(b->p, 0xff, b->bytes));
     }
 
     void prepare(cudaStream_t s) {
         const int bytes = c.k == 128 ? PrepareSmem<128, true>::bytes(c.hv / c.hk) : PrepareSmem<64, true>::bytes(c.hv / c.hk);
         LAUNCH(BY_TYPE(c.f16, c.k, hopper_grad_prepare, ), chunks.size() * c.hk, 128, bytes, s, &pa);
+    }
+    // The states before the segments, and the gradients of those behind them.
+    void carry(cudaStream_t s) {
+        if (!c.cut) return;
+        const unsigned jobs = (unsigned)(ordered.size() * c.hv);
+        LAUNCH(hopper_grad_warm, (jobs + 3) / 4, 128, 0, s, &wa);
+        ScanArgs state = ka;
+        state.segments = (Segment*)d_ordered.p, state.states_out = (float*)starts.p, state.transitions = (float*)transitions.p, state.warm = (int*)warm.p;
+        int bytes = c.k == 128 ? ScanSmem<128, 1, 3, false, true>::BYTES : ScanSmem<64, 1, 3, false, true>::BYTES;
+        LAUNCH(BY_TYPE(c.f16, c.k, hopper_grad_state, ), jobs * (c.v / 64 + c.k / 64), 256, bytes, s, &state, &km);
+        LAUNCH2(c.k == 128 ? (Kernel)hopper_grad_carry_k128 : (Kernel)hopper_grad_carry_k64, cuts.size() * c.hv, c.v / CARRY_COLUMNS, c.k * 2, 0, s, &ca);
+        ReverseArgs back = ra;
+        back.segments = (Segment*)d_ordered.p, back.dstates_out = (float*)ends.p, back.warm = (int*)warm_back.p;
+        bytes = c.k == 128 ? ReverseSmem<128, 1, 3>::BYTES : ReverseSmem<64, 1, 3>::BYTES;
+        LAUNCH(BY_TYPE(c.f16, c.k, hopper_reverse_state, ), jobs * (c.v / 64), 256, bytes, s, &back, &rm);
+        LAUNCH2(c.k == 128 ? (Kernel)hopper_reverse_carry_k128 : (Kernel)hopper_reverse_carry_k64, cuts.size() * c.hv, c.v / CARRY_COLUMNS, c.k * 2, 0, s, &cb);
     }
     unsigned scan_blocks() const { return (unsigned)(segments.size() * c.hv * (c.v / 64 / wg)); }
     void keep(cudaStream_t s) {
@@ -158,7 +227,7 @@ struct Run {
         const Kernel kernel = c.v == 128 ? BY_TYPE(c.f16, c.k, hopper_gradients, _v128) : BY_TYPE(c.f16, c.k, hopper_gradients, _v64);
         LAUNCH(kernel, std::min<size_t>(multiprocessors(), chunks.size() * c.hk), 384, bytes, s, &ga, &gm);
     }
-    void all(cudaStream_t s) { prepare(s), keep(s), reverse(s), gradients(s); }
+    void all(cudaStream_t s) { prepare(s), carry(s), keep(s), reverse(s), gradients(s); }
 
     // Products of all four kernels; bytes that must come from and go to memory, and those that these kernels move.
     double flops() const {
@@ -335,7 +404,7 @@ static bool check(const Case& c, int repeats) {
     for (size_t i = (size_t)r.tokens * c.hv; i < x.dg.size(); i++) pad_kept = pad_kept && x.dg[i] != x.dg[i] && x.dbeta[i] != x.dbeta[i];
     for (int o = 0; o < OUTPUTS; o++) ok = ok && all[o].value() <= bound;
     ok = ok && pad_kept;
-    printf("%-4s %-20s %s K%d V%d %d/%d %-7s wg%d ", ok ? "ok" : "FAIL", c.name, c.f16 ? "f16 " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), r.wg);
+    printf("%-4s %-20s %s K%d V%d %d/%d %-7s wg%d cut%d ", ok ? "ok" : "FAIL", c.name, c.f16 ? "f16 " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), r.wg, c.cut);
     for (int o = 0; o < OUTPUTS; o++) printf(" %s %.1e (%.1e)", output_names[o], all[o].value(), worst[o]);
     printf("%s%s\n", differ ? "  RUNS DIFFER" : "", pad_kept ? "" : "  PAD WRITTEN");
     if (!ok)
@@ -356,7 +425,7 @@ static bool check(const Case& c, int repeats) {
 static vector<Case> cases() {
     vector<Case> all;
     auto add = [&](const char* name, vector<int> lens, int hk, int hv, int k, int v, bool f16, Decay d, bool states = true, bool l2 = false, bool mod = false,
-                   int pad = 0, float spread = 0, int wg = 0) { all.push_back({name, lens, hk, hv, k, v, f16, d, states, l2, mod, pad, spread, wg}); };
+                   int pad = 0, float spread = 0, int wg = 0, int cut = 0) { all.push_back({name, lens, hk, hv, k, v, f16, d, states, l2, mod, pad, spread, wg, cut}); };
     for (int wg : {1, 2}) {
         add("one chunk, no state", {64}, 1, 1, 128, 128, false, Decay::None, false, false, false, 0, 0, wg);
         add("one chunk, state", {64}, 1, 1, 128, 128, false, Decay::Slow, true, false, false, 0, 0, wg);
@@ -379,11 +448,18 @@ static vector<Case> cases() {
     add("bench, f16", {500}, 4, 8, 128, 128, true, Decay::Bench);
     add("no decay", {500}, 1, 2, 128, 128, false, Decay::None);
     add("keys alike", {300}, 2, 4, 128, 128, false, Decay::Slow, true, false, false, 0, 0.5f);
+    for (Decay d : {Decay::Mixed, Decay::None, Decay::Slow, Decay::Bench, Decay::Cliffs}) add("cut", {700, 64, 1, 129}, 2, 8, 128, 128, false, d, true, false, false, 5, 0, 0, 2);
+    add("cut, f16", {700, 64, 0, 129}, 2, 8, 128, 128, true, Decay::Bench, true, false, false, 5, 0, 2, 2);
+    add("cut, no states", {700, 64, 1, 129}, 2, 8, 128, 128, false, Decay::Bench, false, true, false, 5, 0, 0, 3);
+    add("cut, K 64, V 64, f16", {700, 64, 1, 129}, 2, 4, 64, 64, true, Decay::Bench, true, false, false, 0, 0, 0, 2);
+    add("cut, K 64", {400, 129}, 2, 4, 64, 128, false, Decay::Bench, true, false, false, 0, 0, 0, 2);
+    add("cut, V 64", {400, 129}, 2, 4, 128, 64, false, Decay::Bench, true, true, true, 0, 0, 0, 2);
     add("2048 bench", {2048}, 1, 2, 128, 128, false, Decay::Bench);
     add("4096 no decay", {4096}, 1, 2, 128, 128, false, Decay::None);
     add("4096 no decay, f16", {4096}, 1, 2, 128, 128, true, Decay::None);
     add("4096 4/8", {4096}, 4, 8, 128, 128, false, Decay::Mixed);
     add("ragged 16/32", {410, 431, 294, 991, 386, 1584}, 16, 32, 128, 128, false, Decay::Bench);
+    add("32768 4/8, cut", {32768}, 4, 8, 128, 128, false, Decay::Bench, true, false, false, 0, 0, 0, 32);
     add("32768 4/8", {32768}, 4, 8, 128, 128, false, Decay::Bench);
     return all;
 }
@@ -425,20 +501,21 @@ static double time_of(const std::function<void(cudaStream_t)>& work, int repeats
     return ms[ms.size() / 2];
 }
 
-static void time_case(const char* name, const vector<int>& lens, int hk, int hv, int wg, double published, int repeats) {
-    Case c{name, lens, hk, hv, 128, 128, false, Decay::Bench, true, false, false, 0, 0, wg};
+static void time_case(const char* name, const vector<int>& lens, int hk, int hv, int wg, int cut, double published, int repeats) {
+    Case c{name, lens, hk, hv, 128, 128, false, Decay::Bench, true, false, false, 0, 0, wg, cut};
     Run r(c, 99);
     const double whole = time_of([&](cudaStream_t s) { r.all(s); }, repeats);
     const double parts[4] = {time_of([&](cudaStream_t s) { r.prepare(s); }, repeats), time_of([&](cudaStream_t s) { r.keep(s); }, repeats),
                              time_of([&](cudaStream_t s) { r.reverse(s); }, repeats), time_of([&](cudaStream_t s) { r.gradients(s); }, repeats)};
+    const double carry = cut ? time_of([&](cudaStream_t s) { r.carry(s); }, repeats) : 0;
     const double bw = bandwidth();
-    printf("%-9s %2d/%-2d wg%d %.4f ms (prepare %.4f, keep %.4f, reverse %.4f, gradients %.4f)  by FLOP %.3f, by bytes %.3f, bytes moved %.3f; FlashQLA on an H200 %.3f, x%.2f\n",
-           name, hk, hv, r.wg, whole, parts[0], parts[1], parts[2], parts[3], r.flops() / 790e9, r.bytes() / bw * 1e3, r.moved() / bw * 1e3, published, published / whole);
+    printf("%-9s %2d/%-2d wg%d cut%-3d %.4f ms (prepare %.4f, carry %.4f, keep %.4f, reverse %.4f, gradients %.4f)  by FLOP %.3f, by bytes %.3f, bytes moved %.3f; FlashQLA on an H200 %.3f, x%.2f\n",
+           name, hk, hv, r.wg, cut, whole, parts[0], carry, parts[1], parts[2], parts[3], r.flops() / 790e9, r.bytes() / bw * 1e3, r.moved() / bw * 1e3, published, published / whole);
     finish(name);
     fflush(stdout);
 }
 
-static void time_all(int wg) {
+static void time_all(int wg, int cut) {
     struct Row {
         const char* name;
         vector<int> lens;
@@ -456,7 +533,11 @@ static void time_all(int wg) {
     };
     printf("copy %.2f TB/s\n", bandwidth() / 1e12);
     for (const Row& row : rows)
-        for (int i = 0; i < 4; i++) time_case(row.name, row.lens, 16 >> i, 32 >> i, wg, row.published[i], 20);
+        for (int i = 0; i < 4; i++) {
+            const int own = cut >= 0 ? cut : best_cut(row.lens, 32 >> i);
+            time_case(row.name, row.lens, 16 >> i, 32 >> i, wg, own, row.published[i], 20);
+            if (cut < 0 && own) time_case(row.name, row.lens, 16 >> i, 32 >> i, wg, 0, row.published[i], 20);
+        }
 }
 #endif
 
@@ -473,7 +554,7 @@ int main(int argc, char** argv) {
         return failed != 0;
     }
 #ifndef GATEDELTA_EMULATOR
-    if (what == "time") return time_all(argc > 2 ? atoi(argv[2]) : 0), 0;
+    if (what == "time") return time_all(argc > 2 ? atoi(argv[2]) : 0, argc > 3 ? atoi(argv[3]) : -1), 0;
 #endif
     if (what == "one" && argc > 6) {  // length, sequences, Hk, Hv, consumers: one pass, for a profiler
         Case c{"one", vector<int>(atoi(argv[3]), atoi(argv[2])), atoi(argv[4]), atoi(argv[5]), 128, 128, false, Decay::Bench, true, false, false, 0, 0, atoi(argv[6])};

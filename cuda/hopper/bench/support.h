@@ -8,11 +8,12 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 // A kernel with pointers to its parameters.
-#define LAUNCH(kernel, blocks, threads, bytes, stream, ...)                                                                                      \
+#define LAUNCH(kernel, blocks, threads, bytes, stream, ...) LAUNCH2(kernel, blocks, 1, threads, bytes, stream, __VA_ARGS__)
+#define LAUNCH2(kernel, blocks, rows_, threads, bytes, stream, ...)                                                                                      \
     do {                                                                                                                                         \
         void* args_[] = {__VA_ARGS__};                                                                                                           \
         CHECK(cudaFuncSetAttribute((const void*)(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes)));                           \
-        CHECK(cudaLaunchKernel((const void*)(kernel), dim3((unsigned)(blocks)), dim3((unsigned)(threads)), args_, (size_t)(bytes), (stream)));   \
+        CHECK(cudaLaunchKernel((const void*)(kernel), dim3((unsigned)(blocks), (unsigned)(rows_)), dim3((unsigned)(threads)), args_, (size_t)(bytes), (stream)));   \
     } while (0)
 #endif
 

@@ -6,9 +6,9 @@
 //! other lies in the rows' own scratch, which is larger: in ws the images, in saved S and then e, in dsaved dS'. So either both
 //! halves are replaced or none, and each half finds the other to decide it.
 
+use super::Shared;
 use super::hopper::{CHUNK_BYTES, Hopper, Numbers, PANEL, SEGMENT_BYTES, map_of, prepare_bytes};
 use super::launch::Call;
-use super::Shared;
 use crate::backend::View;
 use crate::error::{Error, Result};
 use crate::kernel::{gdn, gdn_grad};
@@ -59,17 +59,18 @@ fn halves(launches: &[Launch], at: usize) -> Option<[usize; 2]> {
     let grads = |i: usize| *launches[i].kernel == gdn_grad::GRAD_SCAN;
     if saves(launches, at) {
         let ws = &launches[at].args[5];
-        let next = (at + 2..launches.len())
-            .find(|&i| grads(i) && same(&launches[i].args[3], ws) || saves(launches, i) && same(&launches[i].args[5], ws))?;
+        let next = (at + 2..launches.len()).find(|&i| {
+            grads(i) && same(&launches[i].args[3], ws) || saves(launches, i) && same(&launches[i].args[5], ws)
+        })?;
         return grads(next).then_some([at, next]);
     }
     if !grads(at) {
         return None;
     }
     let ws = &launches[at].args[3];
-    let before = (0..at)
-        .rev()
-        .find(|&i| grads(i) && same(&launches[i].args[3], ws) || saves(launches, i) && same(&launches[i].args[5], ws))?;
+    let before = (0..at).rev().find(|&i| {
+        grads(i) && same(&launches[i].args[3], ws) || saves(launches, i) && same(&launches[i].args[5], ws)
+    })?;
     saves(launches, before).then_some([before, at])
 }
 
@@ -220,7 +221,13 @@ impl Hopper {
             ];
             let bytes = prepare_bytes(k, hv / hk, GRAD_BYTES as u32);
             let variant = self.function(shared, &format!("hopper_grad_prepare_{kind}"), 128, bytes, &[88])?;
-            calls.push(Call { kernel: "hopper_grad_prepare", variant, grid: [places * hk, 1, 1], launch, second: None });
+            calls.push(Call {
+                kernel: "hopper_grad_prepare",
+                variant,
+                grid: [places * hk, 1, 1],
+                launch,
+                second: None,
+            });
 
             // ScanArgs, then ScanMaps; states are read and written in place. Its map of q is not used.
             let key = map(1, 1, "k", hk * k)?;
@@ -238,19 +245,12 @@ impl Hopper {
         let qk = [map(0, 0, "q", hk * k)?, map(0, 1, "k", hk * k)?];
         let d_o = map(0, 2, "do", hv * v)?;
         // ReverseArgs of backward.cuh, then ReverseMaps; dstate is read and written in place.
-        let args = [
-            tables + table,
-            at[3],
-            at[6],
-            at[6],
-            at[7],
-            at16(of_chunk[6], &c, "dv_off"),
-            c.get("dv_stride").into(),
-        ];
-        let launch = [&args[..], &shape, &qk.concat(), &d_o].concat();
+        let args =
+            [tables + table, at[3], at[6], at[6], at[7], at16(of_chunk[6], &c, "dv_off"), c.get("dv_stride").into()];
+        let launch = [&args[..], &shape, &[0], &qk.concat(), &d_o].concat();
         let name = format!("hopper_reverse_{kind}_w{consumers}");
-        let variant = self.function(shared, &name, threads, reverse_bytes(k, consumers), &[80, 384])?;
-        calls.push(Call { kernel: "hopper_reverse", variant, grid: scan_grid, launch, second: Some(10) });
+        let variant = self.function(shared, &name, threads, reverse_bytes(k, consumers), &[88, 384])?;
+        calls.push(Call { kernel: "hopper_reverse", variant, grid: scan_grid, launch, second: Some(11) });
 
         // GradientArgs, then GradientMaps.
         let gate_off = 4 * u64::from(gates.get("g_off"));

@@ -44,9 +44,10 @@ inline cudaError_t cudaEventRecord(cudaEvent_t& e, cudaStream_t = nullptr) {
 }
 inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t a, cudaEvent_t b) { return *ms = (float)(b - a), 0; }
 
-#define LAUNCH(kernel, blocks, threads, bytes, stream, ...)                                              \
+#define LAUNCH(kernel, blocks, threads, bytes, stream, ...) LAUNCH2(kernel, blocks, 1, threads, bytes, stream, __VA_ARGS__)
+#define LAUNCH2(kernel, blocks, rows_, threads, bytes, stream, ...)                                              \
     do {                                                                                                 \
         const void* args_[] = {__VA_ARGS__};                                                             \
-        const uint32_t grid_[3] = {(uint32_t)(blocks), 1, 1};                                            \
+        const uint32_t grid_[3] = {(uint32_t)(blocks), (uint32_t)(rows_), 1};                                            \
         if (!emulator::run_grid((void (*)(const void*))(kernel), args_, grid_, threads, bytes)) emulator_error() = 1; \
     } while (0)
