@@ -61,17 +61,22 @@ fn prefills() {
 #[ignore = "run by other tests, in a process of its own"]
 fn gradients() {
     let devices = Cuda::enumerate();
-    let cuda = Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_cut: Some(0) }).unwrap();
+    let open = |cut| Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_cut: Some(cut) }).unwrap();
+    let (cuda, cuts) = (open(0), open(4));
     let mod_heads = Heads::new(2, 4, 64, 64, HeadMap::Mod).unwrap();
-    let shapes: [(Heads, &[u64]); 6] = [
+    // The last ones are long enough to be cut into segments: warmed up, and joined by transitions.
+    let shapes: [(Heads, &[u64]); 8] = [
         (heads(2, 4, 128, 128), &[64, 0, 65, 1]),
         (heads(2, 4, 64, 128), &[200, 90]),
         (heads(2, 6, 128, 64), &[63, 130, 70]),
         (mod_heads, &[33, 31, 64, 1]),
         (heads(4, 4, 128, 128), &[100]),
         (heads(2, 4, 128, 128), &[330, 129]),
+        (heads(1, 4, 128, 128), &[1100, 0, 300]),
+        (mod_heads, &[300, 1030]),
     ];
     for (i, (heads, lens)) in shapes.iter().enumerate() {
+        let cuda = if i < 6 { &cuda } else { &cuts };
         for store in [Dtype::F16, Dtype::Bf16] {
             let mut batch = Batch::random(*heads, lens, i % 2 == 1, 170 + i as u64);
             batch.options.store = store;
@@ -79,6 +84,8 @@ fn gradients() {
             // average.
             for (n, g) in batch.g.iter_mut().enumerate().filter(|(n, _)| n % heads.hv as usize % 2 == 0) {
                 *g *= 0.002 * (n % 3) as f32;
+                // Slowly, where there are segments to join.
+                *g -= if i < 6 { 0.0 } else { 0.004 };
             }
             // A token without a change of the state: its beta is a factor, nothing is divided by it.
             batch.beta[heads.hv as usize] = 0.0;
@@ -96,7 +103,7 @@ fn gradients() {
             let dht = (i != 4).then_some(&dht[..]);
             let cotangents = Cotangents { d_o: &d_o, dht };
             let expected = recurrence_grad(&batch.inputs(), &d_o, dht);
-            let found = gdn::backward(&cuda, &batch.inputs(), &cotangents).unwrap();
+            let found = gdn::backward(cuda, &batch.inputs(), &cotangents).unwrap();
             let mut what = format!("{heads:?} {lens:?} {store}:");
             let errors: Vec<f64> = named(&found)
                 .into_iter()
@@ -109,7 +116,7 @@ fn gradients() {
                 .collect();
             println!("{what}");
             assert!(errors.iter().all(|&error| error <= bound(store)), "{what}");
-            let again = gdn::backward(&cuda, &batch.inputs(), &cotangents).unwrap();
+            let again = gdn::backward(cuda, &batch.inputs(), &cotangents).unwrap();
             assert!(again == found, "{what}: the same inputs, other bits");
         }
     }
@@ -155,7 +162,9 @@ fn the_gradients_agree_with_the_recurrence() {
         ]
         .concat()
     });
-    for kernel in kernels.concat() {
+    let carries = ["grad_state_bf16_k128", "grad_state_f16_k64", "reverse_state_f16_k128", "reverse_state_bf16_k64"];
+    let carries = carries.into_iter().chain(["grad_warm", "grad_carry_k128", "grad_carry_k64", "reverse_carry_k128"]);
+    for kernel in kernels.concat().into_iter().chain(carries.map(String::from)) {
         assert!(text.contains(&format!("kernel hopper_{kernel}\n")), "hopper_{kernel} was not used: {text}");
     }
     assert!(!text.contains("kernel gdn_grad"), "some backward pass did without the Hopper kernels: {text}");

@@ -27,11 +27,11 @@ pub(super) const PANEL: u32 = 64 * 128;
 /// Bytes of the tables' entries: Chunk, Segment and Cut of forward.cuh.
 pub(super) const CHUNK_BYTES: u64 = 8;
 pub(super) const SEGMENT_BYTES: u64 = 32;
-const CUT_BYTES: u64 = 16;
+pub(super) const CUT_BYTES: u64 = 16;
 /// Columns of V that a block of `carry` has: CARRY_COLUMNS of carry.cuh.
-const CARRY_COLUMNS: u32 = 32;
+pub(super) const CARRY_COLUMNS: u32 = 32;
 /// A head that has decayed by e to this has forgotten, for numbers of 16 bits.
-const FORGOTTEN: f32 = -12.0;
+pub(super) const FORGOTTEN: f32 = -12.0;
 /// Fewer chunks in a segment than this are not worth the passes beside.
 const SHORTEST: u64 = 16;
 
@@ -125,7 +125,7 @@ pub fn special(launches: &[Launch], at: usize, multiprocessors: u32, cut: Option
 /// Chunks in a segment, so that segments and heads fill the device once; 0 where whole sequences fill a third of it: measured on an
 /// H100, 32768 tokens with 16 heads take 0.60 of the time in 8 segments, with 32 heads 0.81 in 4, and with 64 heads cutting does
 /// not pay (`cuda/hopper/NOTES.md`).
-fn best_cut(sequences: u64, chunks: u64, heads: u64, multiprocessors: u32) -> u32 {
+pub(super) fn best_cut(sequences: u64, chunks: u64, heads: u64, multiprocessors: u32) -> u32 {
     let multiprocessors = multiprocessors as u64;
     if 3 * sequences * heads > multiprocessors {
         return 0;
@@ -135,7 +135,7 @@ fn best_cut(sequences: u64, chunks: u64, heads: u64, multiprocessors: u32) -> u3
 }
 
 /// Segments at most of so many sequences that have so many chunks of 32 tokens.
-fn places(sequences: u64, chunks: u64, cut: u32) -> u64 {
+pub(super) fn places(sequences: u64, chunks: u64, cut: u32) -> u64 {
     // A sequence of n chunks of 32 has at most (n + 1) / 2 of 64.
     if cut == 0 { sequences } else { sequences + (chunks + sequences).div_ceil(2 * cut as u64) }
 }
@@ -303,10 +303,10 @@ impl Hopper {
         let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
 
         // TablesArgs of tables.cuh.
-        let variant = self.function(shared, "hopper_tables", 128, 0, &[56])?;
+        let variant = self.function(shared, "hopper_tables", 128, 0, &[64])?;
         let to_ordered = if special.cut == 0 { 0 } else { ordered };
         let numbers = pair(special.cut, places as u32);
-        let launch = vec![after[4], after[5], chunk_table, segment_table, to_ordered, cut_table, numbers];
+        let launch = vec![after[4], after[5], chunk_table, segment_table, to_ordered, cut_table, 0, numbers];
         let grid = [sequences as u32, 1, 1];
         calls.push(Call { kernel: "hopper_tables", variant, grid, launch, second: None });
 

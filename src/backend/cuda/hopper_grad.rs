@@ -7,7 +7,10 @@
 //! halves are replaced or none, and each half finds the other to decide it.
 
 use super::Shared;
-use super::hopper::{CHUNK_BYTES, Hopper, Numbers, PANEL, SEGMENT_BYTES, map_of, prepare_bytes};
+use super::hopper::{
+    CARRY_COLUMNS, CHUNK_BYTES, CUT_BYTES, FORGOTTEN, Hopper, Numbers, PANEL, SEGMENT_BYTES, best_cut, map_of, places,
+    prepare_bytes,
+};
 use super::launch::Call;
 use crate::backend::View;
 use crate::error::{Error, Result};
@@ -40,6 +43,28 @@ pub struct SpecialGrad {
     pub consumers: u32,
     /// Blocks of the last kernel.
     pub blocks: u32,
+    /// Chunks of 64 tokens in a segment; 0: sequences stay whole.
+    pub cut: u32,
+}
+
+/// Where the memory for segments starts in `saved`, behind S and e of all chunks, and what is in it: for each segment and head how many chunks
+/// its end's state depends on, the same of its start's gradient, the state before it, the gradient of the state behind it, and the
+/// transition over the segment before.
+fn segment_memory(chunks: u64, segments: u64, k: u32, v: u32, hv: u32) -> ([u64; 5], u64) {
+    let (k, v, hv) = (k as u64, v as u64, hv as u64);
+    let sizes = [4, 4, 4 * k * v, 4 * k * v, 4 * k * k].map(|bytes| bytes * (segments + 1) * hv);
+    let mut end = kept_bytes(chunks, k, v).next_multiple_of(256);
+    let offsets = sizes.map(|size| {
+        let offset = end;
+        end += size.next_multiple_of(256);
+        offset
+    });
+    (offsets, end)
+}
+
+/// Bytes of S and e of so many chunks and heads.
+fn kept_bytes(chunks: u64, k: u64, v: u64) -> u64 {
+    chunks * (2 * k * v + 2 * 64 * v)
 }
 
 fn same(a: &View, b: &View) -> bool {
@@ -75,8 +100,9 @@ fn halves(launches: &[Launch], at: usize) -> Option<[usize; 2]> {
 }
 
 /// The launches that replace those from `at` on, if there are any: those of a backward pass with 16-bit q, k, v and d_o, K and V of
-/// 64 or 128, and rows that start at multiples of 16 bytes, whose sequences are not cut. `multiprocessors` are those of the device.
-pub fn special_grad(launches: &[Launch], at: usize, multiprocessors: u32) -> Option<SpecialGrad> {
+/// 64 or 128, and rows that start at multiples of 16 bytes, whose sequences are not cut. `multiprocessors` are those of the device; `cut` is
+/// how long segments shall be instead of what is best there.
+pub fn special_grad(launches: &[Launch], at: usize, multiprocessors: u32, cut: Option<u32>) -> Option<SpecialGrad> {
     let [forward, backward] = halves(launches, at)?;
     let [prepare, scan] = &launches[forward..forward + 2] else { return None };
     let [grad_scan, grad_chunk, grad_qk, grad_gates] = launches.get(backward..backward + 4)? else { return None };
@@ -122,8 +148,9 @@ pub fn special_grad(launches: &[Launch], at: usize, multiprocessors: u32) -> Opt
         return None;
     }
     let (chunks, state) = (prepare.grid[0] as u64 * hv as u64, 2 * k as u64 * v as u64);
-    let needs = [(ws, GRAD_BYTES), (saved, state + 2 * 64 * v as u64), (dsaved, state)];
-    if needs.iter().any(|(view, bytes)| view.bytes < chunks * bytes) {
+    let kept = kept_bytes(chunks, k as u64, v as u64);
+    let needs = [(ws, chunks * GRAD_BYTES), (saved, kept), (dsaved, chunks * state)];
+    if needs.iter().any(|(view, bytes)| view.bytes < *bytes) {
         return None;
     }
     let of = |numbers: &Numbers, names: &[&str]| {
@@ -132,18 +159,27 @@ pub fn special_grad(launches: &[Launch], at: usize, multiprocessors: u32) -> Opt
     if !(of(&s, &["k", "v"]) && of(&g, &["q", "k", "do"]) && of(&c, &["dv"]) && of(&x, &["dq", "dk"])) {
         return None;
     }
-    let heads = scan.grid[0] as u64 * hv as u64 * (v as u64).div_ceil(128);
+    let (sequences, heads) = (scan.grid[0] as u64, hv as u64 * (v as u64).div_ceil(128));
+    let cut = cut.unwrap_or_else(|| best_cut(sequences, prepare.grid[0] as u64 / 2, heads, multiprocessors));
+    let segments = places(sequences, prepare.grid[0] as u64, cut);
+    let fits = saved.bytes >= segment_memory(chunks, segments, k, v, hv).1;
+    let (cut, segments) = if fits { (cut, segments) } else { (0, sequences) };
     // Two consumers share the loads of a block; with few blocks, one each fills the device better.
-    let consumers = if v % 128 != 0 || 3 * heads < 2 * multiprocessors as u64 { 1 } else { 2 };
+    let consumers = if v % 128 != 0 || 3 * segments * heads < 2 * multiprocessors as u64 { 1 } else { 2 };
     let (half, launches) = if at == forward { (Half::Forward, 2) } else { (Half::Backward, 4) };
     let blocks = multiprocessors.min(prepare.grid[0] * p.get("hk"));
-    Some(SpecialGrad { half, launches, kind: format!("{name}_k{k}"), consumers, blocks })
+    Some(SpecialGrad { half, launches, kind: format!("{name}_k{k}"), consumers, blocks, cut })
 }
 
 /// ScanSmem::BYTES of scan.cuh for a pass that keeps, with 3 stages.
 fn keep_bytes(k: u32, consumers: u32) -> u32 {
     let stage = (k / 64 + consumers + 1) * PANEL + 1024;
     3 * stage + consumers * (k / 64 + 1) * PANEL + 3 * 16 + 1024
+}
+
+/// ScanSmem::BYTES of scan.cuh for a pass over the image of the backward that only carries.
+fn state_bytes_of(k: u32) -> u32 {
+    3 * ((k / 64 + 2) * PANEL + 1024) + 3 * 16 + 1024
 }
 
 /// ReverseSmem::BYTES of reverse.cuh, with 3 stages, or with 2 for two consumers.
@@ -167,6 +203,7 @@ impl Hopper {
         shared: &Shared,
         special: &SpecialGrad,
         launches: &[Launch],
+        exact: bool,
         addresses: &[Vec<u64>],
         calls: &mut Vec<Call>,
     ) -> Result<()> {
@@ -187,18 +224,39 @@ impl Hopper {
         };
         let state_bytes = 2 * places as u64 * hv as u64 * k as u64 * v as u64;
 
-        let table = (places as u64 * CHUNK_BYTES).next_multiple_of(256);
-        let needed = table + sequences as u64 * SEGMENT_BYTES;
+        // Segments, each of them a place of the tables, and what belongs to them.
+        let (cut, chunks) = (special.cut, places as u64 * hv as u64);
+        let segments = super::hopper::places(sequences as u64, places as u64, cut) as u32;
+        let saved = if forward { at[7] } else { addresses[1][3] };
+        let [warm, warm_back, starts, ends, transitions] =
+            segment_memory(chunks, segments as u64, k, v, hv).0.map(|offset| saved + offset);
+        let of_segments = segments as u64 * SEGMENT_BYTES;
+        let sizes = [places as u64 * CHUNK_BYTES, of_segments, of_segments, of_segments, sequences as u64 * CUT_BYTES];
+        let mut needed = 0;
+        let offsets = sizes.map(|size| {
+            let offset = needed;
+            needed += size.next_multiple_of(256);
+            offset
+        });
         let Some(tables) = self.scratch(shared, needed)? else {
             let (device, what) = (shared.caps.name.clone(), "tables of a backward pass".into());
             return Err(Error::OutOfMemory { device, what, needed, limit: "the device has no more".into() });
         };
-        // TablesArgs of tables.cuh: sequences stay whole.
-        let variant = self.function(shared, "hopper_tables", 128, 0, &[56])?;
-        let launch = vec![at[4], at[5], tables, tables + table, 0, 0, pair(0, sequences)];
+        let [tables, own, back, ordered, cuts] = offsets.map(|offset| tables + offset);
+        // TablesArgs of tables.cuh. Whole sequences are the same segments in both directions.
+        let variant = self.function(shared, "hopper_tables", 128, 0, &[64])?;
+        let [to_ordered, to_back] = if cut == 0 { [0, 0] } else { [ordered, back] };
+        let launch = vec![at[4], at[5], tables, own, to_ordered, cuts, to_back, pair(cut, segments)];
         calls.push(Call { kernel: "hopper_tables", variant, grid: [sequences, 1, 1], launch, second: None });
+        // CarryArgs of forward.cuh: from the states (or gradients) that a sequence begins with, those that segments begin with.
+        let threshold = if exact { f32::NEG_INFINITY } else { FORGOTTEN };
+        let carry = |images: u64, from: u64, to: u64| {
+            let numbers = [pair(threshold.to_bits(), segments), pair(hv, v)];
+            [&[ordered, cuts, images, warm, from, to, transitions][..], &numbers].concat()
+        };
+        let (jobs, carry_grid) = (segments * hv, [sequences * hv, v / CARRY_COLUMNS, 1]);
 
-        let scan_grid = [sequences * hv * (v / 64 / consumers), 1, 1];
+        let scan_grid = [segments * hv * (v / 64 / consumers), 1, 1];
         let threads = (consumers + 1) * 128;
         let shape = [pair(hk, hv), pair(head_map, v), 0];
         if forward {
@@ -229,10 +287,35 @@ impl Hopper {
                 second: None,
             });
 
-            // ScanArgs, then ScanMaps; states are read and written in place. Its map of q is not used.
+            // ScanArgs, then ScanMaps, whose map of q is not used.
             let key = map(1, 1, "k", hk * k)?;
             let maps = [key, key, map(1, 2, "v", hv * v)?].concat();
-            let args = [tables + table, before[5], after[6], after[6], after[7], 0, after[7] + state_bytes, 0];
+            if cut > 0 {
+                // GradWarmArgs of backward.cuh.
+                let launch = [&carry(before[5], after[6], starts)[..], &[warm_back]].concat();
+                let variant = self.function(shared, "hopper_grad_warm", 128, 0, &[80])?;
+                calls.push(Call {
+                    kernel: "hopper_grad_warm",
+                    variant,
+                    grid: [jobs.div_ceil(4), 1, 1],
+                    launch,
+                    second: None,
+                });
+
+                let args = [ordered, before[5], 0, starts, transitions, warm, 0, 0];
+                let launch = [&args[..], &shape, &maps].concat();
+                let bytes = state_bytes_of(k);
+                let variant = self.function(shared, &format!("hopper_grad_state_{kind}"), 256, bytes, &[88, 384])?;
+                let grid = [jobs * (v / 64 + k / 64), 1, 1];
+                calls.push(Call { kernel: "hopper_grad_state", variant, grid, launch, second: Some(11) });
+
+                let launch = carry(before[5], after[6], starts);
+                let variant = self.function(shared, &format!("hopper_grad_carry_k{k}"), 2 * k, 0, &[72])?;
+                calls.push(Call { kernel: "hopper_grad_carry", variant, grid: carry_grid, launch, second: None });
+            }
+            // Without segments states are read and written in place.
+            let from = if cut > 0 { starts } else { after[6] };
+            let args = [own, before[5], from, after[6], after[7], 0, after[7] + state_bytes, 0];
             let launch = [&args[..], &shape, &maps].concat();
             let name = format!("hopper_keep_{kind}_w{consumers}");
             let variant = self.function(shared, &name, threads, keep_bytes(k, consumers), &[88, 384])?;
@@ -244,10 +327,25 @@ impl Hopper {
         let [of_chunk, of_qk, of_gates] = [&addresses[1], &addresses[2], &addresses[3]];
         let qk = [map(0, 0, "q", hk * k)?, map(0, 1, "k", hk * k)?];
         let d_o = map(0, 2, "do", hv * v)?;
-        // ReverseArgs of backward.cuh, then ReverseMaps; dstate is read and written in place.
-        let args =
-            [tables + table, at[3], at[6], at[6], at[7], at16(of_chunk[6], &c, "dv_off"), c.get("dv_stride").into()];
-        let launch = [&args[..], &shape, &[0], &qk.concat(), &d_o].concat();
+        // ReverseArgs of backward.cuh, then ReverseMaps.
+        let (dv, dv_stride) = (at16(of_chunk[6], &c, "dv_off"), u64::from(c.get("dv_stride")));
+        let reverse = |segments: u64, from: u64, to: u64, warm: u64| {
+            let args = [segments, at[3], from, to, at[7], dv, dv_stride];
+            [&args[..], &shape, &[warm], &qk.concat(), &d_o].concat()
+        };
+        if cut > 0 {
+            let launch = reverse(ordered, 0, ends, warm_back);
+            let name = format!("hopper_reverse_state_{kind}");
+            let variant = self.function(shared, &name, 256, reverse_bytes(k, 1), &[88, 384])?;
+            let grid = [jobs * (v / 64), 1, 1];
+            calls.push(Call { kernel: "hopper_reverse_state", variant, grid, launch, second: Some(11) });
+
+            let launch = carry(at[3], at[6], ends);
+            let variant = self.function(shared, &format!("hopper_reverse_carry_k{k}"), 2 * k, 0, &[72])?;
+            calls.push(Call { kernel: "hopper_reverse_carry", variant, grid: carry_grid, launch, second: None });
+        }
+        // Without segments the gradient of the states is read and written in place.
+        let launch = if cut > 0 { reverse(back, ends, at[6], 0) } else { reverse(own, at[6], at[6], 0) };
         let name = format!("hopper_reverse_{kind}_w{consumers}");
         let variant = self.function(shared, &name, threads, reverse_bytes(k, consumers), &[88, 384])?;
         calls.push(Call { kernel: "hopper_reverse", variant, grid: scan_grid, launch, second: Some(11) });
