@@ -6,8 +6,9 @@
 //   ./forward one ...          a single pass, for a profiler
 //
 // Each case poisons scratch and outputs with NaN; an answer must be finite, within its bound, and the same in every bit when
-// run again.
+// run again. tests/cuda/emulator/runtime.h says how the checks run without a GPU.
 #include "../carry.cuh"
+#include "../fused.cuh"
 #include "../prepare.cuh"
 #include "../scan.cuh"
 #include "support.h"
@@ -23,32 +24,33 @@
 using std::vector;
 using namespace hopper;
 
-// Defined in hopper_forward.cu.
-#define PREPARE(NAME) extern "C" __global__ void NAME(const __grid_constant__ PrepareArgs p);
-PREPARE(hopper_prepare_bf16_k128)
-PREPARE(hopper_prepare_bf16_k64)
-PREPARE(hopper_prepare_f16_k128)
-PREPARE(hopper_prepare_f16_k64)
-PREPARE(hopper_prepare_mix_k128)
-#define SCAN(NAME) extern "C" __global__ void NAME(const __grid_constant__ ScanArgs p, const __grid_constant__ ScanMaps maps);
-SCAN(hopper_scan_bf16_k128_w2)
-SCAN(hopper_scan_bf16_k128_w1)
-SCAN(hopper_scan_bf16_k64_w2)
-SCAN(hopper_scan_bf16_k64_w1)
-SCAN(hopper_scan_f16_k128_w2)
-SCAN(hopper_scan_f16_k128_w1)
-SCAN(hopper_scan_f16_k64_w2)
-SCAN(hopper_scan_f16_k64_w1)
-SCAN(hopper_state_bf16_k128)
-SCAN(hopper_state_mix_k128)
-SCAN(hopper_scan_mix_k128_w2)
-SCAN(hopper_scan_mix_k128_w1)
-SCAN(hopper_state_bf16_k64)
-SCAN(hopper_state_f16_k128)
-SCAN(hopper_state_f16_k64)
-extern "C" __global__ void hopper_warm(const __grid_constant__ CarryArgs p);
-extern "C" __global__ void hopper_carry_k128(const __grid_constant__ CarryArgs p);
-extern "C" __global__ void hopper_carry_k64(const __grid_constant__ CarryArgs p);
+// Defined in forward.cu.
+#ifdef GATEDELTA_EMULATOR
+#define DECLARE(NAME, ...) extern "C" void NAME(void* const*);
+#else
+#define DECLARE(NAME, ...) extern "C" __global__ void NAME(__VA_ARGS__);
+#endif
+#define OF_K(KIND)                                                                                              \
+    DECLARE(hopper_prepare_##KIND, const __grid_constant__ PrepareArgs)                                         \
+    DECLARE(hopper_scan_##KIND##_w2, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)        \
+    DECLARE(hopper_scan_##KIND##_w1, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)        \
+    DECLARE(hopper_state_##KIND, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)            \
+    DECLARE(hopper_fused_##KIND, const __grid_constant__ FusedArgs, const __grid_constant__ ScanMaps)
+OF_K(bf16_k128)
+OF_K(bf16_k64)
+OF_K(f16_k128)
+OF_K(f16_k64)
+OF_K(mix_k128)
+DECLARE(hopper_warm, const __grid_constant__ CarryArgs)
+DECLARE(hopper_carry_k128, const __grid_constant__ CarryArgs)
+DECLARE(hopper_carry_k64, const __grid_constant__ CarryArgs)
+
+typedef const void* Kernel;
+// The kernel for a case, by its types and K.
+#define OF_CASE(HEAD, TAIL)                                                                                       \
+    (mix ? (Kernel)HEAD##_mix_k128##TAIL                                                                          \
+         : c.f16 ? c.k == 128 ? (Kernel)HEAD##_f16_k128##TAIL : (Kernel)HEAD##_f16_k64##TAIL                      \
+                 : c.k == 128 ? (Kernel)HEAD##_bf16_k128##TAIL : (Kernel)HEAD##_bf16_k64##TAIL)
 
 struct Case {
     const char* name;
@@ -61,6 +63,7 @@ struct Case {
     float spread;   // keys share a direction: 0 none, 1 all
     int wg;         // consumers per block; 0: chosen
     int cut;        // chunks in a segment; 0: sequences stay whole
+    bool fused;     // one kernel for all
 };
 
 static const char* decay_name(Decay d) {
@@ -81,6 +84,7 @@ struct Run {
     ScanMaps maps;
     PrepareArgs pa;
     ScanArgs sa, sta;
+    FusedArgs fa;
     CarryArgs ca;
     int wg;
     bool mix;  // half inside bf16: environment variable MIX
@@ -138,10 +142,12 @@ struct Run {
               c.hk, c.hv, c.mod, c.v, hung_device()};
         sta = {(Segment*)d_ordered.p, (char*)images.p, nullptr, (float*)starts.p, (float*)transitions.p, (int*)warm.p, nullptr, 0,
                c.hk, c.hv, c.mod, c.v, hung_device()};
+        fa = {sa, (float*)g.p, (float*)beta.p, scale, c.l2norm};
+        fa.scan.images = nullptr;
         ca = {(Segment*)d_ordered.p, (Cut*)d_cuts.p, (char*)images.p, (int*)warm.p, (float*)h0.p, (float*)starts.p, (float*)transitions.p,
               -12.f, (int)ordered.size(), c.hv, c.v};
         // Two consumers share the loads of a block; with few blocks, one each fills the chip better.
-        wg = c.wg ? c.wg : c.v % 128 != 0 || (int)segments.size() * c.hv * (c.v / 128) * 3 < multiprocessors() * 2 ? 1 : 2;
+        wg = c.fused ? 2 : c.wg ? c.wg : c.v % 128 != 0 || (int)segments.size() * c.hv * (c.v / 128) * 3 < multiprocessors() * 2 ? 1 : 2;
     }
 
     void poison() {
@@ -151,43 +157,34 @@ struct Run {
 
     void prepare(cudaStream_t s) {
         if (chunks.empty()) return;
-        auto kernel = c.f16 ? c.k == 128 ? hopper_prepare_f16_k128 : hopper_prepare_f16_k64
-                            : c.k == 128 ? hopper_prepare_bf16_k128 : hopper_prepare_bf16_k64;
-        if (mix) kernel = hopper_prepare_mix_k128;
         int bytes = c.k == 128 ? PrepareSmem<128>::bytes(c.hv / c.hk) : PrepareSmem<64>::bytes(c.hv / c.hk);
-        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-        kernel<<<(unsigned)(chunks.size() * c.hk), 128, bytes, s>>>(pa);
-        CHECK(cudaGetLastError());
+        LAUNCH(OF_CASE(hopper_prepare, ), chunks.size() * c.hk, 128, bytes, s, &pa);
     }
 
     // The states before the segments.
     void carry(cudaStream_t s) {
         if (!c.cut) return;
         int jobs = (int)ordered.size() * c.hv;
-        hopper_warm<<<(jobs + 3) / 4, 128, 0, s>>>(ca);
-        CHECK(cudaGetLastError());
-        auto kernel = c.f16 ? c.k == 128 ? hopper_state_f16_k128 : hopper_state_f16_k64 : c.k == 128 ? hopper_state_bf16_k128 : hopper_state_bf16_k64;
-        if (mix) kernel = hopper_state_mix_k128;
+        LAUNCH(hopper_warm, (jobs + 3) / 4, 128, 0, s, &ca);
         int bytes = c.k == 128 ? ScanSmem<128, 1, 3, false>::BYTES : ScanSmem<64, 1, 3, false>::BYTES;
-        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-        kernel<<<(unsigned)(jobs * (c.v / 64 + c.k / 64)), 256, bytes, s>>>(sta, maps);
-        CHECK(cudaGetLastError());
-        auto join = c.k == 128 ? hopper_carry_k128 : hopper_carry_k64;
-        join<<<dim3((unsigned)(cuts.size() * c.hv), c.v / CARRY_COLUMNS), c.k * 2, 0, s>>>(ca);
-        CHECK(cudaGetLastError());
+        LAUNCH(OF_CASE(hopper_state, ), jobs * (c.v / 64 + c.k / 64), 256, bytes, s, &sta, &maps);
+        LAUNCH2(c.k == 128 ? (Kernel)hopper_carry_k128 : (Kernel)hopper_carry_k64, cuts.size() * c.hv, c.v / CARRY_COLUMNS, c.k * 2, 0, s, &ca);
+    }
+
+    // Everything with outputs, behind what it needs.
+    void forward(cudaStream_t s) {
+        if (c.fused) {
+            int bytes = c.k == 128 ? FusedSmem<128, 3>::BYTES : FusedSmem<64, 3>::BYTES;
+            LAUNCH(OF_CASE(hopper_fused, ), segments.size() * c.hv, 384, bytes, s, &fa, &maps);
+        } else {
+            prepare(s), carry(s), scan(s);
+        }
     }
 
     void scan(cudaStream_t s) {
-        auto kernel = c.f16 ? c.k == 128 ? wg == 2 ? hopper_scan_f16_k128_w2 : hopper_scan_f16_k128_w1
-                                         : wg == 2 ? hopper_scan_f16_k64_w2 : hopper_scan_f16_k64_w1
-                            : c.k == 128 ? wg == 2 ? hopper_scan_bf16_k128_w2 : hopper_scan_bf16_k128_w1
-                                         : wg == 2 ? hopper_scan_bf16_k64_w2 : hopper_scan_bf16_k64_w1;
-        if (mix) kernel = wg == 2 ? hopper_scan_mix_k128_w2 : hopper_scan_mix_k128_w1;
         int bytes = c.k == 128 ? wg == 2 ? ScanSmem<128, 2, 3, true>::BYTES : ScanSmem<128, 1, 3, true>::BYTES
                                : wg == 2 ? ScanSmem<64, 2, 3, true>::BYTES : ScanSmem<64, 1, 3, true>::BYTES;
-        CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-        kernel<<<(unsigned)(segments.size() * c.hv * (c.v / 64 / wg)), (wg + 1) * 128, bytes, s>>>(sa, maps);
-        CHECK(cudaGetLastError());
+        LAUNCH(wg == 2 ? OF_CASE(hopper_scan, _w2) : OF_CASE(hopper_scan, _w1), segments.size() * c.hv * (c.v / 64 / wg), (wg + 1) * 128, bytes, s, &sa, &maps);
     }
 
     double flops() const {  // as in the roofline: nothing shared between heads
@@ -330,7 +327,7 @@ static bool check(const Case& c, int repeats) {
     int differ = 0;
     for (int n = 0; n < repeats; n++) {
         r.poison();
-        r.prepare(0), r.carry(0), r.scan(0);
+        r.forward(0);
         finish(c.name);
         if (n == 0) {
             CHECK(cudaMemcpy(o1.p, r.o.p, r.o.bytes, cudaMemcpyDeviceToDevice));
@@ -365,7 +362,7 @@ static bool check(const Case& c, int repeats) {
         if (own.ref > 0) worst = own.value() > worst || own.value() != own.value() ? own.value() : worst;
     }
     double images[5] = {};
-    for (int i = 0; i < std::min<int>(6, (int)r.chunks.size()); i++) {
+    for (int i = 0; i < std::min<int>(6, (int)r.chunks.size()) && !c.fused; i++) {
         double e[5];
         int chunk = (int)((long long)i * (r.chunks.size() - 1) / 5);
         check_images(r, x, chunk, (i * 7) % c.hv, e);
@@ -377,8 +374,8 @@ static bool check(const Case& c, int repeats) {
     bool pad_kept = true;
     for (size_t i = (size_t)r.tokens * c.hv * c.v; i < x.o.size(); i++) pad_kept = pad_kept && x.o[i] != x.o[i];
     bool ok = (o.ref == 0 || o.value() <= bound) && ht.value() <= bound && differ == 0 && pad_kept;
-    printf("%-4s %-22s %s K%d V%d %d/%d %-8s wg%d cut%d  o %.2e (worst head %.2e) ht %.2e | A %.1e P %.1e vec %.0e %.0e %.0e%s%s\n", ok ? "ok" : "FAIL", c.name,
-           c.f16 ? "f16 " : r.mix ? "mix " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), r.wg, c.cut, o.value(), worst, ht.value(), images[0], images[1],
+    printf("%-4s %-22s %s K%d V%d %d/%d %-8s %s cut%d  o %.2e (worst head %.2e) ht %.2e | A %.1e P %.1e vec %.0e %.0e %.0e%s%s\n", ok ? "ok" : "FAIL", c.name,
+           c.f16 ? "f16 " : r.mix ? "mix " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), c.fused ? "fused" : r.wg == 2 ? "wg2" : "wg1", c.cut, o.value(), worst, ht.value(), images[0], images[1],
            images[2], images[3], images[4], differ ? "  RUNS DIFFER" : "", pad_kept ? "" : "  PAD WRITTEN");
     if (!ok) {
         for (size_t i = 0, shown = 0; i < jobs.size() && shown < 3; i++) {
@@ -407,7 +404,7 @@ static bool check(const Case& c, int repeats) {
 static vector<Case> cases() {
     vector<Case> all;
     auto add = [&](const char* name, vector<int> lens, int hk, int hv, int k, int v, bool f16, Decay d, bool h0 = true, bool l2 = false, bool mod = false,
-                   int pad = 0, float spread = 0, int wg = 0, int cut = 0) { all.push_back({name, lens, hk, hv, k, v, f16, d, h0, l2, mod, pad, spread, wg, cut}); };
+                   int pad = 0, float spread = 0, int wg = 0, int cut = 0) { all.push_back({name, lens, hk, hv, k, v, f16, d, h0, l2, mod, pad, spread, wg, cut, false}); };
     // From one product to all: the first that fails says which stage is wrong.
     for (int wg : {1, 2}) {
         add("one chunk, no state", {64}, 1, 1, 128, 128, false, Decay::None, false, false, false, 0, 0, wg);
@@ -447,9 +444,13 @@ static vector<Case> cases() {
     add("cut, 32768 4/8", {32768}, 4, 8, 128, 128, false, Decay::Bench, true, false, false, 0, 0, 0, 32);
     add("cut, 32768 4/8, A", {32768}, 4, 8, 128, 128, false, Decay::Mixed, true, false, false, 0, 0, 0, 32);
     add("32768 16/64", {32768}, 16, 64, 128, 128, false, Decay::Mixed);
+    // What is not cut, with V of 128, in one kernel too.
+    for (size_t n = 0, count = all.size(); n < count; n++)
+        if (all[n].v == 128 && all[n].cut == 0 && all[n].wg != 1) all.push_back(all[n]), all.back().fused = true;
     return all;
 }
 
+#ifndef GATEDELTA_EMULATOR
 static double time_of(const std::function<void(cudaStream_t)>& work, int repeats) {
     cudaStream_t s;
     CHECK(cudaStreamCreate(&s));
@@ -485,19 +486,29 @@ static double time_of(const std::function<void(cudaStream_t)>& work, int repeats
 }
 
 static void time_case(const char* name, vector<int> lens, int hk, int hv, int wg, int cut, Decay d, int repeats) {
-    Case c{name, lens, hk, hv, 128, 128, false, d, true, false, false, 0, 0, wg, cut};
+    Case c{name, lens, hk, hv, 128, 128, false, d, true, false, false, 0, 0, wg, cut, false};
     Run r(c, 99);
-    double whole = time_of([&](cudaStream_t s) { r.prepare(s), r.carry(s), r.scan(s); }, repeats);
+    double whole = time_of([&](cudaStream_t s) { r.forward(s); }, repeats);
     double first = time_of([&](cudaStream_t s) { r.prepare(s); }, repeats), second = time_of([&](cudaStream_t s) { r.scan(s); }, repeats);
     double middle = cut ? time_of([&](cudaStream_t s) { r.carry(s); }, repeats) : 0;
     double bw = bandwidth(), roof = std::max(r.flops() / 790e12, r.bytes() / bw) * 1e3;
     long long longest = 0;
     for (int x : lens) longest = std::max<long long>(longest, (x + CHUNK - 1) / CHUNK);
+    auto per_chunk = [&](double ms) { return ms * 1e3 / (cut ? std::min<long long>(cut, longest) : longest); };
     printf("%-12s %2d/%2d wg%d cut%-3d %.4f ms (prepare %.4f, carry %.4f, scan %.4f; %.2f us a chunk)  roof %.4f  x%.2f  %.0f TF/s\n", name, hk, hv, r.wg, cut, whole, first, middle,
-           second, second * 1e3 / (cut ? std::min<long long>(cut, longest) : longest), roof, whole / roof, r.flops() / whole / 1e9);
+           second, per_chunk(second), roof, whole / roof, r.flops() / whole / 1e9);
     finish(name);
+    if (!cut) {
+        c.fused = true;
+        Run f(c, 99);
+        double fused = time_of([&](cudaStream_t s) { f.forward(s); }, repeats);
+        printf("%-12s %2d/%2d fused      %.4f ms (%.2f us a chunk)  x%.2f  %.0f TF/s, %.2f of the two kernels\n", name, hk, hv, fused, per_chunk(fused), fused / roof,
+               f.flops() / fused / 1e9, fused / whole);
+        finish(name);
+    }
     fflush(stdout);
 }
+#endif
 
 int main(int argc, char** argv) {
     std::string what = argc > 1 ? argv[1] : "check";
@@ -517,6 +528,7 @@ int main(int argc, char** argv) {
         printf("%d failed\n", failed);
         return failed != 0;
     }
+#ifndef GATEDELTA_EMULATOR
     if (what == "time") {
         int wg = argc > 2 ? atoi(argv[2]) : 0, cut = argc > 3 ? atoi(argv[3]) : 0;
         const int n = 20;
@@ -530,10 +542,11 @@ int main(int argc, char** argv) {
         time_case("ragged", {3, 4091, 63, 65, 8192, 1000, 1, 2047, 5000, 129}, 16, 32, wg, cut, Decay::Bench, n);
         return 0;
     }
-    if (what == "one" && argc > 6) {  // length, sequences, Hk, Hv, consumers: one forward pass, for a profiler
-        Case c{"one", vector<int>(atoi(argv[3]), atoi(argv[2])), atoi(argv[4]), atoi(argv[5]), 128, 128, false, Decay::Bench, true, false, false, 0, 0, atoi(argv[6]), 0};
+#endif
+    if (what == "one" && argc > 6) {  // length, sequences, Hk, Hv, consumers (3: fused): one forward pass, for a profiler
+        Case c{"one", vector<int>(atoi(argv[3]), atoi(argv[2])), atoi(argv[4]), atoi(argv[5]), 128, 128, false, Decay::Bench, true, false, false, 0, 0, atoi(argv[6]), 0, atoi(argv[6]) == 3};
         Run r(c, 99);
-        r.prepare(0), r.carry(0), r.scan(0);
+        r.forward(0);
         finish("one");
         return 0;
     }
