@@ -32,6 +32,15 @@ constexpr int VEC_LAST = 192;   // e^(c_C)
 constexpr int VEC_TOTAL = 193;  // c_C log2(e)
 constexpr int VEC_GROWS = 194;  // 1 if beta |k|^2 > 2 for some token of the first half; next: of the second
 
+// The image that the backward starts from (backward.cuh): C and P diag(beta) [64, 64] as whole panels, as both are also read
+// transposed, and the vectors; that of the state with beta in it.
+constexpr int GRAD_C = 0;
+constexpr int GRAD_P = PANEL;
+constexpr int GRAD_VEC = 2 * PANEL;
+constexpr int GRAD_BYTES = 2 * PANEL + 2048;
+constexpr int VEC_C = 256;  // c log2(e) [64], then beta, rk, rq
+constexpr int VEC_BETA = 320, VEC_RK = 384, VEC_RQ = 448;
+
 // A log decay below this is as good as none: sums of larger ones lose digits.
 constexpr float G_MIN = -30.f;
 constexpr float LOG2E = 1.4426950408889634f;
@@ -50,7 +59,8 @@ struct Segment {
     int in;      // row of the states it starts from, -1: zeros
     int out;     // row of the states it leaves, -1: none
     int origin;  // first chunk of its sequence
-    int pad[2];
+    int end;     // behind the last chunk of its sequence; for the backward
+    int pad;
 };
 
 // The segments of one sequence that is cut.
@@ -80,9 +90,9 @@ struct ScanArgs {
     const char* images;      // [chunks, Hv, IMAGE_BYTES]
     const float* states_in;  // [.., Hv, K, V]
     float* states_out;       // [.., Hv, K, V]
-    float* transitions;      // [.., Hv, K, K], for `state`
+    float* transitions;      // [.., Hv, K, K], for `state`; for `keep` see keep_states of backward.cuh
     const int* warm;         // [segments, Hv], for `state`: see `warm`
-    void* o;                 // [T, o_stride]
+    void* o;                 // [T, o_stride]; for `keep` see keep_news of backward.cuh
     long long o_stride;
     int hk, hv;
     int mod;

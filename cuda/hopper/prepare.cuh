@@ -15,7 +15,7 @@ namespace hopper {
 //   K, Q    loads .. the end of K K^T, Q K^T and the norms
 //   L, D    the value heads; over K and Q
 //   image   the value heads; each is stored before the next overwrites it
-template <int K>
+template <int K, bool GRAD = false>
 struct PrepareSmem {
     static constexpr int L_STRIDE = 72;    // f32; 8 mod 32: pairs of 8 rows hit all banks
     static constexpr int D_STRIDE = 24;    // the same
@@ -25,7 +25,7 @@ struct PrepareSmem {
     static constexpr int END_LD = D + 4 * D_BLOCK * 4;
     static constexpr int TILES = 2 * CHUNK * K * 2;
     static constexpr int IMAGE = ((TILES > END_LD ? TILES : END_LD) + 1023) / 1024 * 1024;
-    static constexpr int NORMS = IMAGE + IMAGE_BYTES;  // f32: rk [64], rq [64], |k|^2 [64]
+    static constexpr int NORMS = IMAGE + (GRAD ? GRAD_BYTES : IMAGE_BYTES);  // f32: rk [64], rq [64], |k|^2 [64]
     static constexpr int GATES = NORMS + 768;          // f32, per value head: c log2(e) [64], beta [64]
     static constexpr int bytes(int group) { return GATES + group * 512 + 1024; }
 };
@@ -46,12 +46,12 @@ __device__ __forceinline__ void mma_16(float (&acc)[2][4], const float (&y)[2][4
     }
 }
 
-// I is the type of A and P.
-template <class E, class I, int K>
+// I is the type of A and P. GRAD: the image of the backward, with C = (I + strictlower(G o K K^T) diag(beta))^-1: A = diag(beta) C.
+template <class E, class I, int K, bool GRAD = false>
 __device__ __forceinline__ void prepare(const PrepareArgs& p) {
     DYNAMIC_SHARED(smem_raw);
     char* smem = align_1024(smem_raw);
-    using M = PrepareSmem<K>;
+    using M = PrepareSmem<K, GRAD>;
     constexpr int PANELS = K / 64;
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, i = lane >> 2, j = lane & 3;
     const int group = p.hv / p.hk;
@@ -171,12 +171,18 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
             if (tid == 0) bulk_wait_read();
             __syncthreads();
         }
-        // L = strictlower(beta_i G_ij kk_ij) to memory, P = G_ij qk_ij for i >= j to the image.
+        // L = strictlower(beta_i G_ij kk_ij) to memory, P = G_ij qk_ij for i >= j to the image. GRAD: beta_j in both.
         {
             float c0 = c[row0], c1 = c[row1], b0 = beta[row0], b1 = beta[row1];
 #pragma unroll
             for (int x = 0; x < 4; x++) {
-                if (x > warp) continue;
+                // Lane l addresses row l % 8 of block l / 8: (rows, columns) (0, 0), (8, 0), (0, 8), (8, 8).
+                const int block = lane >> 3;
+                const uint32_t whole = image + GRAD_P + swizzled(0, 16 * warp + (block & 1) * 8 + (lane & 7), 2 * x + (block >> 1));
+                if (x > warp) {
+                    if constexpr (GRAD) stsm(whole, 0, 0, 0, 0);
+                    continue;
+                }
                 uint32_t lo[2], hi[2];
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
@@ -185,16 +191,21 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
                     float2 cc = *(const float2*)(c + col);
                     float g00 = row0 >= col ? exp2_fast(c0 - cc.x) : 0.f, g01 = row0 > col ? exp2_fast(c0 - cc.y) : 0.f;
                     float g10 = row1 >= col ? exp2_fast(c1 - cc.x) : 0.f, g11 = row1 > col ? exp2_fast(c1 - cc.y) : 0.f;
+                    float b00 = b0, b01 = b0, b10 = b1, b11 = b1;
+                    if constexpr (GRAD) {
+                        float2 bb = *(const float2*)(beta + col);
+                        b00 = b10 = bb.x, b01 = b11 = bb.y;
+                    }
                     *(float2*)(l + row0 * M::L_STRIDE + col) =
-                        make_float2(row0 > col ? b0 * g00 * y[0] : 0.f, row0 > col + 1 ? b0 * g01 * y[1] : 0.f);
+                        make_float2(row0 > col ? b00 * g00 * y[0] : 0.f, row0 > col + 1 ? b01 * g01 * y[1] : 0.f);
                     *(float2*)(l + row1 * M::L_STRIDE + col) =
-                        make_float2(row1 > col ? b1 * g10 * y[2] : 0.f, row1 > col + 1 ? b1 * g11 * y[3] : 0.f);
+                        make_float2(row1 > col ? b10 * g10 * y[2] : 0.f, row1 > col + 1 ? b11 * g11 * y[3] : 0.f);
+                    if constexpr (GRAD) g00 *= b00, g01 *= b01, g10 *= b10, g11 *= b11;
                     lo[n] = I::pack(row0 >= col ? g00 * z[0] : 0.f, row0 > col ? g01 * z[1] : 0.f);
                     hi[n] = I::pack(row1 >= col ? g10 * z[2] : 0.f, row1 > col ? g11 * z[3] : 0.f);
                 }
-                // Lane l addresses row l % 8 of block l / 8: (rows, columns) (0, 0), (8, 0), (0, 8), (8, 8).
-                int block = lane >> 3, eighth = 2 * (warp - x) + (block & 1);
-                stsm(image + IMAGE_P + image_columns(x) + (2 * eighth + (block >> 1)) * 128 + (lane & 7) * 16, lo[0], hi[0], lo[1], hi[1]);
+                const int eighth = 2 * (warp - x) + (block & 1);
+                stsm(GRAD ? whole : image + IMAGE_P + image_columns(x) + (2 * eighth + (block >> 1)) * 128 + (lane & 7) * 16, lo[0], hi[0], lo[1], hi[1]);
             }
         }
         __syncthreads();
@@ -219,11 +230,15 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
             }
         } else {
             int row = tid - 64;
-            float* vec = (float*)(smem + M::IMAGE + IMAGE_VEC);
+            float* vec = (float*)(smem + M::IMAGE + (GRAD ? GRAD_VEC : IMAGE_VEC));
             float last = c[63], e = exp2_fast(c[row]);
             vec[VEC_IN + row] = e * rk[row];
             vec[VEC_STATE + row] = row < len ? exp2_fast(last - c[row]) * rk[row] : 0.f;
             vec[VEC_OUT + row] = p.scale * e * rq[row];
+            if constexpr (GRAD) {
+                vec[VEC_STATE + row] *= beta[row];
+                vec[VEC_C + row] = c[row], vec[VEC_BETA + row] = beta[row], vec[VEC_RK + row] = rk[row], vec[VEC_RQ + row] = rq[row];
+            }
             bool grows = __any_sync(~0u, beta[row] * square[row] > 2.001f);
             if (row == 0) vec[VEC_LAST] = exp2_fast(last), vec[VEC_TOTAL] = last;
             if (lane == 0) vec[VEC_GROWS + row / 32] = grows;
@@ -234,7 +249,13 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
             float y[4][2][4];
 #pragma unroll
             for (int b = 0; b < 4; b++) {
-                if (b < warp) continue;
+                // The blocks (0, 0), (0, 8), (8, 0), (8, 8), stored transposed.
+                const int block = lane >> 3;
+                const uint32_t whole = image + GRAD_C + swizzled(0, 16 * b + (block >> 1) * 8 + (lane & 7), 2 * warp + (block & 1));
+                if (b < warp) {
+                    if constexpr (GRAD) stsm(whole, 0, 0, 0, 0);
+                    continue;
+                }
                 if (b == warp) {
                     const float* db = d + b * M::D_BLOCK;
 #pragma unroll
@@ -254,10 +275,9 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
                         for (int e = 0; e < 4; e++) t[n][e] = -t[n][e], y[b][n][e] = 0.f;
                     mma_16(y[b], t, d + b * M::D_BLOCK, M::D_STRIDE, i, j);
                 }
-                float b0 = beta[16 * warp + i], b1 = beta[16 * warp + i + 8];
-                // The same blocks, (0, 0), (0, 8), (8, 0), (8, 8), stored transposed.
-                int block = lane >> 3, eighth = 2 * (b - warp) + (block >> 1);
-                stsm_trans(image + IMAGE_A + image_columns(warp) + (2 * eighth + (block & 1)) * 128 + (lane & 7) * 16,
+                const float b0 = GRAD ? 1.f : beta[16 * warp + i], b1 = GRAD ? 1.f : beta[16 * warp + i + 8];
+                const int eighth = 2 * (b - warp) + (block >> 1);
+                stsm_trans(GRAD ? whole : image + IMAGE_A + image_columns(warp) + (2 * eighth + (block & 1)) * 128 + (lane & 7) * 16,
                            I::pack(y[b][0][0] * b0, y[b][0][1] * b0), I::pack(y[b][0][2] * b1, y[b][0][3] * b1),
                            I::pack(y[b][1][0] * b0, y[b][1][1] * b0), I::pack(y[b][1][2] * b1, y[b][1][3] * b1));
             }
@@ -265,7 +285,8 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         fence_proxy();
         __syncthreads();
         if (tid == 0) {
-            bulk_store(p.images + ((long long)chunk * p.hv + h) * IMAGE_BYTES, image, IMAGE_BYTES);
+            constexpr int BYTES = GRAD ? GRAD_BYTES : IMAGE_BYTES;
+            bulk_store(p.images + ((long long)chunk * p.hv + h) * BYTES, image, BYTES);
             bulk_commit();
         }
     }

@@ -1,4 +1,5 @@
-// `scan`: one value head of one segment, chunk after chunk, with the state in registers; and `state`, the same without outputs.
+// `scan`: one value head of one segment, chunk after chunk, with the state in registers; `state`, the same without outputs; and
+// `keep`, which leaves S and e = C W of each chunk for the backward (backward.cuh: GRAD, whose image has other places and factors).
 //
 // Roles. Warpgroups 0 .. WG-1 are consumers: each owns 64 of the V columns of the state, transposed, S^T [64, K] f32 as a wgmma
 // accumulator, and does all products of its columns; consumers never wait for each other (except to clear the rows behind
@@ -15,7 +16,7 @@
 //
 // Barriers: full[s] (the producer's bytes), empty[s] (a lane of each consumer warp). Named: 8, all consumers at a ragged end.
 #pragma once
-#include "forward.cuh"
+#include "backward.cuh"
 
 namespace hopper {
 
@@ -23,8 +24,9 @@ namespace hopper {
 //   stage s   [Q,] K [64, K], V [64, 64 WG], A, [P,] vectors: from the producer's loads (empty[s] taken) until all consumers
 //             arrived on empty[s], after their last product of that chunk; ring of STAGES. The blocks of A and P above the
 //             diagonal are zeroed once: no load touches them.
-//   staging   per consumer warp, O [64, 16] of the last chunk: written and read by that warp alone
-template <int K, int WG, int STAGES, bool OUT>
+//   staging   per consumer warp, O [64, 16] of the last chunk: written and read by that warp alone. KEEP: S^T [16, K], e^T [16, 64],
+//             read by the copies that the warp's first lane asks for
+template <int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false>
 struct ScanSmem {
     static constexpr int KT = 0;
     static constexpr int V = KT + (K / 64) * PANEL;
@@ -34,9 +36,9 @@ struct ScanSmem {
     static constexpr int VEC = P + (OUT ? PANEL : 0);
     static constexpr int STAGE = VEC + 1024;
     static constexpr int STAGING = STAGES * STAGE;
-    static constexpr int BARRIERS = STAGING + (OUT ? WG * PANEL : 0);
+    static constexpr int BARRIERS = STAGING + (OUT ? WG * PANEL : KEEP ? WG * (K / 64 + 1) * PANEL : 0);
     static constexpr int BYTES = BARRIERS + STAGES * 16 + 1024;
-    static constexpr int LOADED = STAGE - (OUT ? 2 : 1) * (PANEL - 5120);
+    static constexpr int LOADED = STAGE - (GRAD ? 0 : OUT ? 2 : 1) * (PANEL - 5120);
 };
 
 // Codes in `hung`.
@@ -58,28 +60,31 @@ __device__ __forceinline__ void load_low(uint32_t to, const char* from, uint32_t
     for (int x = 0; x < 4; x++) bulk_load(to + x * 2048 + x * 512, from + image_columns(x), 2048 - x * 512, bar);
 }
 
-template <class E, class I, int K, int WG, int STAGES, bool OUT>
+template <class E, class I, int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false>
 __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     DYNAMIC_SHARED(smem_raw);
     char* smem = align_1024(smem_raw);
-    using M = ScanSmem<K, WG, STAGES, OUT>;
+    using M = ScanSmem<K, WG, STAGES, OUT, GRAD, KEEP>;
+    static_assert(GRAD ? !OUT : !KEEP, "the image of the backward is for passes without outputs");
+    constexpr long long IMAGE = GRAD ? GRAD_BYTES : IMAGE_BYTES;
     constexpr int PANELS = K / 64;
     const int warpgroup = uniform(threadIdx.x / WARPGROUP), tid = threadIdx.x % WARPGROUP, warp = tid >> 5, lane = tid & 31;
     const uint32_t base = smem_addr(smem), full = base + M::BARRIERS, empty = full + STAGES * 8;
 
     // The block's share: a segment, a value head, a part of V. For `state`, parts of K after those of V: the transition.
-    const int parts_v = p.v / (64 * WG), parts = parts_v + (OUT ? 0 : K / (64 * WG));
+    const int parts_v = p.v / (64 * WG), parts = parts_v + (OUT || KEEP ? 0 : K / (64 * WG));
     const int part = blockIdx.x % parts, h = blockIdx.x / parts % p.hv, at_seg = blockIdx.x / parts / p.hv;
     const Segment seg = p.segments[at_seg];
     int token = seg.token, tokens = seg.tokens, chunk = seg.chunk;
     const int kh = key_head(h, p.hk, p.hv, p.mod);
     bool transition = false;
-    if constexpr (!OUT) {
+    if constexpr (!OUT && !KEEP) {
         // Only the chunks that the state behind the segment remembers; the transition of all, or none.
         const int warm = p.warm[at_seg * p.hv + h];
         const int all = (tokens + CHUNK - 1) / CHUNK;
         transition = part >= parts_v;
-        if (seg.out < 0 || (transition && warm >= 0)) return;
+        // The backward needs transitions of all segments: one carries a gradient over the last.
+        if ((seg.out < 0 && !(GRAD && transition)) || (transition && warm >= 0)) return;
         const int skip = warm >= 0 ? all - warm : 0;
         token += skip * CHUNK, tokens -= skip * CHUNK, chunk += skip;
     }
@@ -98,7 +103,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     for (int n = threadIdx.x; n < STAGES * (PANEL / 16); n += (WG + 1) * WARPGROUP) {
         char* at = smem + n / (PANEL / 16) * M::STAGE + n % (PANEL / 16) * 16;
         int x = n % (PANEL / 16) / 128, row16 = n % 128 / 32;
-        if (row16 < x) {
+        if (!GRAD && row16 < x) {
             *(uint4*)(at + M::A) = make_uint4(0, 0, 0, 0);
             if constexpr (OUT) *(uint4*)(at + M::P) = make_uint4(0, 0, 0, 0);
         }
@@ -115,7 +120,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             tma_prefetch(&maps.k);
             tma_prefetch(&maps.v);
             if constexpr (OUT) tma_prefetch(&maps.q);
-            const char* image = p.images + ((long long)chunk * p.hv + h) * IMAGE_BYTES;
+            const char* image = p.images + ((long long)chunk * p.hv + h) * IMAGE;
             int s = 0;
             uint32_t phase = 1;
             for (int n = 0; n < chunks; n++) {
@@ -128,14 +133,17 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 if (!transition)
 #pragma unroll
                     for (int x = 0; x < WG; x++) tma_load(to + M::V + x * PANEL, &maps.v, h * p.v + first + 64 * x, row, bar);
-                load_low(to + M::A, image + IMAGE_A, bar);
-                bulk_load(to + M::VEC, image + IMAGE_VEC, 1024, bar);
+                if constexpr (GRAD)
+                    bulk_load(to + M::A, image + GRAD_C, PANEL, bar);
+                else
+                    load_low(to + M::A, image + IMAGE_A, bar);
+                bulk_load(to + M::VEC, image + (GRAD ? GRAD_VEC : IMAGE_VEC), 1024, bar);
                 if constexpr (OUT) {
 #pragma unroll
                     for (int x = 0; x < PANELS; x++) tma_load(to + M::Q + x * PANEL, &maps.q, kh * K + 64 * x, row, bar);
                     load_low(to + M::P, image + IMAGE_P, bar);
                 }
-                image += (long long)p.hv * IMAGE_BYTES;
+                image += p.hv * IMAGE;
                 if (++s == STAGES) s = 0, phase ^= 1;
             }
         }
@@ -155,7 +163,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         float s[K / 2];
 #pragma unroll
         for (int n = 0; n < K / 2; n++) s[n] = 0.f;
-        if constexpr (OUT) {
+        if constexpr (OUT || KEEP) {
             if (seg.in >= 0) {
                 const float* x = p.states_in + ((long long)seg.in * p.hv + h) * K * p.v + v0;
 #pragma unroll
@@ -171,7 +179,8 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         }
 
         float o[32], u[32];
-        uint32_t sb[K / 4], w[16];
+        // KEEP: what W's rounding leaves, multiplied too: what dg adds up depends on it most (bf16, keys apart: 4.0e-3 with, 2.3e-3 without).
+        uint32_t sb[K / 4], w[16], rest[KEEP ? 16 : 1];
 
         // Waits for chunk n in stage `st`; rows behind the sequence's end are another's: zeroes them.
         auto arrive = [&](int n, int st, uint32_t phase) {
@@ -195,9 +204,9 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         };
         // d^T (+)= a^T X^T for the lower triangular X at `at`.
         auto multiply_low = [&](float (&d)[32], const uint32_t (&a)[16], uint32_t at, int add) {
-            const uint64_t tile = desc_blocks(at);
+            const uint64_t tile = GRAD ? desc_k_major(at) : desc_blocks(at);
 #pragma unroll
-            for (int x = 0; x < 4; x++) I::template mma_rs<0>(d, a + 4 * x, desc_step(tile, x * 2048), x > 0 || add);
+            for (int x = 0; x < 4; x++) I::template mma_rs<0>(d, a + 4 * x, desc_step(tile, x * (GRAD ? 32 : 2048)), x > 0 || add);
             wgmma_commit();
         };
         // W^T = V^T - vec_in o U^T.
@@ -217,8 +226,12 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             for (int b = 0; b < 8; b++) {
                 const float* y = u + 4 * b;
                 uint32_t lo = v[b / 2][b % 2 * 2], hi = v[b / 2][b % 2 * 2 + 1];
-                w[2 * b] = I::pack(fmaf(-c[b].x, y[0], E::lo(lo)), fmaf(-c[b].y, y[1], E::hi(lo)));
-                w[2 * b + 1] = I::pack(fmaf(-c[b].x, y[2], E::lo(hi)), fmaf(-c[b].y, y[3], E::hi(hi)));
+                const float x[4] = {fmaf(-c[b].x, y[0], E::lo(lo)), fmaf(-c[b].y, y[1], E::hi(lo)), fmaf(-c[b].x, y[2], E::lo(hi)), fmaf(-c[b].y, y[3], E::hi(hi))};
+                w[2 * b] = I::pack(x[0], x[1]), w[2 * b + 1] = I::pack(x[2], x[3]);
+                if constexpr (KEEP) {
+                    rest[2 * b] = I::pack(x[0] - I::lo(w[2 * b]), x[1] - I::hi(w[2 * b]));
+                    rest[2 * b + 1] = I::pack(x[2] - I::lo(w[2 * b + 1]), x[3] - I::hi(w[2 * b + 1]));
+                }
             }
         };
         // O of a chunk to memory: the warp turns its 16 columns round in its staging.
@@ -235,6 +248,19 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 if ((lane >> 1) + 16 * b < len) *(uint4*)(to + b * 32 * p.o_stride) = *(const uint4*)(from + b * 512);
             __syncwarp();
         };
+        // S^T and e^T of chunk n to memory, the warp's 16 rows of each, as the product before and after them have them.
+        char* const kept = smem + M::STAGING + (warpgroup * 4 + warp) * (K / 64 + 1) * 2048;
+        auto keep_state = [&](int n) {
+            if constexpr (KEEP) keep_rows<K / 64>(kept, keep_states(p, K, chunk + n, h, column / 64) + warp * 2048, sb, lane);
+        };
+        auto keep_news_of = [&](int n) {
+            if constexpr (KEEP) {
+                uint32_t x[16];
+#pragma unroll
+                for (int y = 0; y < 16; y++) x[y] = E::pack(u[2 * y], u[2 * y + 1]);
+                keep_rows<1>(kept + K / 64 * 2048, keep_news(p, chunk + n, h, column / 64) + warp * 2048, x, lane);
+            }
+        };
         constexpr auto Z = Int<0>{};
         constexpr auto HALF = Int<K / 32>{};
         constexpr auto ALL = Int<K / 16>{};
@@ -248,6 +274,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             wgmma_fence();
             multiply(u, base + M::KT, Z, ALL);
             if constexpr (OUT) multiply(o, base + M::Q, Z, HALF);
+            keep_state(0);
             make_w(base, (const float*)(smem + M::VEC) + 2 * j);
             wgmma_wait<0>();
         }
@@ -261,6 +288,10 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             hold(w);
             wgmma_fence();
             multiply_low(u, w, at + M::A, 0);
+            if constexpr (KEEP) {
+                hold(rest);
+                multiply_low(u, rest, at + M::A, 1);
+            }
             if constexpr (OUT) multiply(o, at + M::Q, HALF, ALL);
             const float last = ((const float*)(smem + st * M::STAGE + M::VEC))[VEC_LAST];
             float2 cs[8];
@@ -306,6 +337,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 multiply_low(o, nb, at + M::P, 1);
                 wgmma_wait<1>();
             } else {
+                keep_news_of(n);
                 wgmma_wait<0>();
             }
             hold(s);
@@ -344,12 +376,17 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 wgmma_fence();
                 multiply(o, at_next + M::Q, Z, HALF);
             }
+            if (n + 1 < chunks) keep_state(n + 1);
             make_w(at_next, (const float*)(smem + next * M::STAGE + M::VEC) + 2 * j);
             if constexpr (OUT) wgmma_wait<0>();
             st = next, phase = next_phase;
         }
-        if (seg.out >= 0) {
-            float* x = (transition ? p.transitions : p.states_out) + ((long long)seg.out * p.hv + h) * K * width + v0;
+        if constexpr (KEEP) {
+            if (lane == 0) bulk_wait();
+        }
+        const int out = GRAD && transition ? at_seg + 1 : seg.out;
+        if (out >= 0 && (!KEEP || p.states_out != nullptr)) {
+            float* x = (transition ? p.transitions : p.states_out) + ((long long)out * p.hv + h) * K * width + v0;
 #pragma unroll
             for (int b = 0; b < K / 8; b++)
 #pragma unroll

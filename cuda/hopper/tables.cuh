@@ -14,6 +14,7 @@ struct TablesArgs {
     Segment* to_segments;  // [places], for `scan`
     Segment* to_ordered;   // [places], for `state`: each leaves its state where the next one starts; null: sequences stay whole
     Cut* to_cuts;          // [sequences]
+    Segment* to_back;      // [places], for `reverse`: the first of a sequence leaves the gradient of its state; null: none
     int cut;               // chunks of 64 in a segment
     int places;
 };
@@ -58,8 +59,12 @@ __device__ __forceinline__ void tables(const TablesArgs& p) {
         const int place = before + m, skip = m * p.cut * CHUNK;
         const bool last = m + 1 == segments;
         const int length = last ? tokens - skip : p.cut * CHUNK;
-        Segment segment = {token + skip, length, (int)first + m * p.cut, p.to_ordered == nullptr ? row : place, last ? row : -1, (int)first, {}};
+        Segment segment = {token + skip, length, (int)first + m * p.cut, p.to_ordered == nullptr ? row : place, last ? row : -1, (int)first, (int)first + chunks, 0};
         p.to_segments[place] = segment;
+        if (p.to_back != nullptr) {
+            segment.out = m == 0 ? row : -1;
+            p.to_back[place] = segment;
+        }
         if (p.to_ordered != nullptr) {
             segment.out = last ? -1 : place + 1;
             p.to_ordered[place] = segment;
@@ -68,8 +73,11 @@ __device__ __forceinline__ void tables(const TablesArgs& p) {
     if (p.to_ordered == nullptr) return;
     if (tid == 0) p.to_cuts[at] = {before, segments, row, 0};
     if (at + 1 == (int)gridDim.x)
-        for (int place = before + segments + tid; place < p.places; place += blockDim.x)
-            p.to_segments[place] = p.to_ordered[place] = {0, 0, 0, -1, -1, 0, {}};
+        for (int place = before + segments + tid; place < p.places; place += blockDim.x) {
+            const Segment none = {0, 0, 0, -1, -1, 0, 0, 0};
+            p.to_segments[place] = p.to_ordered[place] = none;
+            if (p.to_back != nullptr) p.to_back[place] = none;
+        }
 }
 
 }  // namespace hopper

@@ -64,7 +64,7 @@ fn the_compiled_kernels_are_those_of_the_sources() {
 fn together_they_are_small() {
     let bytes: u64 =
         families().map(|f| std::fs::metadata(cuda().join(format!("compiled/{f}.fatbin"))).unwrap().len()).sum();
-    assert!(bytes <= 4 << 20, "{bytes} bytes");
+    assert!(bytes <= 9 << 19, "{bytes} bytes");
 }
 
 /// What the compiler said of each kernel: family, then (kernel, architecture), then registers, bytes of stack, bytes spilled.
@@ -91,7 +91,7 @@ fn check_resources(dir: &Path) {
         let found = resources(dir, family);
         let names: BTreeSet<&str> = found.keys().map(|(name, _)| name.as_str()).collect();
         assert!(!names.is_empty(), "{family}");
-        let architectures = if family == "hopper" { &["sm_90a"][..] } else { &ARCHITECTURES };
+        let architectures = if family.starts_with("hopper") { &["sm_90a"][..] } else { &ARCHITECTURES };
         for name in names {
             for arch in architectures {
                 let Some([registers, stack, spills]) = found.get(&(name.into(), (*arch).into())) else {
@@ -245,7 +245,7 @@ fn every_choice_is_compiled() {
     check(&kernel::model::FILL, &[("block", tune::block(&caps))]);
 
     let all: BTreeSet<String> =
-        compiled.iter().filter(|(f, _)| **f != "hopper").flat_map(|(_, names)| names.clone()).collect();
+        compiled.iter().filter(|(f, _)| !f.starts_with("hopper")).flat_map(|(_, names)| names.clone()).collect();
     let idle: Vec<&String> = all.difference(&chosen).collect();
     assert!(idle.is_empty(), "compiled and never chosen: {idle:?}");
 }

@@ -1,12 +1,24 @@
 // What the bench programs share: device memory, inputs made on the device, tensor maps, the host's threads.
 #pragma once
+#ifdef GATEDELTA_EMULATOR
+#include "runtime.h"
+#else
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
+// A kernel with pointers to its parameters.
+#define LAUNCH(kernel, blocks, threads, bytes, stream, ...) LAUNCH2(kernel, blocks, 1, threads, bytes, stream, __VA_ARGS__)
+#define LAUNCH2(kernel, blocks, rows_, threads, bytes, stream, ...)                                                                                      \
+    do {                                                                                                                                         \
+        void* args_[] = {__VA_ARGS__};                                                                                                           \
+        CHECK(cudaFuncSetAttribute((const void*)(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes)));                           \
+        CHECK(cudaLaunchKernel((const void*)(kernel), dim3((unsigned)(blocks), (unsigned)(rows_)), dim3((unsigned)(threads)), args_, (size_t)(bytes), (stream)));   \
+    } while (0)
+#endif
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -40,6 +52,7 @@ struct Buffer {
     }
 };
 
+#ifndef GATEDELTA_EMULATOR
 // Where a kernel that waits too long says so.
 inline uint32_t* hung_host() {
     static uint32_t* p = nullptr;
@@ -117,6 +130,8 @@ inline CUtensorMap tensor_map(void* p, uint64_t rows, uint64_t columns, bool f16
     return m;
 }
 
+#endif  // the emulator
+
 // ---- inputs --------------------------------------------------------------------------------------------------------
 
 // Mixed: g = -A softplus(x / 2 + 1), A from 0 for the first head to 16 for the last. Bench: logsigmoid(x) / 16 for three heads
@@ -130,10 +145,31 @@ __device__ inline uint64_t hash64(uint64_t x) {
     return x ^ (x >> 31);
 }
 __device__ inline float uniform01(uint64_t seed, uint64_t i) { return ((hash64(seed * 0x100000001b3ull + i) >> 40) + 0.5f) / 16777216.f; }
+#ifdef GATEDELTA_EMULATOR
+inline float cospif(float x) { return cosf(3.14159265f * x); }
+#endif
 __device__ inline float normal(uint64_t seed, uint64_t i) {
     return sqrtf(-2.f * logf(uniform01(seed, 2 * i))) * cospif(2.f * uniform01(seed, 2 * i + 1));
 }
+__device__ inline float gate_of(int decay, uint64_t seed, uint64_t i, int h, int hv) {
+    const float x = normal(seed, i);
+    switch ((Decay)decay) {
+        case Decay::Mixed: {
+            float a = hv == 1 ? 1.f : h == 0 ? 0.f : h == hv - 1 ? 16.f : 16.f * uniform01(seed + 9, h);
+            return -a * log1pf(expf(0.5f * x + 1.f));
+        }
+        case Decay::None: break;
+        case Decay::Slow: return -0.05f * uniform01(seed + 3, i);
+        case Decay::Bench: return h % 4 == 3 ? 0.f : -log1pf(expf(-x)) / 16.f;
+        case Decay::Cliffs: {
+            float u = uniform01(seed + 5, i);
+            return u < 0.01f ? -INFINITY : u < 0.03f ? -80.f : -0.05f * uniform01(seed + 3, i);
+        }
+    }
+    return 0.f;
+}
 
+#ifndef GATEDELTA_EMULATOR
 // A warp per row.
 __global__ void fill_rows(void* p, int rows, int width, int f16, uint64_t seed, int unit, float scale, float spread) {
     int row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -158,23 +194,7 @@ __global__ void fill_gates(float* g, float* beta, int tokens, int hv, int decay,
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= (size_t)tokens * hv) return;
     int h = (int)(i % hv);
-    float x = normal(seed, i), y = 0;
-    switch ((Decay)decay) {
-        case Decay::Mixed: {
-            float a = hv == 1 ? 1.f : h == 0 ? 0.f : h == hv - 1 ? 16.f : 16.f * uniform01(seed + 9, h);
-            y = -a * log1pf(expf(0.5f * x + 1.f));
-            break;
-        }
-        case Decay::None: break;
-        case Decay::Slow: y = -0.05f * uniform01(seed + 3, i); break;
-        case Decay::Bench: y = h % 4 == 3 ? 0.f : -log1pf(expf(-x)) / 16.f; break;
-        case Decay::Cliffs: {
-            float u = uniform01(seed + 5, i);
-            y = u < 0.01f ? -INFINITY : u < 0.03f ? -80.f : -0.05f * uniform01(seed + 3, i);
-            break;
-        }
-    }
-    g[i] = y;
+    g[i] = gate_of(decay, seed, i, h, hv);
     beta[i] = 1.f / (1.f + expf(-normal(seed + 1, i)));
 }
 __global__ void fill_floats(float* p, size_t n, uint64_t seed, float scale) {
@@ -211,6 +231,37 @@ inline bool same(const Buffer& a, const Buffer& b) {
     CHECK(cudaMemcpy(&x, d, 4, cudaMemcpyDeviceToHost));
     return x == 0;
 }
+
+#else  // the emulator: the same numbers, by the host
+
+inline uint32_t* hung_device() { return nullptr; }
+inline int multiprocessors() { return 3; }
+inline double bandwidth() { return 1e9; }
+inline void describe() { printf("the stand-in for a GPU\n"); }
+inline void finish(const char* name) {
+    if (cudaDeviceSynchronize() != cudaSuccess) printf("FAIL %s: a launch came to no end\n", name), exit(4);
+}
+inline CUtensorMap tensor_map(void* p, uint64_t rows, uint64_t columns, bool) { return {(const char*)p, columns, rows ? rows : 1, columns * 2, 64, 64, {}}; }
+inline void make_rows(void* p, int rows, int width, bool f16, uint64_t seed, bool unit, float scale, float spread) {
+    for (size_t row = 0; row < (size_t)rows; row++) {
+        auto x = [&](int i) { return (1 - spread) * normal(seed, row * width + i) + spread * normal(seed + 77, i); };
+        float sum = 0;
+        for (int i = 0; i < width; i++) sum += x(i) * x(i);
+        for (int i = 0; i < width; i++) {
+            const float y = x(i) * scale * (unit ? 1.f / sqrtf(sum) : 1.f);
+            ((uint16_t*)p)[row * width + i] = f16 ? emulator::float_to_half(y) : emulator::float_to_bf16(y);
+        }
+    }
+}
+inline void make_gates(float* g, float* beta, int tokens, int hv, Decay d, uint64_t seed) {
+    for (size_t i = 0; i < (size_t)tokens * hv; i++) g[i] = gate_of((int)d, seed, i, (int)(i % hv), hv), beta[i] = 1.f / (1.f + expf(-normal(seed + 1, i)));
+}
+inline void make_floats(float* p, size_t n, uint64_t seed, float scale) {
+    for (size_t i = 0; i < n; i++) p[i] = scale * normal(seed, i);
+}
+inline bool same(const Buffer& a, const Buffer& b) { return memcmp(a.p, b.p, a.bytes) == 0; }
+
+#endif
 
 // ---- to the host ---------------------------------------------------------------------------------------------------
 

@@ -23,15 +23,15 @@ use crate::shape::Dtype;
 /// Bytes that `prepare` leaves per chunk and value head: IMAGE_BYTES of forward.cuh.
 const IMAGE_BYTES: u64 = 2 * 5120 + 1024;
 /// Bytes of a panel `[64, 64]` of 16-bit numbers: PANEL of forward.cuh.
-const PANEL: u32 = 64 * 128;
+pub(super) const PANEL: u32 = 64 * 128;
 /// Bytes of the tables' entries: Chunk, Segment and Cut of forward.cuh.
-const CHUNK_BYTES: u64 = 8;
-const SEGMENT_BYTES: u64 = 32;
-const CUT_BYTES: u64 = 16;
+pub(super) const CHUNK_BYTES: u64 = 8;
+pub(super) const SEGMENT_BYTES: u64 = 32;
+pub(super) const CUT_BYTES: u64 = 16;
 /// Columns of V that a block of `carry` has: CARRY_COLUMNS of carry.cuh.
-const CARRY_COLUMNS: u32 = 32;
+pub(super) const CARRY_COLUMNS: u32 = 32;
 /// A head that has decayed by e to this has forgotten, for numbers of 16 bits.
-const FORGOTTEN: f32 = -12.0;
+pub(super) const FORGOTTEN: f32 = -12.0;
 /// Fewer chunks in a segment than this are not worth the passes beside.
 const SHORTEST: u64 = 16;
 
@@ -55,10 +55,10 @@ pub struct Special {
 }
 
 /// A launch's numbers by name.
-struct Numbers<'a>(&'a Launch);
+pub(super) struct Numbers<'a>(pub(super) &'a Launch);
 
 impl Numbers<'_> {
-    fn get(&self, name: &str) -> u32 {
+    pub(super) fn get(&self, name: &str) -> u32 {
         let Launch { kernel, consts, params, .. } = self.0;
         let fields = kernel.consts.iter().zip(consts).chain(kernel.params.iter().zip(params));
         fields.into_iter().find(|(field, _)| field.name == name).map_or(0, |(_, value)| *value)
@@ -114,7 +114,7 @@ pub fn special(launches: &[Launch], at: usize, multiprocessors: u32, cut: Option
     Some(Special {
         launches: 2,
         prepare: format!("hopper_prepare_{name}_k{k}"),
-        prepare_bytes: prepare_bytes(k, group),
+        prepare_bytes: prepare_bytes(k, group, IMAGE_BYTES as u32),
         scan: format!("hopper_scan_{name}_k{k}_w{consumers}"),
         scan_bytes: scan_bytes(k, consumers, true),
         consumers,
@@ -125,7 +125,7 @@ pub fn special(launches: &[Launch], at: usize, multiprocessors: u32, cut: Option
 /// Chunks in a segment, so that segments and heads fill the device once; 0 where whole sequences fill a third of it: measured on an
 /// H100, 32768 tokens with 16 heads take 0.60 of the time in 8 segments, with 32 heads 0.81 in 4, and with 64 heads cutting does
 /// not pay (`cuda/hopper/NOTES.md`).
-fn best_cut(sequences: u64, chunks: u64, heads: u64, multiprocessors: u32) -> u32 {
+pub(super) fn best_cut(sequences: u64, chunks: u64, heads: u64, multiprocessors: u32) -> u32 {
     let multiprocessors = multiprocessors as u64;
     if 3 * sequences * heads > multiprocessors {
         return 0;
@@ -135,17 +135,17 @@ fn best_cut(sequences: u64, chunks: u64, heads: u64, multiprocessors: u32) -> u3
 }
 
 /// Segments at most of so many sequences that have so many chunks of 32 tokens.
-fn places(sequences: u64, chunks: u64, cut: u32) -> u64 {
+pub(super) fn places(sequences: u64, chunks: u64, cut: u32) -> u64 {
     // A sequence of n chunks of 32 has at most (n + 1) / 2 of 64.
     if cut == 0 { sequences } else { sequences + (chunks + sequences).div_ceil(2 * cut as u64) }
 }
 
 /// PrepareSmem::bytes of prepare.cuh.
-fn prepare_bytes(k: u32, group: u32) -> u32 {
+pub(super) fn prepare_bytes(k: u32, group: u32, image_bytes: u32) -> u32 {
     let inverse = 64 * 72 * 4 + 4 * (16 * 24 + 16) * 4;
     let tiles = 2 * 64 * k * 2;
     let image = tiles.max(inverse).div_ceil(1024) * 1024;
-    image + IMAGE_BYTES as u32 + 768 + group * 512 + 1024
+    image + image_bytes + 768 + group * 512 + 1024
 }
 
 /// ScanSmem::BYTES of scan.cuh, with 3 stages.
@@ -168,6 +168,8 @@ pub(super) struct Hopper {
 struct Scratch {
     address: CUdeviceptr,
     bytes: u64,
+    /// Smaller ones from before, which calls may still name: freed when the next pass begins.
+    old: Vec<CUdeviceptr>,
 }
 
 impl Hopper {
@@ -183,43 +185,61 @@ impl Hopper {
     /// Gives the scratch back. The device's context is current, and nothing is queued.
     pub(super) fn free(&self) {
         let mut scratch = lock(&self.scratch);
-        if scratch.bytes > 0 {
+        let Scratch { address, bytes, old } = std::mem::take(&mut *scratch);
+        for address in old.into_iter().chain((bytes > 0).then_some(address)) {
             // SAFETY: nothing refers to it any more.
-            unsafe { sys::cuMemFree_v2(scratch.address) };
-            *scratch = Scratch::default();
+            unsafe { sys::cuMemFree_v2(address) };
         }
     }
 
+    /// A pass begins: the calls of those before have been queued.
+    pub(super) fn begin(&self, shared: &Shared) -> Result<()> {
+        let mut scratch = lock(&self.scratch);
+        if !scratch.old.is_empty() {
+            shared.wait()?;
+            for address in std::mem::take(&mut scratch.old) {
+                // SAFETY: nothing that is queued refers to it any more, and no later call does.
+                unsafe { sys::cuMemFree_v2(address) };
+            }
+        }
+        Ok(())
+    }
+
     /// At least `bytes` bytes, 256-aligned; None if the device has no more.
-    fn scratch(&self, shared: &Shared, bytes: u64) -> Result<Option<CUdeviceptr>> {
+    pub(super) fn scratch(&self, shared: &Shared, bytes: u64) -> Result<Option<CUdeviceptr>> {
         let mut scratch = lock(&self.scratch);
         if scratch.bytes < bytes {
-            // What is queued may still use the old one.
-            shared.wait()?;
-            // SAFETY: the memory is this struct's; the driver writes to a local variable.
-            unsafe {
-                if scratch.bytes > 0 {
-                    sys::cuMemFree_v2(scratch.address);
-                    *scratch = Scratch::default();
-                }
-                let mut address = 0;
-                match sys::cuMemAlloc_v2(&mut address, bytes as usize) {
-                    CUresult::CUDA_ERROR_OUT_OF_MEMORY => return Ok(None),
-                    code => shared.fault.result("scratch of the Hopper kernels", code)?,
-                }
-                *scratch = Scratch { address, bytes };
+            let mut address = 0;
+            // SAFETY: the driver writes to a local variable.
+            match unsafe { sys::cuMemAlloc_v2(&mut address, bytes as usize) } {
+                CUresult::CUDA_ERROR_OUT_OF_MEMORY => return Ok(None),
+                code => shared.fault.result("scratch of the Hopper kernels", code)?,
             }
+            if scratch.bytes > 0 {
+                let old = scratch.address;
+                scratch.old.push(old);
+            }
+            (scratch.address, scratch.bytes) = (address, bytes);
         }
         Ok(Some(scratch.address))
     }
 
     /// A kernel whose parameters have these sizes.
-    fn function(&self, shared: &Shared, name: &str, threads: u32, bytes: u32, sizes: &[usize]) -> Result<Arc<Variant>> {
+    pub(super) fn function(
+        &self,
+        shared: &Shared,
+        name: &str,
+        threads: u32,
+        bytes: u32,
+        sizes: &[usize],
+    ) -> Result<Arc<Variant>> {
         let mut functions = lock(&self.functions);
         if let Some(found) = functions.get(name) {
             return Ok(found.clone());
         }
-        let function = shared.images.function(&shared.fault, &shared.caps.name, "hopper", name)?;
+        let grad = ["hopper_grad", "hopper_keep", "hopper_reverse"].iter().any(|start| name.starts_with(start));
+        let family = if grad { "hopper_grad" } else { "hopper" };
+        let function = shared.images.function(&shared.fault, &shared.caps.name, family, name)?;
         for (i, expected) in sizes.iter().enumerate() {
             let (mut offset, mut found) = (0, 0);
             // SAFETY: the driver writes to local variables.
@@ -283,10 +303,10 @@ impl Hopper {
         let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
 
         // TablesArgs of tables.cuh.
-        let variant = self.function(shared, "hopper_tables", 128, 0, &[56])?;
+        let variant = self.function(shared, "hopper_tables", 128, 0, &[64])?;
         let to_ordered = if special.cut == 0 { 0 } else { ordered };
         let numbers = pair(special.cut, places as u32);
-        let launch = vec![after[4], after[5], chunk_table, segment_table, to_ordered, cut_table, numbers];
+        let launch = vec![after[4], after[5], chunk_table, segment_table, to_ordered, cut_table, 0, numbers];
         let grid = [sequences as u32, 1, 1];
         calls.push(Call { kernel: "hopper_tables", variant, grid, launch, second: None });
 
@@ -313,13 +333,7 @@ impl Hopper {
         let mut maps = Vec::with_capacity(48);
         let f16 = p.get("qk_type") == Dtype::F16.code();
         for (i, name, width) in [(0, "q", hk * k), (1, "k", hk * k), (2, "v", hv * v)] {
-            let (off, stride) = (s.get(&format!("{name}_off")), s.get(&format!("{name}_stride")));
-            let numbers = launches[1].args[i].bytes / 2;
-            // The last row may be cut off behind its numbers.
-            let rows = (numbers.saturating_sub(u64::from(off) + u64::from(width))) / u64::from(stride.max(1)) + 1;
-            let map =
-                tensor_map(shared, at16(after[i], &format!("{name}_off")), rows, width.into(), stride.into(), f16)?;
-            maps.extend_from_slice(&map.opaque);
+            maps.extend(map_of(shared, &launches[1], i, name, after[i], width, f16)?);
         }
         let shape = [pair(hk, hv), pair(p.get("head_map"), v), 0];
 
@@ -357,6 +371,23 @@ impl Hopper {
         calls.push(Call { kernel: "hopper_scan", variant, grid, launch, second: Some(11) });
         Ok(true)
     }
+}
+
+/// The map of argument `i` of a launch, which starts at `address`; its params call it `name`.
+pub(super) fn map_of(
+    shared: &Shared,
+    launch: &Launch,
+    i: usize,
+    name: &str,
+    address: u64,
+    width: u32,
+    f16: bool,
+) -> Result<[u64; 16]> {
+    let get = |what: &str| u64::from(Numbers(launch).get(&format!("{name}_{what}")));
+    let (off, stride) = (get("off"), get("stride"));
+    // The last row may be cut off behind its numbers.
+    let rows = (launch.args[i].bytes / 2).saturating_sub(off + u64::from(width)) / stride.max(1) + 1;
+    Ok(tensor_map(shared, address + 2 * off, rows, width.into(), stride, f16)?.opaque)
 }
 
 /// Rows of 16-bit numbers, `stride` from one to the next, as the copy engine takes them: in boxes of `[64, 64]`, swizzled.

@@ -36,6 +36,7 @@ static FAMILIES: &[(&str, &[u8])] = compiled![
     "gdn_scan_mma",
     "gdn_step",
     "hopper",
+    "hopper_grad",
     "matmul",
     "matmul_mma",
     "matvec",

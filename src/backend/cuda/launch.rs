@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys::{self, CUfunction, CUresult};
 
-use super::{Shared, choose, hopper, lock};
+use super::{Shared, choose, hopper, hopper_grad, lock};
 use crate::backend::cut;
 use crate::error::{Error, Result};
 use crate::kernel::Access;
@@ -93,6 +93,9 @@ fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
     let mut calls = Vec::with_capacity(pass.launches.len());
     // Launches that others stand in for.
     let mut done = 0;
+    if shared.hopper.is_on() {
+        shared.hopper.begin(shared)?;
+    }
     for (i, launch) in pass.launches.iter().enumerate() {
         if i < done {
             continue;
@@ -117,6 +120,15 @@ fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
                 done = i + special.launches;
                 continue;
             }
+        }
+        if shared.hopper.is_on()
+            && let Some(special) = hopper_grad::special_grad(&pass.launches, i, shared.multiprocessors, shared.hopper.cut)
+        {
+            let own = &pass.launches[i..i + special.launches];
+            let addresses = own.iter().map(|launch| self::addresses(shared, launch)).collect::<Result<Vec<_>>>()?;
+            shared.hopper.grad_calls(shared, &special, own, pass.exact, &addresses, &mut calls)?;
+            done = i + special.launches;
+            continue;
         }
         let variant = shared.variants.get(shared, launch)?;
         for block in cut::blocks(launch.grid, MOST_SIDE, u64::MAX) {

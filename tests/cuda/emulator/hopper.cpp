@@ -181,8 +181,8 @@ void compute(const Waiting& w) {
     float a[2][16];
     memcpy(a, w.a, sizeof a);
     if (!p.a) {
-        operand(a[0], p.desc_a, 16 * warp + i, false, p.half);
-        operand(a[1], p.desc_a, 16 * warp + i + 8, false, p.half);
+        operand(a[0], p.desc_a, 16 * warp + i, p.trans_a, p.half);
+        operand(a[1], p.desc_a, 16 * warp + i + 8, p.trans_a, p.half);
     }
     for (int b = 0; b < p.columns / 8; b++)
         for (int e = 0; e < 2; e++) {

@@ -83,7 +83,7 @@ struct Product {
     int columns;
     const uint32_t* a;       // registers of A [64, 16], or null: A is at `desc_a`
     uint64_t desc_a, desc_b;
-    bool trans, add, half;   // half: IEEE half, else bfloat16
+    bool trans_a, trans, add, half;  // half: IEEE half, else bfloat16
 };
 void wgmma(const Product& p);
 void wgmma_commit();
@@ -120,9 +120,12 @@ struct Stored {
     static float hi(uint32_t x) { return number((uint16_t)(x >> 16)); }
     template <int TRANS, int N>
     static void mma_rs(float (&d)[N], const uint32_t* a, uint64_t b, int add) {
-        wgmma({d, 2 * N, a, 0, b, TRANS != 0, add != 0, HALF});
+        wgmma({d, 2 * N, a, 0, b, false, TRANS != 0, add != 0, HALF});
     }
-    static void mma_ss(float (&d)[32], uint64_t a, uint64_t b, int add) { wgmma({d, 64, nullptr, a, b, false, add != 0, HALF}); }
+    template <int TRANS_A = 0, int TRANS_B = 0, int N>
+    static void mma_ss(float (&d)[N], uint64_t a, uint64_t b, int add) {
+        wgmma({d, 2 * N, nullptr, a, b, TRANS_A != 0, TRANS_B != 0, add != 0, HALF});
+    }
 };
 typedef Stored<false> Bf16;
 typedef Stored<true> F16;

@@ -1,0 +1,98 @@
+// What the backward kernels of Gated DeltaNet share on Hopper: what `prepare`, `keep` and `reverse` leave for the kernels after them.
+//
+// Per chunk of C = 64 tokens and value head, with S the state before it and S' the one after, and what is known of the forward:
+//
+//   C = (I + L diag(beta))^-1, L = strictlower(G o K K^T), so that A = diag(beta) C      P as in forward.cuh
+//   e = C (V - in o (K S))      N = beta o e      S' = last S + K^T (state o e)
+//
+// with state = beta e^(c_C - c), in = e^c, out = s e^c (rk, rq in them with L2 norms). Given dO and dS':
+//
+//   y = state o (K dS') + (P diag(beta))^T dO     dV = C^T y     dS = last dS' - K^T (in o dV) + Q^T (out o dO)
+//   M1 = lower(dO e^T)      M2 = strictlower(dV e^T)      F = P o M1 - L o M2
+//   dQ = out o (dO S^T) + (s G o M1 diag(beta)) K
+//   dK = state o (e dS'^T) - in o (dV S^T) + (s G o M1 diag(beta))^T Q - (D + D^T) K,     D = G o M2 diag(beta)
+//   z_i = (e^(c_C - c_i) k_i) . (e dS'^T)_i       dbeta_j = z_j + sum_i F_ij
+//   dc_i = q_i . [out o (dO S^T)]_i - k_i . [in o (dV S^T)]_i + sum_j F_ij beta_j - beta_i dbeta_i
+//   dc_C += sum_i beta_i z_i + last <dS', S>      dg_t = sum_(i >= t) dc_i in the chunk
+//
+// That is the adjoint of src/kernel/gdn_grad.rs with N = beta o e put in: dbeta_i = X_i . e_i, X = B^T dN = dN - L^T dV, so that
+// neither X, V nor V - in o (K S) is needed once e and dV are there, nothing is divided by beta, and the sums over a column of F are
+// dbeta's as well as dc's. beta itself is nowhere in the two scans.
+#pragma once
+#include "forward.cuh"
+
+namespace hopper {
+
+// S of a chunk before it, dS' of it, e: transposed, 16-bit, in panels [64, 64] as they lie in shared memory (roles.cuh).
+//   states, dstates  [chunks, Hv, V / 64, K / 64] panels [64 of V, 64 of K]
+//   news             [chunks, Hv, V / 64]         panels [64 of V, 64 tokens]
+template <class Args>
+__device__ __forceinline__ char* keep_states(const Args& p, int k, int chunk, int h, int part) {
+    return (char*)p.transitions + (((long long)chunk * p.hv + h) * (p.v / 64) + part) * (k / 64) * PANEL;
+}
+template <class Args>
+__device__ __forceinline__ char* keep_news(const Args& p, int chunk, int h, int part) {
+    return (char*)p.o + (((long long)chunk * p.hv + h) * (p.v / 64) + part) * PANEL;
+}
+
+// A warp's 16 rows of a transposed [64, 64 PANELS], packed as a product's left operand, to `to` in every panel of memory, by way of
+// `staging` (PANELS times 2048 bytes), whose last copies have been asked for by the first lane.
+template <int PANELS, int N>
+__device__ __forceinline__ void keep_rows(char* staging, char* to, const uint32_t (&x)[N], int lane) {
+    static_assert(N == PANELS * 16, "four numbers for 16 columns");
+    if (lane == 0) bulk_wait_read();
+    __syncwarp();
+    const uint32_t at = smem_addr(staging);
+    const int block = lane >> 3, row = (block & 1) * 8 + (lane & 7);
+#pragma unroll
+    for (int s = 0; s < 4 * PANELS; s++)
+        stsm(at + (s / 4) * 2048 + swizzled(0, row, 2 * (s % 4) + (block >> 1)), x[4 * s], x[4 * s + 1], x[4 * s + 2], x[4 * s + 3]);
+    fence_proxy();
+    __syncwarp();
+    if (lane == 0) {
+#pragma unroll
+        for (int y = 0; y < PANELS; y++) bulk_store(to + (long long)y * PANEL, at + y * 2048, 2048);
+        bulk_commit();
+    }
+}
+
+struct ReverseArgs {
+    const Segment* segments;  // in: row of dstates_in; out: row of dstates_out; -1: zeros, none
+    const char* images;       // [chunks, Hv, GRAD_BYTES]
+    const float* dstates_in;  // [.., Hv, K, V]
+    float* dstates_out;       // [.., Hv, K, V]
+    char* transitions;        // dS' of each chunk: `dstates`
+    void* dv;                 // [T, dv_stride]
+    long long dv_stride;
+    int hk, hv;
+    int mod;
+    int v;            // V
+    uint32_t* hung;   // host memory, or null: see mbar_wait
+    const int* warm;  // [segments, Hv], for a pass that only carries: chunks from a segment's start on that its start's gradient depends on
+};
+
+// `warm`: what the forward has, and the same from the segments' starts.
+struct GradWarmArgs {
+    CarryArgs carry;
+    int* back;  // [segments, Hv]
+};
+
+struct GradientArgs {
+    const Chunk* chunks;
+    const char* images;   // [chunks, Hv, GRAD_BYTES]
+    const char* states;   // S
+    const char* dstates;  // dS'
+    const char* news;     // e
+    void* dq;             // [T, dq_stride]
+    void* dk;             // [T, dk_stride]
+    float* dg;            // [T, Hv]
+    float* dbeta;         // [T, Hv]
+    long long dq_stride, dk_stride;
+    float scale;
+    int chunk_count, hk, hv;
+    int mod;
+    int l2norm;  // dq and dk are those of q and k before their norms
+    uint32_t* hung;
+};
+
+}  // namespace hopper

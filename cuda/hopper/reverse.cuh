@@ -1,0 +1,302 @@
+// `reverse`: the gradient of the state of one value head, chunk after chunk from a segment's end, in registers; it leaves dS' of
+// each chunk, and dV.
+//
+// Roles and registers are those of scan.cuh: dS^T [64, K] f32 per consumer, every product of it without another warpgroup.
+//   U^T = dS'^T K^T     y^T = state o U^T + R^T     dV^T = y^T C     dS^T <- last dS'^T - (in o dV^T) K + (out o dO^T) Q
+// The chain has three products, U, dV and the first of dS; the others fill the time in which its results are scaled and
+// rounded: (out o dO^T) Q behind dV, and R^T = dO^T (P diag(beta)) of the chunk before behind dS.
+//
+// CARRY: only the state's gradient before the segment, from zeros behind the chunks that it depends on, for the segment before.
+//
+// Barriers: full[s] (the producer's bytes), empty[s] (a lane of each consumer warp). Named: 8, all consumers at a ragged end.
+#pragma once
+#include "scan.cuh"
+
+namespace hopper {
+
+// Shared memory, in bytes from a base on 1024.
+//   stage s   K, Q [64, K], dO [64, 64 WG], C, P, vectors: from the producer's loads until all consumers arrived on empty[s], after
+//             their last product of that chunk; ring of STAGES
+//   staging   per consumer warp, dS'^T [16, K], read by the copies that its first lane asks for, and dV [64, 16]
+template <int K, int WG, int STAGES>
+struct ReverseSmem {
+    static constexpr int KT = 0;
+    static constexpr int Q = KT + (K / 64) * PANEL;
+    static constexpr int DO = Q + (K / 64) * PANEL;
+    static constexpr int C = DO + WG * PANEL;
+    static constexpr int P = C + PANEL;
+    static constexpr int VEC = P + PANEL;
+    static constexpr int STAGE = VEC + 1024;
+    static constexpr int STAGING = STAGES * STAGE;
+    static constexpr int BARRIERS = STAGING + WG * (K / 64 + 1) * PANEL;
+    static constexpr int BYTES = BARRIERS + STAGES * 16 + 1024;
+    static_assert(BYTES <= 232448, "shared memory of a block");
+};
+
+struct ReverseMaps {
+    CUtensorMap q, k, d_o;
+};
+
+template <class E, int K, int WG, int STAGES, bool CARRY = false>
+__device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps& maps) {
+    DYNAMIC_SHARED(smem_raw);
+    char* smem = align_1024(smem_raw);
+    using M = ReverseSmem<K, WG, STAGES>;
+    constexpr int PANELS = K / 64;
+    const int warpgroup = uniform(threadIdx.x / WARPGROUP), tid = threadIdx.x % WARPGROUP, warp = tid >> 5, lane = tid & 31;
+    const uint32_t base = smem_addr(smem), full = base + M::BARRIERS, empty = full + STAGES * 8;
+
+    // The block's share: a segment, a value head, a part of V.
+    const int parts = p.v / (64 * WG), part = blockIdx.x % parts, h = blockIdx.x / parts % p.hv;
+    const int at_seg = blockIdx.x / parts / p.hv;
+    const Segment seg = p.segments[at_seg];
+    const int kh = key_head(h, p.hk, p.hv, p.mod);
+    int len = seg.tokens;
+    if constexpr (CARRY) {
+        if (seg.chunk == seg.origin) return;  // nobody is before it
+        const int warm = p.warm[at_seg * p.hv + h];
+        if (warm >= 0) len = min(len, warm * CHUNK);
+    }
+    const int token = uniform(seg.token), tokens = uniform(len), chunk = seg.chunk;
+    const int in = CARRY ? -1 : seg.in, out = CARRY ? at_seg - 1 : seg.out;
+    const int chunks = (tokens + CHUNK - 1) / CHUNK;
+    const int first = 64 * WG * part;  // column of V
+
+    if (threadIdx.x == 0) {
+        for (int s = 0; s < STAGES; s++) {
+            mbar_init(full + 8 * s, 1);
+            mbar_init(empty + 8 * s, WG * 4);
+        }
+        mbar_init_fence();
+    }
+    __syncthreads();
+
+    if (warpgroup == WG) {
+        if constexpr (WG > 1) regs_down<24>();
+        if (tid == 0) {
+            tma_prefetch(&maps.k);
+            tma_prefetch(&maps.q);
+            tma_prefetch(&maps.d_o);
+            const char* image = p.images + ((long long)(chunk + chunks - 1) * p.hv + h) * GRAD_BYTES;
+            int s = 0;
+            uint32_t phase = 1;
+            for (int n = chunks - 1; n >= 0; n--) {
+                mbar_wait(empty + 8 * s, phase, p.hung, HUNG_PRODUCER + s);
+                const uint32_t bar = full + 8 * s, to = base + s * M::STAGE;
+                const int row = token + n * CHUNK;
+                mbar_expect(bar, M::STAGE);
+#pragma unroll
+                for (int x = 0; x < WG; x++) tma_load(to + M::DO + x * PANEL, &maps.d_o, h * p.v + first + 64 * x, row, bar);
+                bulk_load(to + M::C, image, 2 * PANEL, bar);
+                bulk_load(to + M::VEC, image + GRAD_VEC, 1024, bar);
+#pragma unroll
+                for (int x = 0; x < PANELS; x++) tma_load(to + M::KT + x * PANEL, &maps.k, kh * K + 64 * x, row, bar);
+#pragma unroll
+                for (int x = 0; x < PANELS; x++) tma_load(to + M::Q + x * PANEL, &maps.q, kh * K + 64 * x, row, bar);
+                image -= (long long)p.hv * GRAD_BYTES;
+                if (++s == STAGES) s = 0, phase ^= 1;
+            }
+        }
+    } else {
+        if constexpr (WG > 1) regs_up<240>();
+        const int i = lane >> 2, j = lane & 3;
+        const int column = first + 64 * warpgroup;  // of V, the consumer's first
+        const int v0 = column + 16 * warp + i;      // the thread's first; the other is v0 + 8
+        // As in scan.cuh: what this lane addresses in ldmatrix of dO, and in its warp's staging of dV.
+        const int lane_row = (lane >> 4) * 8 + (lane & 7);
+        const uint32_t lane_at = swizzled(0, lane_row, 2 * warp + ((lane >> 3) & 1));
+        char* const kept = smem + M::STAGING + (warpgroup * 4 + warp) * (PANELS + 1) * 2048;
+        char* const own = kept + PANELS * 2048;
+        const uint32_t own_at = smem_addr(own) + lane_row * 32 + ((((lane >> 3) & 1) ^ ((lane_row >> 2) & 1)) << 4);
+
+        // dS^T: s[4b + e]: row v0 (+ 8 for e >= 2), column 8b + 2j + e % 2.
+        float s[K / 2];
+#pragma unroll
+        for (int n = 0; n < K / 2; n++) s[n] = 0.f;
+        if (in >= 0) {
+            const float* x = p.dstates_in + ((long long)in * p.hv + h) * K * p.v + v0;
+#pragma unroll
+            for (int b = 0; b < K / 8; b++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[4 * b + e] = x[(8 * b + 2 * j + e % 2) * p.v + (e / 2) * 8];
+        }
+
+        float r[32], u[32];
+        uint32_t sb[K / 4], w[16], d_o[16];
+
+        // Waits for chunk n in stage `st`; rows behind the sequence's end are another's: zeroes them.
+        auto arrive = [&](int n, int st, uint32_t phase) {
+            mbar_wait(full + 8 * st, phase, p.hung, HUNG_CONSUMER + 16 * warpgroup + st);
+            const int len = tokens - n * CHUNK;
+            if (len < CHUNK) {
+                const int t = threadIdx.x;
+                for (int x = 0; x < 2 * PANELS + WG; x++) clear_rows(smem + st * M::STAGE + x * PANEL, len, t, WG * WARPGROUP);
+                fence_proxy();
+                bar_sync(8, WG * WARPGROUP);
+            }
+        };
+        // dO^T of a stage as a left operand: [64 of V, 64 tokens].
+        auto load_do = [&](uint32_t at) {
+#pragma unroll
+            for (int b = 0; b < 4; b++) {
+                uint32_t x[4];
+                ldsm_trans(x, at + M::DO + warpgroup * PANEL + lane_at + b * 2048);
+#pragma unroll
+                for (int e = 0; e < 4; e++) d_o[4 * b + e] = x[e];
+            }
+        };
+        // d^T = a^T X for the tile X [64, 64] at `at`.
+        auto multiply = [&](float (&d)[32], const uint32_t (&a)[16], uint32_t at) {
+            const uint64_t tile = desc_mn_major(at, PANEL);
+#pragma unroll
+            for (int x = 0; x < 4; x++) E::template mma_rs<1>(d, a + 4 * x, desc_step(tile, x * 2048), x > 0);
+            wgmma_commit();
+        };
+        // U^T = dS^T K^T, dS^T rounded step by step.
+        auto multiply_state = [&](uint32_t at) {
+            const uint64_t tile = desc_k_major(at);
+#pragma unroll
+            for (int x = 0; x < K / 16; x += 2) {
+#pragma unroll
+                for (int b = 4 * x; b < 4 * x + 8; b++) {
+                    sb[b] = E::pack(s[2 * b], s[2 * b + 1]);
+                    hold(sb[b]);
+                }
+                wgmma_fence();
+#pragma unroll
+                for (int y = x; y < x + 2; y++) E::template mma_rs<0>(u, sb + 4 * y, desc_step(tile, (y / 4) * PANEL + (y % 4) * 32), y > 0);
+            }
+            wgmma_commit();
+        };
+        auto keep_state = [&](int n) {
+            if constexpr (!CARRY) keep_rows<PANELS>(kept, keep_states(p, K, chunk + n, h, column / 64) + warp * 2048, sb, lane);
+        };
+
+        // y^T = state o U^T + R^T, packed.
+        auto make_y = [&](const float* vec) {
+            float2 c[8];
+#pragma unroll
+            for (int b = 0; b < 8; b++) c[b] = *(const float2*)(vec + VEC_STATE + 8 * b);
+            wgmma_wait<0>();
+            hold(r);
+            hold(u);
+#pragma unroll
+            for (int b = 0; b < 8; b++) {
+                const float *x = u + 4 * b, *y = r + 4 * b;
+                w[2 * b] = E::pack(fmaf(c[b].x, x[0], y[0]), fmaf(c[b].y, x[1], y[1]));
+                w[2 * b + 1] = E::pack(fmaf(c[b].x, x[2], y[2]), fmaf(c[b].y, x[3], y[3]));
+            }
+        };
+
+        int st = 0;
+        uint32_t phase = 0;
+        if (chunks > 0) {
+            arrive(chunks - 1, 0, 0);
+            load_do(base);
+#pragma unroll
+            for (int x = 0; x < K / 4; x++) sb[x] = E::pack(s[2 * x], s[2 * x + 1]);
+            hold(sb);
+            hold(d_o);
+            wgmma_fence();
+            multiply(r, d_o, base + M::P);
+            const uint64_t tile = desc_k_major(base + M::KT);
+#pragma unroll
+            for (int x = 0; x < K / 16; x++) E::template mma_rs<0>(u, sb + 4 * x, desc_step(tile, (x / 4) * PANEL + (x % 4) * 32), x > 0);
+            wgmma_commit();
+            keep_state(chunks - 1);
+            make_y((const float*)(smem + M::VEC) + 2 * j);
+        }
+        // Nothing is in flight where the loop turns; w holds y of the chunk, d_o its dO.
+        for (int n = chunks - 1; n >= 0; n--) {
+            const uint32_t at = base + st * M::STAGE;
+            const float* vec = (const float*)(smem + st * M::STAGE + M::VEC) + 2 * j;
+            // dV^T = y^T C.
+            hold(w);
+            wgmma_fence();
+            multiply(u, w, at + M::C);
+            // Behind it dS^T = last dS'^T + (out o dO^T) Q.
+#pragma unroll
+            for (int b = 0; b < 8; b++) {
+                const float2 x = *(const float2*)(vec + VEC_OUT + 8 * b);
+                d_o[2 * b] = E::pack(x.x * E::lo(d_o[2 * b]), x.y * E::hi(d_o[2 * b]));
+                d_o[2 * b + 1] = E::pack(x.x * E::lo(d_o[2 * b + 1]), x.y * E::hi(d_o[2 * b + 1]));
+            }
+            const float last = ((const float*)(smem + st * M::STAGE + M::VEC))[VEC_LAST];
+#pragma unroll
+            for (int x = 0; x < K / 2; x++) s[x] *= last;
+            hold(s);
+            hold(d_o);
+            {
+                const uint64_t rows = desc_mn_major(at + M::Q, PANEL);
+                wgmma_fence();
+#pragma unroll
+                for (int x = 0; x < 4; x++) E::template mma_rs<1>(s, d_o + 4 * x, desc_step(rows, x * 2048), 1);
+                wgmma_commit();
+            }
+            float2 c[8];
+#pragma unroll
+            for (int b = 0; b < 8; b++) c[b] = *(const float2*)(vec + VEC_IN + 8 * b);
+            wgmma_wait<1>();
+            hold(u);
+            // dS^T -= (in o dV^T) K.
+            {
+                const uint64_t rows = desc_mn_major(at + M::KT, PANEL);
+#pragma unroll
+                for (int x = 0; x < 4; x++) {
+#pragma unroll
+                    for (int b = 2 * x; b < 2 * x + 2; b++) {
+                        w[2 * b] = E::pack(-c[b].x * u[4 * b], -c[b].y * u[4 * b + 1]);
+                        w[2 * b + 1] = E::pack(-c[b].x * u[4 * b + 2], -c[b].y * u[4 * b + 3]);
+                    }
+#pragma unroll
+                    for (int b = 4 * x; b < 4 * x + 4; b++) hold(w[b]);
+                    wgmma_fence();
+                    E::template mma_rs<1>(s, w + 4 * x, desc_step(rows, x * 2048), 1);
+                }
+                wgmma_commit();
+            }
+            // dV to the warp's staging, while that runs.
+            if constexpr (!CARRY)
+#pragma unroll
+                for (int b = 0; b < 4; b++) stsm_trans(own_at + b * 512, E::pack(u[8 * b], u[8 * b + 1]), E::pack(u[8 * b + 2], u[8 * b + 3]),
+                           E::pack(u[8 * b + 4], u[8 * b + 5]), E::pack(u[8 * b + 6], u[8 * b + 7]));
+            int next = st + 1;
+            uint32_t next_phase = phase;
+            if (next == STAGES) next = 0, next_phase ^= 1;
+            if (n > 0) arrive(n - 1, next, next_phase);
+            const uint32_t at_next = base + next * M::STAGE;
+            wgmma_wait<0>();
+            hold(s);
+            __syncwarp();
+            if (lane == 0) mbar_arrive(empty + 8 * st);
+            // R and U of the chunk before (in front of the first one: of whatever is there, for nothing).
+            load_do(at_next);
+            hold(d_o);
+            wgmma_fence();
+            multiply(r, d_o, at_next + M::P);
+            multiply_state(at_next + M::KT);
+            if (n > 0) keep_state(n - 1);
+            if constexpr (!CARRY) {
+                const int row0 = token + n * CHUNK, len = tokens - n * CHUNK;
+                char* to = (char*)p.dv + ((long long)(row0 + (lane >> 1)) * p.dv_stride + h * p.v + column + 16 * warp) * 2 + (lane & 1) * 16;
+                const char* from = own + (lane >> 1) * 32 + (((lane & 1) ^ ((lane >> 3) & 1)) << 4);
+#pragma unroll
+                for (int b = 0; b < 4; b++)
+                    if ((lane >> 1) + 16 * b < len) *(uint4*)(to + b * 32 * p.dv_stride) = *(const uint4*)(from + b * 512);
+                __syncwarp();
+            }
+            make_y((const float*)(smem + next * M::STAGE + M::VEC) + 2 * j);
+            st = next, phase = next_phase;
+        }
+        if (lane == 0) bulk_wait();
+        if (out >= 0) {
+            float* x = p.dstates_out + ((long long)out * p.hv + h) * K * p.v + v0;
+#pragma unroll
+            for (int b = 0; b < K / 8; b++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) x[(8 * b + 2 * j + e % 2) * p.v + (e / 2) * 8] = s[4 * b + e];
+        }
+    }
+}
+
+}  // namespace hopper
