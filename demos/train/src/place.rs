@@ -43,7 +43,9 @@ impl Place {
             Some(name) => match name.strip_prefix("gpu:") {
                 Some(index) => match index.parse() {
                     Ok(index) => Some(DeviceKind::DiscreteGpu(index)),
-                    Err(_) => anyhow::bail!("--device {name}: expected gpu:N with the number of a discrete GPU, from 0"),
+                    Err(_) => {
+                        anyhow::bail!("--device {name}: expected gpu:N with the number of a discrete GPU, from 0")
+                    }
                 },
                 None => None,
             },

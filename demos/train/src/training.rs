@@ -144,8 +144,16 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     training.describe(out)?;
 
     let bar = progress(args.settings.steps, "steps");
-    let (first, began, until) = (training.run.steps(), Instant::now(), args.minutes.map(|minutes| Duration::from_secs_f64(minutes.max(0.0) * 60.0)));
+    let (mut timed, began, until) =
+        (None, Instant::now(), args.minutes.map(|minutes| Duration::from_secs_f64(minutes.max(0.0) * 60.0)));
     training.train(args.save, &mut |run, speed| {
+        // The first steps compile kernels.
+        timed.get_or_insert_with(|| (run.steps() + READ, began));
+        if let Some((first, at)) = &mut timed
+            && run.steps() == *first
+        {
+            *at = Instant::now();
+        }
         bar.set_position(run.steps());
         if let Some([answers, context]) = run.losses.last() {
             bar.set_message(format!("steps, loss {answers:.4} (context {context:.4}), {speed:.0} tokens/s"));
@@ -153,8 +161,10 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         until.is_none_or(|until| began.elapsed() < until)
     })?;
     bar.finish_and_clear();
-    let (steps, seconds) = (training.run.steps() - first, began.elapsed().as_secs_f64());
-    writeln!(out, "{steps} steps took {:.1} minutes, {:.3} s each", seconds / 60.0, seconds / steps.max(1) as f64)?;
+    if let Some((first, at)) = timed.filter(|(first, _)| training.run.steps() > *first) {
+        let each = at.elapsed().as_secs_f64() / (training.run.steps() - first) as f64;
+        writeln!(out, "it took {:.1} minutes, {each:.3} s a step", began.elapsed().as_secs_f64() / 60.0)?;
+    }
     training.report(out)
 }
 
