@@ -218,6 +218,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             wgmma_fence();
             multiply(u, w, at + M::C, 0);
             multiply(u, rest, at + M::C, 1);
+            if constexpr (!CARRY && KEEPS_LOW<E>) keep_low<K>(keep_states(p, K, chunk + n, h, column / 64) + PANELS * PANEL, s, sb, tid);
             // Behind it dS^T = last dS'^T + (out o dO^T) Q.
 #pragma unroll
             for (int b = 0; b < 8; b++) {

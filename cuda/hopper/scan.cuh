@@ -294,6 +294,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 multiply_low(u, rest, at + M::A, 1);
             }
             if constexpr (OUT) multiply(o, at + M::Q, HALF, ALL);
+            if constexpr (KEEP && KEEPS_LOW<E>) keep_low<K>(keep_states(p, K, chunk + n, h, column / 64) + K / 64 * PANEL, s, sb, tid);
             const float last = ((const float*)(smem + st * M::STAGE + M::VEC))[VEC_LAST];
             float2 cs[8];
 #pragma unroll

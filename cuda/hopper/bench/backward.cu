@@ -134,7 +134,7 @@ struct Run {
         for (Buffer* b : {&g, &beta, &dg, &dbeta}) b->make(gates);
         for (Buffer* b : {&h0, &dht, &dh0}) b->make((size_t)n * c.hv * c.k * c.v * 4);
         images.make(places * GRAD_BYTES), news.make(places * CHUNK * c.v * 2);
-        states.make(places * c.k * c.v * 2), dstates.make(places * c.k * c.v * 2);
+        states.make(places * c.v / 64 * kept_bytes(c.k)), dstates.make(states.bytes);
         d_chunks.make(chunks.size() * sizeof(Chunk)), d_segments.make(segments.size() * sizeof(Segment));
         CHECK(cudaMemcpy(d_chunks.p, chunks.data(), d_chunks.bytes, cudaMemcpyHostToDevice));
         CHECK(cudaMemcpy(d_segments.p, segments.data(), d_segments.bytes, cudaMemcpyHostToDevice));
@@ -236,7 +236,7 @@ struct Run {
     }
     double bytes() const { return 2.0 * tokens * (4.0 * c.hk * c.k + 3.0 * c.hv * c.v) + 16.0 * tokens * c.hv + 12.0 * n * c.hv * c.k * c.v; }
     double moved() const {
-        const double of_k = 2.0 * tokens * c.hk * c.k, of_v = 2.0 * tokens * c.hv * c.v, kept = 2.0 * tokens / CHUNK * c.hv * c.k * c.v;
+        const double of_k = 2.0 * tokens * c.hk * c.k, of_v = 2.0 * tokens * c.hv * c.v, kept = (c.f16 ? 2.0 : 3.0) * tokens / CHUNK * c.hv * c.k * c.v;
         const double image = (double)tokens / CHUNK * c.hv;
         return 9 * of_k + 7 * of_v + 4 * kept + image * (GRAD_BYTES + (PANEL + 1024) + (2 * PANEL + 1024) + 2048);
     }
