@@ -1,6 +1,7 @@
 // Included by every kernel file: how a kernel is declared, the cell it computes, stored numbers, activations.
 //
 //   KERNEL(name, row, threads) { .. }   a kernel of `threads` threads at most; `l` is the row's Launch (rows.cuh)
+//   KERNEL_AT_ONCE(.., blocks)          the same with registers for so many blocks at once on a multiprocessor
 //   SHARED(Type, name)                  memory that the block shares; it holds anything before it is written
 //
 // Element indices are size_t: a tensor may have more than 2^31 of them.
@@ -12,11 +13,12 @@
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-// One block a multiprocessor is promised: without it the compiler spills to fit more.
-#define KERNEL(name, row_name, threads) \
-    extern "C" __global__ void __launch_bounds__(threads, 1) name(const __grid_constant__ row::row_name::Launch l)
+#define KERNEL_AT_ONCE(name, row_name, threads, blocks) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ row::row_name::Launch l)
 #define SHARED(Type, name) __shared__ Type name
 #endif
+// One block a multiprocessor is promised: without it the compiler spills to fit more.
+#define KERNEL(name, row_name, threads) KERNEL_AT_ONCE(name, row_name, threads, 1)
 
 #include "rows.cuh"
 

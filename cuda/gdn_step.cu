@@ -4,7 +4,17 @@
 //
 // With S the state before the token and e = exp(g): d = beta (v - e S^T k) and o = s (e S^T q + (k . q) d), so that one pass over S
 // and one exchange between threads serve both. The state is in registers (state.cuh).
+//
+// A step moves the state once each way and computes next to nothing: what counts is how many bytes are on their way at once. Blocks of
+// 144 registers left room for three; five keep 80 KB of a K of 128 on their way to a multiprocessor.
+#define STATE_BLOCKS(KP) (KP > 128 ? 3 : KP > 64 ? 5 : 6)
 #include "state.cuh"
+
+// Blocks in the order of the states in memory, columns first: those that run at the same time read the same pages.
+__device__ __forceinline__ uint3 cell_in_order(const row::gdn_step::Launch& l) {
+    const u32 i = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z), rest = i / gridDim.z;
+    return make_uint3(rest / gridDim.y + l.base[0], rest % gridDim.y + l.base[1], i % gridDim.z + l.base[2]);
+}
 
 template <u32 VT>
 struct Shared {
@@ -19,7 +29,7 @@ __device__ __forceinline__ void step(const row::gdn_step::Launch& l) {
     constexpr u32 QUADS = State::QUADS, ROWS = State::ROWS;
     typedef Shared<VT> Parts;
     SHARED(Parts, part);
-    const uint3 cell = cell_of(l);
+    const uint3 cell = cell_in_order(l);
     const u32 lane = threadIdx.x, tx = lane % QUADS, ty = lane / QUADS;
     const u32 head = cell.y, hv = l.p.hv, dk = l.c.dk, dv = l.p.dv;
     const u32 head_k = key_head(head, l.p.hk, hv, l.p.head_map);
@@ -32,7 +42,7 @@ __device__ __forceinline__ void step(const row::gdn_step::Launch& l) {
     float4 s[ROWS];
     State::load(s, state, row0, dk, dv);
     for (u32 i = 0; i < seq.y; i++) {
-        const size_t t = (size_t)seq.x + i;
+        const size_t t = (size_t)seq.x + i, gate = l.p.g_off + t * hv + head;
         const size_t q0 = l.p.q_off + t * l.p.q_stride + (size_t)head_k * dk + row0;
         const size_t k0 = l.p.k_off + t * l.p.k_stride + (size_t)head_k * dk + row0;
         float4 keys[ROWS / 4], sk = four(0.f), sq = four(0.f), dots = four(0.f);
@@ -52,9 +62,13 @@ __device__ __forceinline__ void step(const row::gdn_step::Launch& l) {
         part.sk[lane] = sk;
         part.sq[lane] = sq;
         if (tx == 0) part.dots[ty] = dots;
+        // Asked for before the others are waited for.
+        const float log_decay = g[gate], b = beta[gate];
+        const float4 v = load4<T>(l.m.v, l.p.v_off + t * l.p.v_stride + (size_t)head * dv + column);
         __syncthreads();
         sk = sq = dots = four(0.f);
-#pragma unroll
+        // Unrolled it would hold so many numbers that a block less fits.
+#pragma unroll 1
         for (u32 r = 0; r < GROUPS; r++) {
             sk = sk + part.sk[r * QUADS + tx];
             sq = sq + part.sq[r * QUADS + tx];
@@ -62,9 +76,8 @@ __device__ __forceinline__ void step(const row::gdn_step::Launch& l) {
         }
         const float norm_k = l.c.l2norm ? 1.f / sqrtf(dots.x + 1e-6f) : 1.f;
         const float norm_q = l.c.l2norm ? 1.f / sqrtf(dots.y + 1e-6f) : 1.f;
-        const float e = expf(g[l.p.g_off + t * hv + head]);
-        const float4 v = load4<T>(l.m.v, l.p.v_off + t * l.p.v_stride + (size_t)head * dv + column);
-        const float4 d = beta[l.p.g_off + t * hv + head] * (v - e * norm_k * sk);
+        const float e = expf(log_decay);
+        const float4 d = b * (v - e * norm_k * sk);
         if (ty == 0) {
             const float4 out = l.p.scale * norm_q * (e * sq + norm_k * dots.z * d);
             store4<T>(l.m.o, l.p.o_off + t * l.p.o_stride + (size_t)head * dv + column, out);
@@ -76,7 +89,10 @@ __device__ __forceinline__ void step(const row::gdn_step::Launch& l) {
             add(s[r], get(keys[r / 4], r % 4), kd);
         }
     }
-    if (l.c.store) State::store(s, state, row0, dk, dv);
+    // As if it were another number: the addresses of the loads are not kept in registers for the stores.
+    u32 stride = dv;
+    asm volatile("" : "+r"(stride));
+    if (l.c.store) State::store(s, state, row0, dk, stride);
 }
 
 STATE_KERNELS(gdn_step, gdn_step, step)

@@ -57,5 +57,8 @@ __device__ __forceinline__ void add_rows(float4& sum, float4 x, float4 s0, float
     STATE_KERNEL(NAME, ROW, BODY, T, 128, 32)     \
     STATE_KERNEL(NAME, ROW, BODY, T, 256, 32)     \
     STATE_KERNEL(NAME, ROW, BODY, T, 256, 16)
+#ifndef STATE_BLOCKS
+#define STATE_BLOCKS(KP) 1
+#endif
 #define STATE_KERNEL(NAME, ROW, BODY, T, KP, VT) \
-    KERNEL(NAME##_k##KP##_v##VT, ROW, (Slice<KP, VT>::THREADS)) { BODY<T, KP, VT>(l); }
+    KERNEL_AT_ONCE(NAME##_k##KP##_v##VT, ROW, (Slice<KP, VT>::THREADS), STATE_BLOCKS(KP)) { BODY<T, KP, VT>(l); }

@@ -24,11 +24,17 @@
 namespace hopper {
 
 // S of a chunk before it, dS' of it, e: transposed, 16-bit, in panels [64, 64] as they lie in shared memory (roles.cuh).
-//   states, dstates  [chunks, Hv, V / 64, K / 64] panels [64 of V, 64 of K]
+//   states, dstates  [chunks, Hv, V / 64] of K / 64 panels [64 of V, 64 of K], then half as many bytes with the next 8 bits
+//                    of the same numbers, as the threads have them, for <dS', S>; bfloat16 only
 //   news             [chunks, Hv, V / 64]         panels [64 of V, 64 tokens]
+__host__ __device__ constexpr int kept_bytes(int k) { return k / 64 * (PANEL + PANEL / 2); }
+template <class E>
+constexpr bool KEEPS_LOW = false;
+template <>
+constexpr bool KEEPS_LOW<Bf16> = true;
 template <class Args>
 __device__ __forceinline__ char* keep_states(const Args& p, int k, int chunk, int h, int part) {
-    return (char*)p.transitions + (((long long)chunk * p.hv + h) * (p.v / 64) + part) * (k / 64) * PANEL;
+    return (char*)p.transitions + (((long long)chunk * p.hv + h) * (p.v / 64) + part) * kept_bytes(k);
 }
 template <class Args>
 __device__ __forceinline__ char* keep_news(const Args& p, int chunk, int h, int part) {
@@ -54,6 +60,33 @@ __device__ __forceinline__ void keep_rows(char* staging, char* to, const uint32_
         for (int y = 0; y < PANELS; y++) bulk_store(to + (long long)y * PANEL, at + y * 2048, 2048);
         bulk_commit();
     }
+}
+
+// Of an f32 in units of its last place less the bfloat16 `high` that it was rounded to: from -32768 to 32768, here as byte 2 of 255 times
+// that, so that both ends fit. The numbers' order is that of their bits, so this holds over powers of two, too.
+__device__ __forceinline__ uint32_t low_bits(float x, uint32_t high) { return (__float_as_uint(x) - high) * 255u; }
+
+// The low bits of the thread's numbers x of [64, K], rounded to `high`: 16 bytes for every 16 numbers, the threads' side by side.
+template <int K>
+__device__ __forceinline__ void keep_low(char* to, const float (&x)[K / 2], const uint32_t (&high)[K / 4], int tid) {
+#pragma unroll
+    for (int n = 0; n < K / 32; n++) {
+        uint32_t w[4];
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+            const int at = 4 * n + m;
+            const float* y = x + 4 * at;
+            const uint32_t a = high[2 * at], b = high[2 * at + 1];
+            w[m] = bytes_of(bytes_of(low_bits(y[0], a << 16), low_bits(y[1], a & 0xffff0000u), 0x0062), bytes_of(low_bits(y[2], b << 16), low_bits(y[3], b & 0xffff0000u), 0x0062), 0x5410);
+        }
+        *(uint4*)(to + n * 2048 + tid * 16) = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+}
+
+// The two bfloat16 of `high` with bytes m and m + 1 (m: 0, 2) of `low` behind them, as f32.
+__device__ __forceinline__ void with_low(float (&y)[2], uint32_t high, uint32_t low, int m) {
+    y[0] = __uint_as_float((high << 16) + bytes_of(low, 0, m ? 0xaa24 : 0x8804));
+    y[1] = __uint_as_float((high & 0xffff0000u) + bytes_of(low, 0, m ? 0xbb34 : 0x9914));
 }
 
 struct ReverseArgs {

@@ -94,16 +94,33 @@ __device__ __forceinline__ void store_columns(float* to, float (&x)[16], int i, 
         if (i == b) *(float2*)(to + 8 * b + 2 * j) = make_float2(x[2 * b], x[2 * b + 1]);
 }
 
-// The sum of the products of the 16-bit numbers of two tiles of `bytes` bytes, the thread's share of 128.
-template <class E>
-__device__ __forceinline__ float tile_dot(const char* a, const char* b, int bytes, int tid) {
-    float sum = 0.f;
-#pragma unroll 1
-    for (int at = tid * 16; at < bytes; at += WARPGROUP * 16) {
-        const uint4 x = *(const uint4*)(a + at), y = *(const uint4*)(b + at);
-        const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+// <a, b> of two kept tiles [64, K] (backward.cuh), whose low bits are in memory at `low_a`, `low_b`: the thread's share, of the half
+// `half` of the columns.
+template <class E, int K>
+__device__ __forceinline__ float kept_dot(const char* a, const char* b, const char* low_a, const char* low_b, int half, int tid) {
+    const int row0 = 16 * (tid >> 5) + (tid >> 2) % 8, j = tid & 3;
+    constexpr int STEPS = K / 64;  // of 16 numbers
+    uint4 la[STEPS], lb[STEPS];
+    if constexpr (KEEPS_LOW<E>)
 #pragma unroll
-        for (int n = 0; n < 4; n++) sum += E::lo(xs[n]) * E::lo(ys[n]) + E::hi(xs[n]) * E::hi(ys[n]);
+        for (int n = 0; n < STEPS; n++) {
+            la[n] = *(const uint4*)(low_a + (half * STEPS + n) * 2048 + tid * 16);
+            lb[n] = *(const uint4*)(low_b + (half * STEPS + n) * 2048 + tid * 16);
+        }
+    float sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < STEPS; n++) {
+        const uint32_t xs[4] = {la[n].x, la[n].y, la[n].z, la[n].w}, ys[4] = {lb[n].x, lb[n].y, lb[n].z, lb[n].w};
+#pragma unroll
+        for (int m = 0; m < 8; m++) {
+            // As keep_rows has them: blocks of 8 columns and then of 8 rows.
+            const int unit = 4 * (half * STEPS + n) + m / 4 * 2 + m % 4 / 2;
+            const uint32_t at = swizzled(unit / 8 * PANEL, row0 + m % 2 * 8, unit % 8) + 4 * j;
+            const uint32_t x = *(const uint32_t*)(a + at), y = *(const uint32_t*)(b + at);
+            float u[2] = {E::lo(x), E::hi(x)}, v[2] = {E::lo(y), E::hi(y)};
+            if constexpr (KEEPS_LOW<E>) with_low(u, x, xs[m / 2], m % 2 * 2), with_low(v, y, ys[m / 2], m % 2 * 2);
+            sum += u[0] * v[0] + u[1] * v[1];
+        }
     }
     return sum;
 }
@@ -205,7 +222,9 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                     }
                     for (int x = 0; x < PARTS; x++) {
                         take(K / 64 * PANEL);
-                        bulk_load(base + s * M::SLOT, p.dstates + (at * PARTS + x) * (K / 64) * PANEL, K / 64 * PANEL, full + 8 * s);
+                        const char* from = p.dstates + (at * PARTS + x) * kept_bytes(K);
+                        bulk_load(base + s * M::SLOT, from, K / 64 * PANEL, full + 8 * s);
+                        if constexpr (KEEPS_LOW<E>) bulk_prefetch(from + K / 64 * PANEL, kept_bytes(K) - K / 64 * PANEL);
                         next();
                     }
                     take(PARTS * PANEL);
@@ -213,7 +232,9 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                     next();
                     for (int x = 0; x < PARTS; x++) {
                         take(K / 64 * PANEL);
-                        bulk_load(base + s * M::SLOT, p.states + (at * PARTS + x) * (K / 64) * PANEL, K / 64 * PANEL, full + 8 * s);
+                        const char* from = p.states + (at * PARTS + x) * kept_bytes(K);
+                        bulk_load(base + s * M::SLOT, from, K / 64 * PANEL, full + 8 * s);
+                        if constexpr (KEEPS_LOW<E>) bulk_prefetch(from + K / 64 * PANEL, kept_bytes(K) - K / 64 * PANEL);
                         next();
                     }
                     if (++vec == 3) vec = 0;
@@ -313,13 +334,14 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                 store_transposed(of_k ? base + M::D : e1, packed, warp, lane);
                 fence_proxy();
             };
-            // Half of <dS', S>, of what the two warpgroups hold.
+            // <dS', S>, half of the columns each.
             auto last_dot = [&] {
                 float dot = 0.f;
-                constexpr int BYTES = K / 64 * PANEL / 2;
-#pragma unroll
+                const long long kept = ((long long)chunk * p.hv + h) * PARTS * kept_bytes(K) + K / 64 * PANEL;
+#pragma unroll 1
                 for (int x = 0; x < PARTS; x++)
-                    dot += tile_dot<E>(smem + slot(TILE_DS + x) * M::SLOT + warpgroup * BYTES, smem + slot(TILE_S + x) * M::SLOT + warpgroup * BYTES, BYTES, tid);
+                    dot += kept_dot<E, K>(smem + slot(TILE_DS + x) * M::SLOT, smem + slot(TILE_S + x) * M::SLOT, p.dstates + kept + x * kept_bytes(K),
+                                          p.states + kept + x * kept_bytes(K), warpgroup, tid);
 #pragma unroll
                 for (int step = 1; step < 32; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
                 if (lane == 0) sums[SUM_LAST + 4 * warpgroup + warp] = dot;

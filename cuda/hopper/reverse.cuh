@@ -122,7 +122,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
         }
 
         float r[32], u[32];
-        uint32_t sb[K / 4], w[16], d_o[16];
+        uint32_t sb[K / 4], w[16], rest[16], d_o[16];  // rest: what y's rounding leaves
 
         // Waits for chunk n in stage `st`; rows behind the sequence's end are another's: zeroes them.
         auto arrive = [&](int n, int st, uint32_t phase) {
@@ -145,11 +145,11 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
                 for (int e = 0; e < 4; e++) d_o[4 * b + e] = x[e];
             }
         };
-        // d^T = a^T X for the tile X [64, 64] at `at`.
-        auto multiply = [&](float (&d)[32], const uint32_t (&a)[16], uint32_t at) {
+        // d^T (+)= a^T X for the tile X [64, 64] at `at`.
+        auto multiply = [&](float (&d)[32], const uint32_t (&a)[16], uint32_t at, int add) {
             const uint64_t tile = desc_mn_major(at, PANEL);
 #pragma unroll
-            for (int x = 0; x < 4; x++) E::template mma_rs<1>(d, a + 4 * x, desc_step(tile, x * 2048), x > 0);
+            for (int x = 0; x < 4; x++) E::template mma_rs<1>(d, a + 4 * x, desc_step(tile, x * 2048), x > 0 || add);
             wgmma_commit();
         };
         // U^T = dS^T K^T, dS^T rounded step by step.
@@ -172,7 +172,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             if constexpr (!CARRY) keep_rows<PANELS>(kept, keep_states(p, K, chunk + n, h, column / 64) + warp * 2048, sb, lane);
         };
 
-        // y^T = state o U^T + R^T, packed.
+        // y^T = state o U^T + R^T, packed in two parts.
         auto make_y = [&](const float* vec) {
             float2 c[8];
 #pragma unroll
@@ -182,9 +182,11 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             hold(u);
 #pragma unroll
             for (int b = 0; b < 8; b++) {
-                const float *x = u + 4 * b, *y = r + 4 * b;
-                w[2 * b] = E::pack(fmaf(c[b].x, x[0], y[0]), fmaf(c[b].y, x[1], y[1]));
-                w[2 * b + 1] = E::pack(fmaf(c[b].x, x[2], y[2]), fmaf(c[b].y, x[3], y[3]));
+                const float *x = u + 4 * b, *z = r + 4 * b;
+                const float y[4] = {fmaf(c[b].x, x[0], z[0]), fmaf(c[b].y, x[1], z[1]), fmaf(c[b].x, x[2], z[2]), fmaf(c[b].y, x[3], z[3])};
+                w[2 * b] = E::pack(y[0], y[1]), w[2 * b + 1] = E::pack(y[2], y[3]);
+                rest[2 * b] = E::pack(y[0] - E::lo(w[2 * b]), y[1] - E::hi(w[2 * b]));
+                rest[2 * b + 1] = E::pack(y[2] - E::lo(w[2 * b + 1]), y[3] - E::hi(w[2 * b + 1]));
             }
         };
 
@@ -198,7 +200,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             hold(sb);
             hold(d_o);
             wgmma_fence();
-            multiply(r, d_o, base + M::P);
+            multiply(r, d_o, base + M::P, 0);
             const uint64_t tile = desc_k_major(base + M::KT);
 #pragma unroll
             for (int x = 0; x < K / 16; x++) E::template mma_rs<0>(u, sb + 4 * x, desc_step(tile, (x / 4) * PANEL + (x % 4) * 32), x > 0);
@@ -212,8 +214,11 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             const float* vec = (const float*)(smem + st * M::STAGE + M::VEC) + 2 * j;
             // dV^T = y^T C.
             hold(w);
+            hold(rest);
             wgmma_fence();
-            multiply(u, w, at + M::C);
+            multiply(u, w, at + M::C, 0);
+            multiply(u, rest, at + M::C, 1);
+            if constexpr (!CARRY && KEEPS_LOW<E>) keep_low<K>(keep_states(p, K, chunk + n, h, column / 64) + PANELS * PANEL, s, sb, tid);
             // Behind it dS^T = last dS'^T + (out o dO^T) Q.
 #pragma unroll
             for (int b = 0; b < 8; b++) {
@@ -273,7 +278,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             load_do(at_next);
             hold(d_o);
             wgmma_fence();
-            multiply(r, d_o, at_next + M::P);
+            multiply(r, d_o, at_next + M::P, 0);
             multiply_state(at_next + M::KT);
             if (n > 0) keep_state(n - 1);
             if constexpr (!CARRY) {

@@ -195,8 +195,9 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
         }
 
         float o[32], u[32];
-        // KEEP: what W's rounding leaves, multiplied too: what dg adds up depends on it most (bf16, keys apart: 4.0e-3 with, 2.3e-3 without).
-        uint32_t sb[K / 4], w[16], rest[KEEP ? 16 : 1];
+        // GRAD: what the rounding of W and of N for the state leaves is multiplied, too: dg of a head without decay is <dS', S> of K V
+        // numbers that mostly cancel, and the state's errors stay in it (NOTES.md).
+        uint32_t sb[K / 4], w[16], rest[GRAD ? 16 : 1];
 
         // The place of chunk n's image, from the block's base; its tiles are in stage `st`.
         auto image_of = [&](int n, int st) { return M::IMAGES + (FUSED ? n % M::IMAGE_PLACES : st) * M::IMAGE_STEP; };
@@ -254,7 +255,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
                 uint32_t lo = v[b / 2][b % 2 * 2], hi = v[b / 2][b % 2 * 2 + 1];
                 const float x[4] = {fmaf(-c[b].x, y[0], E::lo(lo)), fmaf(-c[b].y, y[1], E::hi(lo)), fmaf(-c[b].x, y[2], E::lo(hi)), fmaf(-c[b].y, y[3], E::hi(hi))};
                 w[2 * b] = I::pack(x[0], x[1]), w[2 * b + 1] = I::pack(x[2], x[3]);
-                if constexpr (KEEP) {
+                if constexpr (GRAD) {
                     rest[2 * b] = I::pack(x[0] - I::lo(w[2 * b]), x[1] - I::hi(w[2 * b]));
                     rest[2 * b + 1] = I::pack(x[2] - I::lo(w[2 * b + 1]), x[3] - I::hi(w[2 * b + 1]));
                 }
@@ -315,11 +316,12 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
             hold(w);
             wgmma_fence();
             multiply_low(u, w, image + M::A, 0);
-            if constexpr (KEEP) {
+            if constexpr (GRAD) {
                 hold(rest);
                 multiply_low(u, rest, image + M::A, 1);
             }
             if constexpr (OUT) multiply(o, at + M::Q, HALF, ALL);
+            if constexpr (KEEP && KEEPS_LOW<E>) keep_low<K>(keep_states(p, K, chunk + n, h, column / 64) + K / 64 * PANEL, s, sb, tid);
             const float last = ((const float*)(smem + image_of(n, st) + M::VEC))[VEC_LAST];
             float2 cs[8];
 #pragma unroll
@@ -339,13 +341,21 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
             for (int x = 0; x < 4; x++) {
 #pragma unroll
                 for (int b = 2 * x; b < 2 * x + 2; b++) {
-                    ns[2 * b] = E::pack(cs[b].x * u[4 * b], cs[b].y * u[4 * b + 1]);
-                    ns[2 * b + 1] = E::pack(cs[b].x * u[4 * b + 2], cs[b].y * u[4 * b + 3]);
+                    const float y[4] = {cs[b].x * u[4 * b], cs[b].y * u[4 * b + 1], cs[b].x * u[4 * b + 2], cs[b].y * u[4 * b + 3]};
+                    ns[2 * b] = E::pack(y[0], y[1]), ns[2 * b + 1] = E::pack(y[2], y[3]);
+                    if constexpr (GRAD) {
+                        rest[2 * b] = E::pack(y[0] - E::lo(ns[2 * b]), y[1] - E::hi(ns[2 * b]));
+                        rest[2 * b + 1] = E::pack(y[2] - E::lo(ns[2 * b + 1]), y[3] - E::hi(ns[2 * b + 1]));
+                    }
                 }
 #pragma unroll
-                for (int b = 4 * x; b < 4 * x + 4; b++) hold(ns[b]);
+                for (int b = 4 * x; b < 4 * x + 4; b++) {
+                    hold(ns[b]);
+                    if constexpr (GRAD) hold(rest[b]);
+                }
                 wgmma_fence();
                 E::template mma_rs<1>(s, ns + 4 * x, desc_step(rows, x * 2048), 1);
+                if constexpr (GRAD) E::template mma_rs<1>(s, rest + 4 * x, desc_step(rows, x * 2048), 1);
             }
             wgmma_commit();
             if constexpr (OUT) {

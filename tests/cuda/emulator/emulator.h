@@ -136,7 +136,7 @@ T max(T a, T b) {
     return a > b ? a : b;
 }
 
-#define KERNEL(name, row_name, threads)                                                     \
+#define KERNEL_AT_ONCE(name, row_name, threads, blocks)                                      \
     static void name##_body(const row::row_name::Launch& l);                                       \
     extern "C" void name(const row::row_name::Launch& l) { name##_body(l); }                       \
     extern "C" const uint32_t name##_threads = threads;                                  \

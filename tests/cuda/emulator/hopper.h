@@ -62,6 +62,7 @@ void tma_load(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t bar);
 inline void tma_prefetch(const CUtensorMap*) {}
 void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar);
 void bulk_store(void* dst, uint32_t src, uint32_t bytes);
+inline void bulk_prefetch(const void*, uint32_t) {}
 inline void bulk_commit() {}
 inline void bulk_wait_read() {}
 inline void bulk_wait() {}
@@ -105,6 +106,15 @@ template <int N>
 void regs_down() {}
 
 inline float exp2_fast(float x) { return exp2f(x); }
+inline uint32_t bytes_of(uint32_t x, uint32_t y, uint32_t which) {
+    const uint64_t from = x | (uint64_t)y << 32;
+    uint32_t r = 0;
+    for (int n = 0; n < 4; n++, which >>= 4) {
+        const uint8_t byte = (uint8_t)(from >> 8 * (which & 7));
+        r |= (uint32_t)(which & 8 ? byte >> 7 ? 255 : 0 : byte) << 8 * n;
+    }
+    return r;
+}
 inline uint32_t tf32(float x) {
     const uint32_t bits = __float_as_uint(x);
     return (bits & 0x7f800000) == 0x7f800000 ? bits : (bits + 0x1000) & 0xffffe000;
