@@ -16,7 +16,8 @@ mkdir -p "$out"
 
 # The general kernels use nothing that sm_80 lacks: one pass of the compiler's front end serves them all.
 general="-gencode arch=compute_80,code=[sm_80,sm_86,sm_89,sm_90,sm_100,sm_120,compute_80]"
-hopper="-gencode arch=compute_90a,code=sm_90a"
+# HOPPER_ALL=1: also the kernels for Hopper that the backend does not choose.
+hopper="-gencode arch=compute_90a,code=sm_90a ${HOPPER_ALL:+-DHOPPER_ALL}"
 
 # Compiles file $1 to family $2 for the architectures in the rest; what ptxas says of each kernel goes into a table.
 compile() {

@@ -41,8 +41,11 @@ seed=${SEED:-1}
 keep=${KEEP:-60}
 cores=$(nproc)
 work=$(mktemp -d "${TMPDIR:-/tmp}/gatedelta-train.XXXXXX") || exit 1
-trap 'rm -rf "$work"' EXIT
-# Conversations live in folders of many small files: in memory they are made twice as fast.
+runs=
+# shellcheck disable=SC2086
+trap '[ -z "$runs" ] || kill $runs 2>/dev/null; wait; rm -rf "$work"' EXIT
+trap 'exit 143' TERM INT
+# Conversations live in folders of many small files, which need no disk.
 [ -d /dev/shm ] && export TMPDIR=/dev/shm
 
 note() { echo "[$(($(date +%s) - begin)) s] $*" >&2; }
@@ -58,14 +61,15 @@ data --conversations 200 --held-out --out "$work/held"
 data --conversations 1500 --seed "$((seed + 1000))" --out "$work/few"
 note "first data"
 
-# agent NAME GPU TOKENS SEED ARGUMENT...: a run of that name.
+# agent NAME GPU TOKENS SEED ARGUMENT...: a run of that name, in the place of this shell.
 agent() {
     name=$1 gpu=$2 tokens=$3 own=$4
     shift 4
-    begun="--start $start"
-    [ "$start" != none ] || begun="--drill 150 --embedding-range 0.1 --residual-scale 0.3"
-    # shellcheck disable=SC2086
-    "$train" agent --device "$gpu" --held "$work/held" --tokenizer "$work/tokenizer" $begun --drill-share 0.1 \
+    case $start in
+    none) set -- --drill 150 --embedding-range 0.1 --residual-scale 0.3 "$@" ;;
+    *) set -- --start "$start" "$@" ;;
+    esac
+    exec "$train" agent --device "$gpu" --held "$work/held" --tokenizer "$work/tokenizer" --drill-share 0.1 \
         --tokens "$tokens" --rate "$rate" --last-rate 0.03 --seed "$own" --out "$work/$name" "$@"
 }
 
@@ -73,7 +77,12 @@ agent() {
 one() {
     dir=$out/$1
     mkdir -p "$dir"
-    agent "try$1" "$2" "$3" "$4" --data "$work/few" --steps 40 >"$work/try$1.log" 2>&1 || {
+    # What runs is ended with this shell.
+    running=
+    trap '[ -z "$running" ] || kill "$running" 2>/dev/null; wait; exit 143' TERM
+    agent "try$1" "$2" "$3" "$4" --data "$work/few" --steps 40 >"$work/try$1.log" 2>&1 &
+    running=$!
+    wait $running || {
         cat "$work/try$1.log" >&2
         return 1
     }
@@ -93,33 +102,42 @@ one() {
         sleep 5
         kept "$1"
     done
-    wait $running || note "$2: training ended with $?: $(tail -n 2 "$dir/log.txt")"
+    wait $running
+    code=$?
     kept "$1"
-    note "$2: trained; $(tail -n 2 "$dir/log.txt" | head -n 1)"
+    note "$2: training ended with $code: $(tail -n 2 "$dir/log.txt" | head -n 1)"
+    [ $code -eq 0 ] || return $code
     left=$((end - $(date +%s)))
-    [ "$left" -gt 10 ] || return 0
+    if [ "$left" -le 10 ]; then
+        note "$2: no time is left for the score"
+        return 0
+    fi
     timeout "$left" "$train" eval --device cpu --model "$dir/run/model" --per-kind "${SCORE:-50}" \
-        --threads "$((cores > 8 ? 8 : cores))" --json "$dir/score.json" >"$dir/score.part" 2>>"$dir/log.txt" &&
-        mv "$dir/score.part" "$dir/score.md"
+        --threads "$((cores > 8 ? 8 : cores))" --json "$dir/score.json" >"$dir/score.part" 2>>"$dir/log.txt" || {
+        note "$2: the score ended with $?"
+        return 1
+    }
+    mv "$dir/score.part" "$dir/score.md"
     note "$2: score"
 }
+
+# The file of a checkpoint's model that is written last.
+last=model/chat_template.jinja
 
 # kept NUMBER: the newest checkpoint's model, whole or not at all.
 kept() {
     from=$work/run$1
     to=$out/$1/run
-    [ -e "$from/loss.svg" ] || return 0
-    [ ! -e "$to/loss.svg" ] || [ "$from/loss.svg" -nt "$to/loss.svg" ] || return 0
-    # The picture is written before the model: a moment later both are of one step.
-    sleep 2
+    [ -e "$from/$last" ] || return 0
+    [ ! -e "$to/$last" ] || [ "$from/$last" -nt "$to/$last" ] || return 0
     rm -rf "$to.part"
     mkdir -p "$to.part"
     cp -pr "$from/model" "$from/loss.svg" "$to.part/" && rm -rf "$to" && mv "$to.part" "$to"
 }
 
 number=0
+# shellcheck disable=SC2086
 set -- ${TOKENS:-24576}
-runs=
 for gpu in $gpus; do
     one "$number" "$gpu" "$1" "$((seed + number))" &
     runs="$runs $!"
@@ -131,5 +149,6 @@ mv "$work/data.part" "$work/data"
 note "data: $(tail -n 1 "$work/log")"
 code=0
 for run in $runs; do wait "$run" || code=1; done
+runs=
 note "done"
 exit $code

@@ -64,7 +64,8 @@ fn the_compiled_kernels_are_those_of_the_sources() {
 fn together_they_are_small() {
     let bytes: u64 =
         families().map(|f| std::fs::metadata(cuda().join(format!("compiled/{f}.fatbin"))).unwrap().len()).sum();
-    assert!(bytes <= 9 << 19, "{bytes} bytes");
+    // 4 MiB, and 128 KiB for the backward on Hopper.
+    assert!(bytes <= (4 << 20) + (128 << 10), "{bytes} bytes");
 }
 
 /// What the compiler said of each kernel: family, then (kernel, architecture), then registers, bytes of stack, bytes spilled.
@@ -112,7 +113,7 @@ fn nothing_spills() {
     check_resources(&cuda().join("compiled"));
 }
 
-/// Compiles everything where there is a compiler: the variable NVCC, or nvcc in the PATH.
+/// Compiles everything where there is a compiler (the variable NVCC, or nvcc in the PATH), kernels that are not chosen yet too.
 #[test]
 fn every_kernel_compiles_for_every_architecture() {
     let nvcc = std::env::var("NVCC").unwrap_or("nvcc".into());
@@ -121,7 +122,8 @@ fn every_kernel_compiles_for_every_architecture() {
     }
     let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda-compiled");
     let script = cuda().join("build.sh");
-    let built = std::process::Command::new("sh").arg(&script).env("NVCC", &nvcc).env("OUT", &out).output().unwrap();
+    let mut build = std::process::Command::new("sh");
+    let built = build.arg(&script).env("NVCC", &nvcc).env("OUT", &out).env("HOPPER_ALL", "1").output().unwrap();
     assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
     check_resources(&out);
 }

@@ -1,4 +1,4 @@
-//! The Hopper kernels in the place of a prefill's rows, on the stand-in for the driver in a process of its own.
+//! The Hopper kernels in the place of the rows of a prefill and of a backward pass, on the stand-in for the driver in a process of its own.
 
 use gatedelta::backend::cuda::{Cuda, OpenOptions};
 use gatedelta::gdn::{self, Cotangents};
@@ -7,6 +7,16 @@ use gatedelta::shape::{Dtype, HeadMap, Heads};
 use crate::cut::{How, backward, named};
 use crate::naive::{recurrence, recurrence_grad};
 use crate::util::{Batch, Random, bound, error, heads};
+
+/// With q and k of norm 1, which the kernels leave as they are.
+fn normed(batch: &mut Batch) {
+    batch.options.qk_l2norm = false;
+    let k = batch.shape.heads.k as usize;
+    for row in batch.q.chunks_mut(k).chain(batch.k.chunks_mut(k)) {
+        let norm = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+        row.iter_mut().for_each(|x| *x /= norm);
+    }
+}
 
 /// Run by the tests below: sequences that stay whole, and cut into segments of one chunk and two.
 #[test]
@@ -35,12 +45,7 @@ fn prefills() {
                 batch.options.store = store;
                 batch.options.exact = exact;
                 if i % 3 == 0 {
-                    batch.options.qk_l2norm = false;
-                    let rows = batch.q.chunks_mut(heads.k as usize).chain(batch.k.chunks_mut(heads.k as usize));
-                    for row in rows {
-                        let norm = row.iter().map(|x| x * x).sum::<f32>().sqrt();
-                        row.iter_mut().for_each(|x| *x /= norm);
-                    }
+                    normed(&mut batch);
                 }
                 let (o, ht) = recurrence(&batch.inputs(), |_| u64::MAX);
                 let out = gdn::prefill(&cuda, &batch.inputs()).unwrap();
@@ -69,27 +74,23 @@ fn gradients() {
     let open = |cut| Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_cut: Some(cut) }).unwrap();
     let (cuda, cuts) = (open(0), open(8));
     let mod_heads = Heads::new(2, 4, 64, 64, HeadMap::Mod).unwrap();
-    // The last ones are long enough to be cut into segments: warmed up, and joined by transitions.
-    let shapes: [(Heads, &[u64]); 11] = [
-        (heads(2, 4, 128, 128), &[64, 0, 65, 1]),
-        (heads(2, 4, 64, 128), &[200, 90]),
-        (heads(2, 6, 128, 64), &[63, 130, 70]),
-        (mod_heads, &[33, 31, 64, 1]),
-        (heads(4, 4, 128, 128), &[100]),
-        (heads(2, 4, 128, 128), &[330, 129]),
-        (heads(1, 4, 128, 128), &[1900, 0, 300]),
-        (mod_heads, &[300, 1030]),
+    // Those that are to be cut are long enough for segments that are warmed up, and joined by transitions.
+    let shapes: [(Heads, &[u64], bool); 11] = [
+        (heads(2, 4, 128, 128), &[64, 0, 65, 1], false),
+        (heads(2, 4, 64, 128), &[200, 90], false),
+        (heads(2, 6, 128, 64), &[63, 130, 70], false),
+        (mod_heads, &[33, 31, 64, 1], false),
+        (heads(4, 4, 128, 128), &[100], false),
+        (heads(2, 4, 128, 128), &[330, 129], false),
+        (heads(1, 4, 128, 128), &[1900, 0, 300], true),
+        (mod_heads, &[300, 1030], true),
         // One head that does not forget: its dg is one sum of K V numbers of which most cancel, and no other head's hides it.
-        (heads(1, 1, 128, 128), &[500]),
-        (heads(1, 1, 64, 64), &[256]),
-        (heads(1, 1, 128, 128), &[1100]),
+        (heads(1, 1, 128, 128), &[500], false),
+        (heads(1, 1, 64, 64), &[256], false),
+        (heads(1, 1, 128, 128), &[1100], true),
     ];
-    for (i, (heads, lens)) in shapes.iter().enumerate() {
-        // Known to miss 1e-3 in f16 whatever kernels take it, on its dg (cuda/hopper/NOTES.md).
-        if i == 9 && store == Dtype::F16 {
-            continue;
-        }
-        let cuda = if ![6, 7, 10].contains(&i) { &cuda } else { &cuts };
+    for (i, (heads, lens, cut)) in shapes.iter().enumerate() {
+        let cuda = if *cut { &cuts } else { &cuda };
         let mut batch = Batch::random(*heads, lens, i % 2 == 1, 170 + i as u64);
         batch.options.store = store;
         for (n, g) in batch.g.iter_mut().enumerate().filter(|(n, _)| n % heads.hv as usize % 2 == 0) {
@@ -98,12 +99,7 @@ fn gradients() {
         // A token without a change of the state: its beta is a factor, nothing is divided by it.
         batch.beta[heads.hv as usize] = 0.0;
         if i % 3 == 0 {
-            batch.options.qk_l2norm = false;
-            let rows = batch.q.chunks_mut(heads.k as usize).chain(batch.k.chunks_mut(heads.k as usize));
-            for row in rows {
-                let norm = row.iter().map(|x| x * x).sum::<f32>().sqrt();
-                row.iter_mut().for_each(|x| *x /= norm);
-            }
+            normed(&mut batch);
         }
         let mut random = Random::new(7 + i as u64);
         let mut d_o = random.normals(batch.v.len());
@@ -119,18 +115,17 @@ fn gradients() {
         let cotangents = Cotangents { d_o: &d_o, dht };
         let expected = recurrence_grad(&batch.inputs(), &d_o, dht);
         let found = gdn::backward(cuda, &batch.inputs(), &cotangents).unwrap();
+        // The one miss that is open: dg of a head of 64 x 64 that does not forget, in f16, whatever kernels take it (cuda/NOTES.md).
+        let open = i == 9 && store == Dtype::F16;
         let mut what = format!("{heads:?} {lens:?} {store}:");
-        let errors: Vec<f64> = named(&found)
-            .into_iter()
-            .zip(expected.named())
-            .map(|((name, found), (_, expected))| {
-                let error = error(found, expected);
-                what += &format!(" {name} {error:.1e}");
-                error
-            })
-            .collect();
+        let mut good = true;
+        for ((name, found), (_, expected)) in named(&found).into_iter().zip(expected.named()) {
+            let error = error(found, expected);
+            what += &format!(" {name} {error:.1e}");
+            good &= error <= bound(store) || open && name == "dg" && error <= 1.5e-3;
+        }
         println!("{what}");
-        assert!(errors.iter().all(|&error| error <= bound(store)), "{what}");
+        assert!(good, "{what}");
         let again = gdn::backward(cuda, &batch.inputs(), &cotangents).unwrap();
         assert!(again == found, "{what}: the same inputs, other bits");
     }
@@ -168,22 +163,28 @@ fn the_kernels_agree_with_the_recurrence() {
 fn the_gradients_agree_with_the_recurrence() {
     let of = |store| super::child("hopper::gradients", "arch=90,tell=1", &[("GATEDELTA_TEST_STORE", store)]);
     let (Some(text), Some(other)) = (of("bf16"), of("f16")) else { return };
-    let kinds = ["bf16_k128"];
-    let kernels = kinds.map(|kind| {
-        let scans = ["keep", "reverse"].map(|kernel| format!("{kernel}_{kind}_w1"));
-        [
-            &scans[..],
-            &[format!("grad_prepare_{kind}"), format!("gradients_{kind}_v128"), format!("gradients_{kind}_v64")],
-        ]
-        .concat()
-    });
-    let carries =
-        ["grad_state_bf16_k128", "reverse_state_bf16_k128", "grad_warm", "grad_carry_k128", "reverse_carry_k128"];
-    for kernel in kernels.concat().into_iter().chain(carries.map(String::from)) {
+    let kernels = [
+        "grad_prepare_bf16_k128",
+        "keep_bf16_k128_w1",
+        "keep_bf16_k128_w2",
+        "reverse_bf16_k128_w1",
+        "reverse_bf16_k128_w2",
+        "gradients_bf16_k128_v128",
+        "gradients_bf16_k128_v64",
+        "grad_warm",
+        "grad_state_bf16_k128",
+        "grad_carry_k128",
+        "reverse_state_bf16_k128",
+        "reverse_carry_k128",
+    ];
+    for kernel in kernels {
         assert!(text.contains(&format!("kernel hopper_{kernel}\n")), "hopper_{kernel} was not used: {text}");
     }
-    let misses = ["hopper_gradients_bf16_k64", "hopper_gradients_f16"];
-    for kernel in misses {
-        assert!(![&text, &other].iter().any(|t| t.contains(kernel)), "{kernel} misses its bound, and was used");
-    }
+    // A K of 64, and f16, are left to the general kernels.
+    assert!(text.contains("kernel gdn_grad_qk_mma_bf16_k64"), "{text}");
+    assert!(
+        !text.contains("kernel gdn_grad_qk_mma_bf16_k128"),
+        "some backward pass did without the Hopper kernels: {text}"
+    );
+    assert!(other.contains("kernel gdn_grad_qk_mma_f16_k128") && !other.contains("kernel hopper_keep"), "{other}");
 }

@@ -1,6 +1,6 @@
 // Tests and times the Hopper backward kernels: a program of its own, beside the crate.
 //
-//   nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 -Xcompiler -O3,-mavx2,-mfma,-pthread -o backward backward.cu bench/backward.cu
+//   nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 -Xcompiler -O3,-mavx2,-mfma,-pthread -DHOPPER_ALL -o backward backward.cu bench/backward.cu
 //   ./backward check [from to [seed]]  every case against float64
 //   ./backward time [consumers cut]  FlashQLA's table of the backward, with its own figures (of an H200) beside
 //   ./backward one ...          a single pass, for a profiler
@@ -471,42 +471,6 @@ static vector<Case> cases() {
 }
 
 #ifndef GATEDELTA_EMULATOR
-static double time_of(const std::function<void(cudaStream_t)>& work, int repeats) {
-    cudaStream_t s;
-    CHECK(cudaStreamCreate(&s));
-    work(s);
-    CHECK(cudaStreamSynchronize(s));
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    CHECK(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
-    work(s);
-    CHECK(cudaStreamEndCapture(s, &graph));
-    CHECK(cudaGraphInstantiate(&exec, graph, 0));
-    static Buffer flush;
-    if (!flush.p) flush.make(256u << 20);
-    cudaEvent_t a, b;
-    CHECK(cudaEventCreate(&a));
-    CHECK(cudaEventCreate(&b));
-    vector<float> ms;
-    for (int n = 0; n < repeats + 2; n++) {
-        CHECK(cudaMemsetAsync(flush.p, n, flush.bytes, s));
-        CHECK(cudaEventRecord(a, s));
-        CHECK(cudaGraphLaunch(exec, s));
-        CHECK(cudaEventRecord(b, s));
-        CHECK(cudaStreamSynchronize(s));
-        float x;
-        CHECK(cudaEventElapsedTime(&x, a, b));
-        if (n >= 2) ms.push_back(x);
-    }
-    CHECK(cudaEventDestroy(a));
-    CHECK(cudaEventDestroy(b));
-    CHECK(cudaGraphExecDestroy(exec));
-    CHECK(cudaGraphDestroy(graph));
-    CHECK(cudaStreamDestroy(s));
-    std::sort(ms.begin(), ms.end());
-    return ms[ms.size() / 2];
-}
-
 static void time_case(const char* name, const vector<int>& lens, int hk, int hv, int wg, int cut, double published, int repeats) {
     Case c{name, lens, hk, hv, 128, 128, false, Decay::Bench, true, false, false, 0, 0, wg, cut};
     Run r(c, 99);

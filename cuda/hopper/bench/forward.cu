@@ -1,6 +1,6 @@
 // Tests and times the Hopper forward kernels: a program of its own, beside the crate.
 //
-//   nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 -Xcompiler -O3,-mavx2,-mfma,-pthread -o forward forward.cu bench/forward.cu
+//   nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 -Xcompiler -O3,-mavx2,-mfma,-pthread -DHOPPER_ALL -o forward forward.cu bench/forward.cu
 //   ./forward check            every case against float64, stage by stage where it fails
 //   ./forward time             the shapes that predictions were made for
 //   ./forward one ...          a single pass, for a profiler
@@ -451,40 +451,6 @@ static vector<Case> cases() {
 }
 
 #ifndef GATEDELTA_EMULATOR
-static double time_of(const std::function<void(cudaStream_t)>& work, int repeats) {
-    cudaStream_t s;
-    CHECK(cudaStreamCreate(&s));
-    work(s);
-    CHECK(cudaStreamSynchronize(s));
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    CHECK(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
-    work(s);
-    CHECK(cudaStreamEndCapture(s, &graph));
-    CHECK(cudaGraphInstantiate(&exec, graph, 0));
-    static Buffer flush;
-    if (!flush.p) flush.make(256u << 20);
-    cudaEvent_t a, b;
-    CHECK(cudaEventCreate(&a));
-    CHECK(cudaEventCreate(&b));
-    vector<float> ms;
-    for (int n = 0; n < repeats + 2; n++) {
-        CHECK(cudaMemsetAsync(flush.p, n, flush.bytes, s));
-        CHECK(cudaEventRecord(a, s));
-        CHECK(cudaGraphLaunch(exec, s));
-        CHECK(cudaEventRecord(b, s));
-        CHECK(cudaStreamSynchronize(s));
-        float x;
-        CHECK(cudaEventElapsedTime(&x, a, b));
-        if (n >= 2) ms.push_back(x);
-    }
-    CHECK(cudaGraphExecDestroy(exec));
-    CHECK(cudaGraphDestroy(graph));
-    CHECK(cudaStreamDestroy(s));
-    std::sort(ms.begin(), ms.end());
-    return ms[ms.size() / 2];
-}
-
 static void time_case(const char* name, vector<int> lens, int hk, int hv, int wg, int cut, Decay d, int repeats) {
     Case c{name, lens, hk, hv, 128, 128, false, d, true, false, false, 0, 0, wg, cut, false};
     Run r(c, 99);

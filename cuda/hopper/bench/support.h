@@ -130,6 +130,43 @@ inline CUtensorMap tensor_map(void* p, uint64_t rows, uint64_t columns, bool f16
     return m;
 }
 
+// Milliseconds of the work as a replayed graph, the L2 overwritten before each run: the median.
+inline double time_of(const std::function<void(cudaStream_t)>& work, int repeats) {
+    cudaStream_t s;
+    CHECK(cudaStreamCreate(&s));
+    work(s);
+    CHECK(cudaStreamSynchronize(s));
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    CHECK(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
+    work(s);
+    CHECK(cudaStreamEndCapture(s, &graph));
+    CHECK(cudaGraphInstantiate(&exec, graph, 0));
+    static Buffer flush;
+    if (!flush.p) flush.make(256u << 20);
+    cudaEvent_t a, b;
+    CHECK(cudaEventCreate(&a));
+    CHECK(cudaEventCreate(&b));
+    std::vector<float> ms;
+    for (int n = 0; n < repeats + 2; n++) {
+        CHECK(cudaMemsetAsync(flush.p, n, flush.bytes, s));
+        CHECK(cudaEventRecord(a, s));
+        CHECK(cudaGraphLaunch(exec, s));
+        CHECK(cudaEventRecord(b, s));
+        CHECK(cudaStreamSynchronize(s));
+        float x;
+        CHECK(cudaEventElapsedTime(&x, a, b));
+        if (n >= 2) ms.push_back(x);
+    }
+    CHECK(cudaEventDestroy(a));
+    CHECK(cudaEventDestroy(b));
+    CHECK(cudaGraphExecDestroy(exec));
+    CHECK(cudaGraphDestroy(graph));
+    CHECK(cudaStreamDestroy(s));
+    std::sort(ms.begin(), ms.end());
+    return ms[ms.size() / 2];
+}
+
 #endif  // the emulator
 
 // ---- inputs --------------------------------------------------------------------------------------------------------

@@ -409,7 +409,7 @@ def machine(args):
     clock = Clock(torch, "cuda")
     x = torch.randint(-(1 << 30), 1 << 30, (1 << 30,), dtype=torch.int32, device="cuda")
     y = torch.empty_like(x)
-    # Not as a graph: there a copy is left to a copy engine, which reaches two thirds of what kernels do.
+    # Not as a graph: replayed as one, a copy reached 2.77 TB/s on an H200, and 4.24 without.
     copied = statistics.median(clock.sample(lambda: y.copy_(x), 0.2))
     del x, y
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))

@@ -74,6 +74,7 @@ impl Dataset {
     ///
     /// # Errors
     /// If it is not there, or not such a file.
+    #[cfg_attr(not(feature = "burn"), allow(dead_code, reason = "what trains reads it, and the tests"))]
     pub fn read(path: &Path) -> Result<(Self, Value)> {
         let read = || -> Result<(Self, Value)> {
             let bytes = std::fs::read(path)?;

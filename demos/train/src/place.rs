@@ -28,8 +28,8 @@ impl Place {
             return Ok((engine, device.autodiff()));
         }
         #[cfg(not(feature = "burn-gpu"))]
-        if self.device.as_deref().is_some_and(|name| name == "gpu" || name.starts_with("gpu:")) {
-            anyhow::bail!("--device gpu: this program was built without the feature burn-gpu");
+        if let Some(name) = self.device.as_deref().filter(|name| *name == "gpu" || name.starts_with("gpu:")) {
+            anyhow::bail!("--device {name}: this program was built without the feature burn-gpu");
         }
         Ok((Engine::open(self.device.as_deref())?, Device::flex().autodiff()))
     }
@@ -37,19 +37,32 @@ impl Place {
     /// The device that burn and the kernels share, if the name is of one.
     #[cfg(feature = "burn-gpu")]
     fn kind(&self) -> Result<Option<DeviceKind>> {
-        Ok(match self.device.as_deref() {
-            Some("gpu") => Some(DeviceKind::DefaultDevice),
-            Some("lavapipe") => Some(DeviceKind::Cpu),
-            Some(name) => match name.strip_prefix("gpu:") {
-                Some(index) => match index.parse() {
-                    Ok(index) => Some(DeviceKind::DiscreteGpu(index)),
-                    Err(_) => {
-                        anyhow::bail!("--device {name}: expected gpu:N with the number of a discrete GPU, from 0")
-                    }
-                },
-                None => None,
-            },
-            None => None,
+        let Some(name) = self.device.as_deref() else { return Ok(None) };
+        Ok(match (name, name.strip_prefix("gpu:").map(str::parse)) {
+            ("gpu", _) => Some(DeviceKind::DefaultDevice),
+            ("lavapipe", _) => Some(DeviceKind::Cpu),
+            (_, Some(Ok(index))) => Some(DeviceKind::DiscreteGpu(index)),
+            (_, Some(Err(_))) => {
+                anyhow::bail!("--device {name}: expected gpu:N with the number of a discrete GPU, from 0")
+            }
+            (_, None) => None,
         })
+    }
+}
+
+#[cfg(all(test, feature = "burn-gpu"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_devices_that_burn_shares() {
+        let kind = |name: &str| Place { device: Some(name.into()) }.kind();
+        assert!(matches!(kind("gpu"), Ok(Some(DeviceKind::DefaultDevice))));
+        assert!(matches!(kind("gpu:1"), Ok(Some(DeviceKind::DiscreteGpu(1)))));
+        assert!(matches!(kind("cpu"), Ok(None)));
+        for bad in ["gpu:", "gpu:x", "gpu:-1"] {
+            let why = kind(bad).unwrap_err().to_string();
+            assert!(why.contains(bad) && why.contains("expected gpu:N"), "{why}");
+        }
     }
 }

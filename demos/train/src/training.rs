@@ -82,13 +82,13 @@ pub struct Settings {
     #[arg(long, value_name = "N", default_value_t = 0)]
     drill: u64,
     /// The part of the steps after them that are drills too, from 0 to 0.5
-    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = share)]
+    #[arg(long, value_name = "X", default_value_t = 0.0, value_parser = up_to(0.5))]
     drill_share: f64,
     /// The highest learning rate
     #[arg(long, default_value_t = 2e-3)]
     rate: f64,
     /// What the rate falls to in the end, as a part of the highest
-    #[arg(long, value_name = "X", default_value_t = 0.1, value_parser = part)]
+    #[arg(long, value_name = "X", default_value_t = 0.1, value_parser = up_to(1.0))]
     last_rate: f64,
     /// Width of the distribution that the embedding table is drawn from
     #[arg(long, default_value_t = 0.02)]
@@ -144,15 +144,12 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
     training.describe(out)?;
 
     let bar = progress(args.settings.steps, "steps");
-    let (mut timed, began, until) =
-        (None, Instant::now(), args.minutes.map(|minutes| Duration::from_secs_f64(minutes.max(0.0) * 60.0)));
+    let (began, until) = (Instant::now(), args.minutes.map(|minutes| Duration::from_secs_f64(minutes.max(0.0) * 60.0)));
+    // Steps are timed from this one on: those before it compile kernels.
+    let (first, mut warm) = (training.run.steps() + READ, None);
     training.train(args.save, &mut |run, speed| {
-        // The first steps compile kernels.
-        timed.get_or_insert_with(|| (run.steps() + READ, began));
-        if let Some((first, at)) = &mut timed
-            && run.steps() == *first
-        {
-            *at = Instant::now();
+        if run.steps() == first {
+            warm = Some(Instant::now());
         }
         bar.set_position(run.steps());
         if let Some([answers, context]) = run.losses.last() {
@@ -161,8 +158,9 @@ pub fn run(args: &Args, out: &mut dyn Write) -> Result<()> {
         until.is_none_or(|until| began.elapsed() < until)
     })?;
     bar.finish_and_clear();
-    if let Some((first, at)) = timed.filter(|(first, _)| training.run.steps() > *first) {
-        let each = at.elapsed().as_secs_f64() / (training.run.steps() - first) as f64;
+    let steps = training.run.steps();
+    if let Some(warm) = warm.filter(|_| steps > first) {
+        let each = warm.elapsed().as_secs_f64() / (steps - first) as f64;
         writeln!(out, "it took {:.1} minutes, {each:.3} s a step", began.elapsed().as_secs_f64() / 60.0)?;
     }
     training.report(out)
@@ -201,19 +199,11 @@ impl Step {
     }
 }
 
-/// A part of the steps.
-fn share(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(share) if (0.0..=0.5).contains(&share) => Ok(share),
-        _ => Err("expected a number from 0 to 0.5".to_string()),
-    }
-}
-
-/// A part of something.
-fn part(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(part) if (0.0..=1.0).contains(&part) => Ok(part),
-        _ => Err("expected a number from 0 to 1".to_string()),
+/// Reads a part of something, from 0 to `most`.
+fn up_to(most: f64) -> impl Fn(&str) -> Result<f64, String> + Clone {
+    move |text| match text.parse() {
+        Ok(part) if (0.0..=most).contains(&part) => Ok(part),
+        _ => Err(format!("expected a number from 0 to {most}")),
     }
 }
 
@@ -442,6 +432,7 @@ fn export(model: &Qwen35, tokenizer: &Path, dir: &Path) -> Result<()> {
         replace(&path, content).with_context(|| format!("{} cannot be written", path.display()))
     };
     write("generation_config.json", format!("{generation:#}\n").as_bytes())?;
+    // The last one says that the model is whole (`gpu.sh`).
     for name in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
         let path = tokenizer.join(name);
         write(name, &std::fs::read(&path).with_context(|| format!("{} cannot be read", path.display()))?)?;

@@ -1,5 +1,5 @@
-//! The kernels for Hopper (`cuda/hopper`) in the place of `gdn_prepare` and `gdn_scan`. Not yet run from here: see
-//! [`super::OpenOptions::hopper`].
+//! The kernels for Hopper (`cuda/hopper`) in the place of `gdn_prepare` and `gdn_scan`, where
+//! [`super::OpenOptions::hopper`] says so.
 //!
 //! The rows' tables are of chunks of 32 tokens and say where states are; a small kernel makes those of the Hopper kernels from them,
 //! on the device. Chunk i of 64 tokens of a segment takes the place of chunk i of 32; the places that are left over are empty. What

@@ -29,9 +29,9 @@ pub struct Devices {
 /// How to open a device.
 #[derive(Debug, Clone, Copy)]
 pub struct OpenOptions {
-    /// Use the kernels for Hopper in the place of a prefill's rows, where they apply: sm_90, q, k and v of 16 bits, heads of 64 or
-    /// 128. On a GPU they have run from their own program alone and not yet from this backend, so that this is off unless the
-    /// environment variable `GATEDELTA_HOPPER` is 1.
+    /// Use the kernels for Hopper in the place of rows, where they apply: sm_90; of a prefill q, k and v of 16 bits and heads of 64 or
+    /// 128, of a backward pass bf16 and a K of 128. The latter have not yet run on a GPU from this backend, and the former
+    /// have not passed racecheck, so that this is off unless the environment variable `GATEDELTA_HOPPER` is 1.
     pub hopper: bool,
     /// Chunks of 64 tokens in the segments that they cut sequences into, 0 for never; none: as is best for the device. The
     /// environment variable `GATEDELTA_HOPPER_CUT`.

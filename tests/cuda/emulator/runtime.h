@@ -1,6 +1,6 @@
 // The few functions of the CUDA runtime that `cuda/hopper/bench` uses, over the stand-in for the driver: its checks run without a GPU.
 //
-//   g++ -std=c++17 -O2 -w -fno-strict-aliasing -DGATEDELTA_EMULATOR -Itests/cuda/emulator -Icuda -x c++ cuda/hopper/backward.cu \
+//   g++ -std=c++17 -O2 -w -fno-strict-aliasing -DGATEDELTA_EMULATOR -DHOPPER_ALL -Itests/cuda/emulator -Icuda -x c++ cuda/hopper/backward.cu \
 //       cuda/hopper/bench/backward.cu tests/cuda/emulator/{fibers,hopper,driver}.cpp -ldl -lpthread -o backward
 #pragma once
 #include "fibers.h"
