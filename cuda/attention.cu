@@ -128,7 +128,7 @@ __device__ __forceinline__ void attend(const row::attend::Launch& l) {
             }
             for (u32 e = lane; e < KT * DEPTH; e += LANES) {
                 const u32 key = e / DEPTH, at = depth + e % DEPTH;
-                const size_t place = min(k0 + key, l.p.page_len - 1);
+                const size_t place = min(k0 + key, end - 1);  // what lies behind is masked, and need not be written yet
                 t.k[key * WIDTH + e % DEPTH] = at < dim / 4 ? load4<T>(k_cache, place * place_stride + 4 * at) : four(0.f);
             }
             __syncthreads();
