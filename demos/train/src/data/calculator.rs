@@ -68,7 +68,7 @@ forms! {
         held: ["what would {a}% of {b} be", "how much is {a} percent of {b}", "work out {a}% of {b}", "how much do I get if I take {a} percent of {b}", "what is a share of {a}% of {b}"],
     }
     OF_PERCENT {
-        train: ["of {b}, how much is {a}[%| percent]", "from {b} take {a}[%| percent]", "{b}: how much is {a}[%| percent] of it", "I have {b} and {who} gets {a}[%| percent], how much is that", "what of {b} is {a}[%| percent]", "{b} at {a}[%| percent], how much is that"],
+        train: ["of {b}, how much is {a}[%| percent]", "from {b} take {a}[%| percent]", "{b}: how much is {a}[%| percent] of it", "I have {b} and {who} gets {a}[%| percent], how much is that", "what of {b} is {a}[%| percent]", "{b} at {a}[%| percent], how much is that", "I have {b} and [give|lose|spend|sell] {a}[%| percent] of [it|that], how much is that", "{b}, and {who} wants {a}[%| percent] of it, how much is that", "{b} and {a}[%| percent] of [it|that]", "{b}, a [part|piece] of {a}[%| percent], how much is [it|that]", "of {b} a share of {a}[%| percent], how much is [it|that]", "my share of {b} is {a}[%| percent], how much is [it|that]", "there are {b} and {a}[%| percent] of them are gone, how many is that", "I get {b} and owe {who} {a}[%| percent] of it, how much is it"],
         held: ["of {b}, what is {a} percent", "I have {b} and pay {a}% of it, how much is that", "{b} and a share of {a}%, how much is it", "if I have {b}, how much is {a} percent of it"],
     }
     PERCENT_MORE {
@@ -152,7 +152,7 @@ forms! {
     }
     BRACKET {
         train: [
-            "<do>add {a} and {b}, then multiply by {c}", "what is ({a} + {b}) * {c}", "<do>multiply the sum of {a} and {b} by {c}", "<do>compute ({a} + {b}) * {c}", "<do>take the sum of {a} and {b} and multiply it by {c}", "({a} + {b}) * {c}",
+            "<do>add {a} and {b}, then multiply by {c}", "<noun>the total of {a} and {b} times {c}", "<do>compute the sum of {a} and {b}, times {c}", "what is ({a} + {b}) * {c}", "<do>multiply the sum of {a} and {b} by {c}", "<do>compute ({a} + {b}) * {c}", "<do>take the sum of {a} and {b} and multiply it by {c}", "({a} + {b}) * {c}",
             "the sum of {a} and {b}, multiplied by {c}", "{a} plus {b}, and that times {c}", "<do>add {a} and {b} and multiply the result by {c}", "first {a} plus {b}, then times {c}", "{a} and {b} together, times {c}", "what do I get when I add {a} and {b} and multiply by {c}",
             "every day I pay {a} for lunch and {b} for the bus, how much is that in {c} days", "{who} pays {a} and {other} pays {b} every month, how much is that in {c} months",
         ],

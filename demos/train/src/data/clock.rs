@@ -57,7 +57,7 @@ forms! {
         held: ["do you know what weekday it is in {zone}", "what day of the week is it in {zone}", "tell me which day it is in {zone}", "in {zone}, which weekday do they have"],
     }
     PLACE {
-        train: ["{city} ({region})", "{city}, {region}", "{region}/{city}", "{region}/{city}", "{region}/{city}", "{region}, {city}", "{city} in {region}", "{region} - {city}", "{region}: {city}", "{city} / {region}", "{region} {city}"],
+        train: ["{city} ({region})", "{city}, {region}", "{region}/{city}", "{region}/{city}", "{region}/{city}", "{region}, {city}", "{city} in {region}", "{region} - {city}", "{region}: {city}", "{city} / {region}", "{region} {city}", "{region}, in {city}", "{region}; {city}", "{region} \"{city}\"", "region {region}, city {city}", "city {city}, region {region}", "{region} <{city}>", "{region} with {city}", "{city} \"{region}\"", "{region}, more exactly {city}", "{region} = {city}", "{region} (I mean {city})", "{region} (city: {city})", "{region} (near {city})", "{region} (that is, {city})", "{region} (namely {city})"],
         held: ["{region} ({city})", "{region}/{city}"],
     }
 }
@@ -112,7 +112,7 @@ pub fn task(side: Side, draw: &mut Draw) -> Task {
     if side == Side::Train && draw.chance(25) {
         return nowhere(region, draw);
     }
-    let alone = side == Side::Train && draw.chance(50);
+    let alone = side == Side::Train && draw.chance(30);
     // As people write it; that the zone has no spaces is to be learnt.
     let spaced = side == Side::Train && (alone || draw.chance(50));
     let named = if spaced { city.replace('_', " ") } else { city.clone() };

@@ -11,7 +11,7 @@ forms! {
             "I will ask you later: my {subject} is {value}", "do not forget that my {subject} is {value}", "{value} is my {subject}", "let me tell you that my {subject} is {value}", "remember: my {subject} is {value}", "remember my {subject}: {value}", "remember this: my {subject} is {value}", "I want you to remember that my {subject} is {value}",
             "[can|could|will] you remember that my {subject} is {value}", "my {subject}: {value}", "so, my {subject} is {value}", "also, my {subject} is {value}", "and my {subject} is {value}", "I tell you now that my {subject} is {value}", "this is important: my {subject} is {value}", "my {subject} is {value}, remember that",
             "my {subject} is {value}, keep it in mind", "my {subject} is {value}. I will ask for it later", "in case I ask, my {subject} is {value}", "before I forget it, my {subject} is {value}", "you have to know that my {subject} is {value}", "learn this: my {subject} is {value}", "one more thing: my {subject} is {value}", "{value}, that is my {subject}",
-            "remember {value} as my {subject}", "they told me that my {subject} is {value}", "from today my {subject} is {value}", "I chose {value} as my {subject}", "keep {value} in mind, it is my {subject}", "it may help you that my {subject} is {value}", "for your information, my {subject} is {value}",
+            "remember {value} as my {subject}", "they told me that my {subject} is {value}", "my {subject} ({value}) is for you to keep in mind", "remember what I chose ({value}) as my {subject}", "from today my {subject} is {value}", "I chose {value} as my {subject}", "keep {value} in mind, it is my {subject}", "it may help you that my {subject} is {value}", "for your information, my {subject} is {value}",
         ],
         held: [
             "please remember that my {subject} is now {value}", "keep this in mind for later: my {subject} is {value}", "you should remember that {value} is my {subject}", "by the way, {value} is my {subject}", "I tell you this for later: my {subject} is {value}", "remember for me that my {subject} is {value}",
@@ -22,7 +22,7 @@ forms! {
             "what is my {subject}", "what was my {subject}", "<do>tell me my {subject}", "do you remember my {subject}", "what did I say my {subject} is", "which {subject} did I tell you", "I forgot my {subject}, what was it", "what is my {subject} again", "can you tell me my {subject}", "do you still know my {subject}",
             "earlier I told you my {subject}, what is it", "<do>remind me of my {subject}", "my {subject}", "what's my {subject}", "<know>what my {subject} is", "<know>what my {subject} was", "I need my {subject}[ now|]", "which was my {subject}", "what did I say about my {subject}", "do you know my {subject}", "what {subject} did I give you",
             "and my {subject}, what was it", "I cannot remember my {subject}", "what did I call my {subject}", "have I told you my {subject}? What is it", "what have I told you about my {subject}", "<do>repeat my {subject}", "you should know my {subject}, what is it", "say my {subject} again", "I told you my {subject}, tell me what it is", "my {subject} was what",
-            "what was my {subject} again", "some time ago I told you my {subject}, say it again", "did I tell you my {subject}", "so what is my {subject}", "now, what is my {subject}", "I lost my {subject}, do you have it", "<noun>my {subject}",
+            "what was my {subject} again", "some time ago I told you my {subject}, say it again", "did I tell you my {subject}", "so what is my {subject}", "now, what is my {subject}", "I lost my {subject}, do you have it", "<noun>my {subject}", "I told you my {subject} before, what was it", "I mentioned my {subject} some time ago, what was it", "I gave you my {subject} at the beginning, what is it", "I said my {subject} once, say it again", "you heard my {subject} a while ago, what was it", "I named my {subject} at the start, <do>tell me what it is", "I let you know my {subject} long ago, do you have it", "what is the {subject} that I gave you earlier", "you know my {subject} from earlier, what is it", "what I told you earlier, my {subject}, what was it", "you got my {subject} earlier today, what was it", "I gave you my {subject} this morning, what was it",
         ],
         held: ["can you remind me what my {subject} is", "I told you my {subject} earlier, what was it", "do you still remember my {subject}", "what did I tell you my {subject} was", "I forgot what my {subject} is, tell me", "what did you say my {subject} was"],
     }
@@ -109,7 +109,8 @@ impl Fact {
         if known {
             Task::talk(request, &format!("Your {subject} is {value}."), &[value])
         } else {
-            Task::talk(request, &format!("You have not told me your {subject}."), &["not told"])
+            // Up to here as if it were known: whether there is a place where this was told is seen while its name is said.
+            Task::talk(request, &format!("Your {subject}? You have not told me that."), &["not told"])
         }
     }
 }

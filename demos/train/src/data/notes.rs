@@ -64,7 +64,7 @@ forms! {
             "<do>[find|search] my notes for {word}", "do I have a note about {word}", "what did I note about {word}", "<do>find the note about {word}", "<do>search the notes for {word}", "which note says {word}", "is there a note about {word}", "<do>look for {word} in my notes", "what do my notes say about {word}",
             "<do>show me the note about {word}", "did I note something about {word}", "<do>read me the note about {word}", "do my notes say anything about {word}", "what have I noted about {word}", "<do>look in my notes for {word}", "<do>find my note about {word}", "<do>look up {word} in my notes", "my note about {word}", "note about {word}",
             "<do>search notes: {word}", "<noun>the note about {word}", "<noun>my note on {word}", "which notes have {word} in them", "are there notes about {word}", "what does my note about {word} say", "<do>find {word} in [the|my] notes", "is {word} in my notes", "have I written [something|anything] down about {word}", "what was my note about {word}",
-            "where in my notes is {word}", "any notes on {word}", "<do>check my notes for {word}", "in my notes, what is there about {word}", "which note is about {word}", "is there anything in my notes about {word}", "do I have notes with {word}", "which [of the |]notes say {word}", "do any of my notes say {word}", "[is there|do I have] a note that says {word}", "which note has the word {word}", "does [any|a] note say {word}", "<do>show me notes that say {word}", "{word}: is there a note about it", "is there any note with {word} in it", "<do>find notes with {word}", "what notes do I have about {word}", "<do>show me what I noted about {word}", "<do>search for notes about {word}", "what was it I noted about {word}",
+            "where in my notes is {word}", "one of my notes ({word}), what does it say", "a word ({word}): is it in my notes", "search for this in my notes ({word})", "search for a note with {word}", "look for the word {word} in my notes", "search my notes, I look for {word}", "any notes on {word}", "<do>check my notes for {word}", "in my notes, what is there about {word}", "which note is about {word}", "is there anything in my notes about {word}", "do I have notes with {word}", "which [of the |]notes say {word}", "do any of my notes say {word}", "[is there|do I have] a note that says {word}", "which note has the word {word}", "does [any|a] note say {word}", "<do>show me notes that say {word}", "{word}: is there a note about it", "is there any note with {word} in it", "<do>find notes with {word}", "what notes do I have about {word}", "<do>show me what I noted about {word}", "<do>search for notes about {word}", "what was it I noted about {word}",
         ],
         held: ["which of my notes is about {word}", "search for {word} in my notes", "what did I write down about {word}", "is there something about {word} in my notes", "I need the note on {word}", "are there any notes that say {word}", "read what my notes say about {word}"],
     }
@@ -206,7 +206,7 @@ pub fn list_task(side: Side, draw: &mut Draw) -> Task {
 /// A request for the notes about something: one, several or none.
 pub fn search_task(side: Side, notes: &[(u64, String)], draw: &mut Draw) -> Task {
     let word = match telling(notes, draw, |_| true) {
-        Some((.., word)) if draw.chance(80) => word,
+        Some((.., word)) if draw.chance(70) => word,
         _ => names::word(draw, side),
     };
     let request = SEARCH.request(side, &[("word", &word)], draw);

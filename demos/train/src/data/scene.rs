@@ -301,13 +301,14 @@ pub fn any(draw: &mut Draw) -> Kind {
 fn weighted(draw: &mut Draw, wanted: impl Fn(Kind) -> bool) -> Kind {
     let weight = |kind: Kind| match kind {
         _ if !wanted(kind) => 0,
-        Kind::Calculator | Kind::ReadCompute => 10,
-        Kind::ListRead | Kind::Recall => 7,
-        Kind::ReadFile | Kind::SearchDelete | Kind::ReadNote | Kind::Clock | Kind::NoteSearch => 6,
-        Kind::Unable | Kind::ComputeNote | Kind::NoteCompute | Kind::Untold => 5,
-        Kind::NoteList | Kind::ListFiles => 3,
-        Kind::Missing => 2,
-        _ => 4,
+        Kind::ReadCompute | Kind::ListRead => 12,
+        Kind::Calculator | Kind::Clock | Kind::Recall => 10,
+        Kind::ReadFile | Kind::NoteSearch => 8,
+        Kind::ReadNote | Kind::Untold => 6,
+        Kind::NoteAdd | Kind::Unable | Kind::ListFiles => 5,
+        Kind::SearchDelete | Kind::ComputeNote | Kind::NoteCompute | Kind::SmallTalk => 4,
+        Kind::NoteDelete => 2,
+        _ => 3,
     };
     let mut at = draw.below(Kind::all().iter().map(|&kind| weight(kind)).sum());
     for &kind in Kind::all() {

@@ -245,7 +245,8 @@ impl Which {
                 let at = files.iter().position(|(name, _)| name.ends_with(ending)).unwrap_or_default();
                 let passed = files[..at].iter().map(|(name, _)| format!("{name}: no. ")).collect::<String>();
                 let found = name(files.get(at));
-                (found.clone(), Some(format!("{passed}{found}: yes.")))
+                // Behind a letter the ending is cut into the same tokens as in a name: to be equal is to be the same.
+                (found.clone(), Some(format!("A name like x{ending}? {passed}{found}: yes.")))
             }
             Which::Smallest => {
                 let found = name(files.iter().min_by_key(|(_, bytes)| *bytes));

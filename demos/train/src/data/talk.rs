@@ -201,7 +201,12 @@ pub fn small(side: Side, draw: &mut Draw) -> Task {
 
 /// A request that can't be served, which the answer says.
 pub fn unable(side: Side, draw: &mut Draw) -> Task {
-    let (form, answer, must) = draw.pick(&BEYOND);
+    // What sounds most like what the tools do comes up most.
+    let close = side == Side::Train && draw.chance(25);
+    let (form, answer, must) = match BEYOND.iter().find(|(form, ..)| std::ptr::eq(*form, &WRITING)) {
+        Some(writing) if close => writing,
+        _ => draw.pick(&BEYOND),
+    };
     let (request, _) = said(form, side, draw);
     Task::talk(request, &format!("{answer} {ABLE}"), &[must])
 }
