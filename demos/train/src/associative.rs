@@ -6,6 +6,13 @@
 //! targets                    | v2 v4 v7
 //! ```
 //!
+//! With rewrites, keys are told again with another value, and the last one counts:
+//!
+//! ```text
+//! tokens   k3 v7 k1 v2 k3 v5 k9 v4 k1 v8 | k1 k9 k3
+//! targets                                | v8 v4 v5
+//! ```
+//!
 //! Keys and values are drawn anew for every sequence, so that nothing but the sequence itself can tell the answer: whoever knew
 //! all training sequences by heart would be right on a held-out one as often as by chance.
 
@@ -26,9 +33,13 @@ pub struct Shape {
     /// Pairs in a sequence
     #[arg(long, default_value_t = 8)]
     pub pairs: usize,
+    /// Times that a pair is told again with a value that its key did not have before; they go round all pairs, and the last
+    /// value counts
+    #[arg(long, default_value_t = 0)]
+    pub rewrites: usize,
 }
 
-/// One sequence of `3 * pairs` tokens.
+/// One sequence of `3 * pairs + 2 * rewrites` tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sequence {
     pub tokens: Vec<u16>,
@@ -48,8 +59,14 @@ impl Shape {
         if self.values < 2 {
             bail!("--values is {}; expected 2 or more", self.values);
         }
-        if self.keys + self.values > 1 << 16 {
-            bail!("--keys and --values together are {}; expected at most 65536", self.keys + self.values);
+        if self.keys.saturating_add(self.values) > 1 << 16 {
+            let both = self.keys.saturating_add(self.values);
+            bail!("--keys and --values together are {both}; expected at most 65536");
+        }
+        // Every key needs another value each time, and a sequence has an end.
+        let most = (self.pairs * (self.values - 1)).min((1 << 16) - self.pairs);
+        if self.rewrites > most {
+            bail!("--rewrites is {}; expected at most {most} with these --pairs and --values", self.rewrites);
         }
         Ok(())
     }
@@ -64,10 +81,22 @@ impl Shape {
         let mut keys: Vec<usize> = (0..self.keys).collect();
         draw.shuffle(&mut keys);
         keys.truncate(self.pairs);
-        let mut pairs: Vec<(u16, u16)> =
-            keys.into_iter().map(|key| (key as u16, (self.keys + draw.below(self.values)) as u16)).collect();
-        let mut tokens: Vec<u16> = pairs.iter().flat_map(|&(key, value)| [key, value]).collect();
+        let mut told: Vec<usize> = (0..self.pairs).collect();
+        if self.rewrites > 0 {
+            told.extend((0..self.pairs).cycle().take(self.rewrites));
+            draw.shuffle(&mut told);
+        }
+        // Of each pair all values so far, the last one last.
+        let mut values: Vec<Vec<usize>> = vec![Vec::new(); self.pairs];
+        let mut tokens = Vec::with_capacity(3 * self.pairs + 2 * self.rewrites);
+        for pair in told {
+            let value = another(&mut draw, self.values, &values[pair]);
+            values[pair].push(value);
+            tokens.extend([keys[pair] as u16, (self.keys + value) as u16]);
+        }
         let mut targets = vec![None; tokens.len()];
+        let last = values.iter().map(|values| self.keys + values.last().copied().unwrap_or(0));
+        let mut pairs: Vec<(u16, u16)> = keys.iter().zip(last).map(|(&key, value)| (key as u16, value as u16)).collect();
         draw.shuffle(&mut pairs);
         for (key, value) in pairs {
             tokens.push(key);
@@ -77,13 +106,21 @@ impl Shape {
     }
 }
 
+/// A number below `n` that is none of `had`, of which there are less than `n`.
+fn another(draw: &mut Draw, n: usize, had: &[usize]) -> usize {
+    let mut had = had.to_vec();
+    had.sort_unstable();
+    // The number-th of those that are left: every one of `had` up to it moves it on.
+    had.iter().fold(draw.below(n - had.len()), |number, &before| number + usize::from(before <= number))
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
 
     use super::*;
 
-    const SHAPE: Shape = Shape { keys: 96, values: 128, pairs: 16 };
+    const SHAPE: Shape = Shape { keys: 96, values: 128, pairs: 16, rewrites: 0 };
 
     #[test]
     fn every_key_is_asked_for_once() {
