@@ -96,7 +96,8 @@ impl Shape {
         }
         let mut targets = vec![None; tokens.len()];
         let last = values.iter().map(|values| self.keys + values.last().copied().unwrap_or(0));
-        let mut pairs: Vec<(u16, u16)> = keys.iter().zip(last).map(|(&key, value)| (key as u16, value as u16)).collect();
+        let mut pairs: Vec<(u16, u16)> =
+            keys.iter().zip(last).map(|(&key, value)| (key as u16, value as u16)).collect();
         draw.shuffle(&mut pairs);
         for (key, value) in pairs {
             tokens.push(key);
@@ -116,7 +117,7 @@ fn another(draw: &mut Draw, n: usize, had: &[usize]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashSet;
+    use std::collections::{HashMap, HashSet};
 
     use super::*;
 
@@ -140,11 +141,53 @@ mod tests {
     }
 
     #[test]
+    fn the_last_value_counts() {
+        for rewrites in [1, 16, 40] {
+            let shape = Shape { rewrites, ..SHAPE };
+            // Whether the first and the last place told a pair for the first time, and for the last.
+            let (mut first_again, mut last_kept) = (false, false);
+            for index in 0..50 {
+                let sequence = shape.sequence(3, Side::Train, index).unwrap();
+                assert_eq!((sequence.tokens.len(), sequence.targets.len()), (48 + 2 * rewrites, 48 + 2 * rewrites));
+                let (told, asked) = sequence.tokens.split_at(32 + 2 * rewrites);
+                assert!(sequence.targets[..told.len()].iter().all(Option::is_none));
+                let mut read: HashMap<u16, Vec<u16>> = HashMap::new();
+                told.chunks(2).for_each(|pair| read.entry(pair[0]).or_default().push(pair[1]));
+                assert_eq!((read.len(), asked.iter().collect::<HashSet<_>>().len()), (16, 16));
+                for (key, target) in asked.iter().zip(&sequence.targets[told.len()..]) {
+                    let (last, before) = read[key].split_last().unwrap();
+                    assert_eq!(Some(*last), *target);
+                    assert!(!before.contains(last) && (96..96 + 128).contains(last));
+                    assert_eq!(read[key].iter().collect::<HashSet<_>>().len(), read[key].len());
+                    assert!((rewrites / 16..=rewrites.div_ceil(16)).contains(&before.len()));
+                }
+                first_again |= told[..32].chunks(2).map(|pair| pair[0]).collect::<HashSet<_>>().len() < 16;
+                last_kept |= read[&told[told.len() - 2]].len() == 1;
+                assert_eq!(sequence, shape.sequence(3, Side::Train, index).unwrap());
+            }
+            assert!(first_again, "rewrites stand among the first tellings");
+            assert!(last_kept || rewrites >= 16, "a pair that is told once may be the last");
+        }
+    }
+
+    #[test]
+    fn all_values_can_be_used_up() {
+        let shape = Shape { keys: 4, values: 3, pairs: 2, rewrites: 4 };
+        for index in 0..50 {
+            let sequence = shape.sequence(1, Side::Train, index).unwrap();
+            let told: HashSet<&[u16]> = sequence.tokens[..12].chunks(2).collect();
+            assert_eq!(told.len(), 6, "two keys with each of three values: {sequence:?}");
+        }
+    }
+
+    #[test]
     fn sides_share_no_sequence() {
-        let all = |side| (0..2000).map(|i| SHAPE.sequence(1, side, i).unwrap().tokens).collect::<HashSet<_>>();
-        let (train, held) = (all(Side::Train), all(Side::HeldOut));
-        assert_eq!((train.len(), held.len()), (2000, 2000));
-        assert!(train.is_disjoint(&held));
+        for shape in [SHAPE, Shape { rewrites: 20, ..SHAPE }] {
+            let all = |side| (0..2000).map(|i| shape.sequence(1, side, i).unwrap().tokens).collect::<HashSet<_>>();
+            let (train, held) = (all(Side::Train), all(Side::HeldOut));
+            assert_eq!((train.len(), held.len()), (2000, 2000));
+            assert!(train.is_disjoint(&held));
+        }
     }
 
     #[test]
@@ -154,6 +197,9 @@ mod tests {
             (Shape { pairs: 97, ..SHAPE }, "1 to --keys, 96"),
             (Shape { values: 1, ..SHAPE }, "--values is 1"),
             (Shape { values: 65_535, ..SHAPE }, "at most 65536"),
+            (Shape { values: usize::MAX, ..SHAPE }, "at most 65536"),
+            (Shape { values: 3, rewrites: 33, ..SHAPE }, "--rewrites is 33; expected at most 32"),
+            (Shape { rewrites: usize::MAX, ..SHAPE }, "expected at most 2032"),
         ] {
             let why = shape.sequence(1, Side::Train, 0).unwrap_err().to_string();
             assert!(why.contains(expected), "{why}");

@@ -289,9 +289,15 @@ mod tests {
 
         let score = in_two.score(&again.model, &device, 10).unwrap();
         assert!((0.0..=1.0).contains(&score));
-        let other = Settings { rate: 2e-2, ..in_two.clone() };
-        let why = format!("{:#}", other.open(&engine, &device).err().unwrap());
-        assert!(why.contains("was started with"), "{why}");
+        let shape = Shape { rewrites: 2, ..in_two.shape };
+        for other in [
+            Settings { rate: 2e-2, ..in_two.clone() },
+            Settings { recalling: true, ..in_two.clone() },
+            Settings { shape, ..in_two.clone() },
+        ] {
+            let why = format!("{:#}", other.open(&engine, &device).err().unwrap());
+            assert!(why.contains("was started with"), "{why}");
+        }
         std::fs::write(stopped.path().join("run.safetensors"), [0; 20]).unwrap();
         assert!(in_two.open(&engine, &device).is_err());
     }
