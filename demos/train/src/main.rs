@@ -358,6 +358,7 @@ mod tests {
         for line in [
             "sample --seed 1 --kind read-compute --count 3 --held-out",
             "pairs",
+            "pairs --pairs 4 --rewrites 6",
             "eval --model x --kind recall --kind clock",
         ] {
             assert!(Cli::try_parse_from(std::iter::once("train").chain(line.split(' '))).is_ok(), "{line}");

@@ -57,6 +57,9 @@ pub struct Settings {
     /// Size of a head's keys and values: its state is the square of it; a multiple of 16
     #[arg(long, default_value_t = 32)]
     pub dim: usize,
+    /// Start the layers as associative memories, whatever the rule
+    #[arg(long)]
+    pub recalling: bool,
     /// A directory, made if need be; a run that is in it goes on
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
@@ -116,13 +119,15 @@ impl Settings {
             .with_linear_key_head_dim(self.dim)
             .with_linear_value_head_dim(self.dim)
             .with_initializer_range(None)
+            .with_recalling(self.recalling)
             .with_rule(rule)
     }
 
     fn to_json(&self) -> Value {
-        let Shape { keys, values, pairs } = self.shape;
+        let Shape { keys, values, pairs, rewrites } = self.shape;
         json!({
-            "task": "recall", "keys": keys, "values": values, "pairs": pairs, "rule": format!("{:?}", self.rule), "seed": self.seed,
+            "task": "recall", "keys": keys, "values": values, "pairs": pairs, "rewrites": rewrites,
+            "recalling": self.recalling, "rule": format!("{:?}", self.rule), "seed": self.seed,
             "steps": self.steps, "batch": self.batch, "rate": self.rate, "hidden": self.hidden,
             "heads": self.heads, "dim": self.dim,
         })
@@ -158,7 +163,7 @@ impl Settings {
             let at = run.steps();
             // The sequences of a step depend on its number alone: a run goes on with those it would have had.
             let sequences = self.sequences(Side::Train, at * u64::from(self.batch), self.batch as usize)?;
-            let answers = answers(&run.model, &sequences, device);
+            let answers = answers(&run.model, &sequences, self.shape.pairs, device);
             let right = targets(&sequences, self.shape.pairs, device);
             let loss = log_softmax(answers, 2).gather(2, right).mean().neg();
             run.step(loss.clone(), loss, rate(self.rate, 0.1, at, self.steps));
@@ -189,7 +194,7 @@ impl Settings {
         let batch = self.batch.max(1) as usize;
         for from in (0..count).step_by(batch) {
             let sequences = self.sequences(Side::HeldOut, from as u64, batch.min(count - from))?;
-            let found = answers(model, &sequences, device).argmax(2).try_into_vec_as::<i64>()?;
+            let found = answers(model, &sequences, self.shape.pairs, device).argmax(2).try_into_vec_as::<i64>()?;
             let wanted = sequences.iter().flat_map(|sequence| sequence.targets.iter().flatten());
             right += found.iter().zip(wanted).filter(|(found, wanted)| **found == i64::from(**wanted)).count();
         }
@@ -211,12 +216,12 @@ impl Settings {
 }
 
 /// Logits `[B, pairs, vocab]` at the tokens that ask.
-fn answers(model: &Qwen35, sequences: &[Sequence], device: &Device) -> Tensor<3> {
+fn answers(model: &Qwen35, sequences: &[Sequence], pairs: usize, device: &Device) -> Tensor<3> {
     let (b, t) = (sequences.len(), sequences.first().map_or(0, |sequence| sequence.tokens.len()));
     let ids: Vec<i64> = sequences.iter().flat_map(|sequence| sequence.tokens.iter().map(|&id| i64::from(id))).collect();
     let hidden = model.hidden(Tensor::<2, Int>::from_data(TensorData::new(ids, [b, t]), device));
-    // The last third of a sequence asks.
-    model.logits(hidden.narrow(1, t - t / 3, t / 3))
+    // The end of a sequence asks, once for every pair.
+    model.logits(hidden.narrow(1, t - pairs, pairs))
 }
 
 /// The right answers, `[B, pairs, 1]`.
@@ -234,9 +239,21 @@ mod tests {
     use crate::learn::alone;
 
     fn settings(out: &Path, rule: Kind) -> Settings {
-        let shape = Shape { keys: 8, values: 64, pairs: 2 };
+        let shape = Shape { keys: 8, values: 64, pairs: 2, rewrites: 1 };
         let out = out.to_path_buf();
-        Settings { shape, rule, seed: 1, steps: 12, batch: 4, rate: 1e-2, hidden: 32, heads: 2, dim: 32, out }
+        Settings {
+            shape,
+            rule,
+            seed: 1,
+            steps: 12,
+            batch: 4,
+            rate: 1e-2,
+            hidden: 32,
+            heads: 2,
+            dim: 32,
+            recalling: false,
+            out,
+        }
     }
 
     fn parts() -> (Engine, Device) {
@@ -272,9 +289,15 @@ mod tests {
 
         let score = in_two.score(&again.model, &device, 10).unwrap();
         assert!((0.0..=1.0).contains(&score));
-        let other = Settings { rate: 2e-2, ..in_two.clone() };
-        let why = format!("{:#}", other.open(&engine, &device).err().unwrap());
-        assert!(why.contains("was started with"), "{why}");
+        let shape = Shape { rewrites: 2, ..in_two.shape };
+        for other in [
+            Settings { rate: 2e-2, ..in_two.clone() },
+            Settings { recalling: true, ..in_two.clone() },
+            Settings { shape, ..in_two.clone() },
+        ] {
+            let why = format!("{:#}", other.open(&engine, &device).err().unwrap());
+            assert!(why.contains("was started with"), "{why}");
+        }
         std::fs::write(stopped.path().join("run.safetensors"), [0; 20]).unwrap();
         assert!(in_two.open(&engine, &device).is_err());
     }
