@@ -14,8 +14,7 @@
 // E is the stored type, I the one in which A, P, W and N are multiplied: the same, or half inside bf16. Half there leaves
 // errors of 3e-3 where bf16 leaves 4.4e-3 (keys alike, cos 0.94: 4.9e-3 for 7.8e-3), for numbers of v below 65504.
 //
-// Barriers: full[s] (the producer's bytes), empty[s] (a lane of each consumer warp); fused: ready[i] (a lane of each warp that makes image
-// i). Named: 8, all consumers at a ragged end; fused: 9, the warps that make images.
+// Barriers: full[s] (the producer's bytes), empty[s] (a lane of each consumer warp). Named: 8, all consumers at a ragged end.
 #pragma once
 #include "backward.cuh"
 
@@ -36,8 +35,6 @@ struct ScanSmem {
     static constexpr int P = A + PANEL;
     static constexpr int VEC = P + (OUT ? PANEL : 0);
     static constexpr int STAGE = VEC + 1024;
-    // Where the images' places are, as A, P and VEC count from: one in each stage.
-    static constexpr int IMAGES = 0, IMAGE_STEP = STAGE, IMAGE_PLACES = STAGES;
     static constexpr int STAGING = STAGES * STAGE;
     static constexpr int BARRIERS = STAGING + (OUT ? WG * PANEL : KEEP ? WG * (K / 64 + 1) * PANEL : 0);
     static constexpr int BYTES = BARRIERS + STAGES * 16 + 1024;
@@ -63,25 +60,16 @@ __device__ __forceinline__ void load_low(uint32_t to, const char* from, uint32_t
     for (int x = 0; x < 4; x++) bulk_load(to + x * 2048 + x * 512, from + image_columns(x), 2048 - x * 512, bar);
 }
 
-// Where the images come from: what `prepare` left in memory, loaded with the tiles. The other way: fused.cuh.
-struct FromMemory {
-    static constexpr bool FUSED = false;
-    static constexpr int PRODUCER_REGS = 24, CONSUMER_REGS = 240;
-    template <int K, int WG, int STAGES, bool OUT, bool GRAD, bool KEEP>
-    using Smem = ScanSmem<K, WG, STAGES, OUT, GRAD, KEEP>;
-};
-
-template <class E, class I, int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false, class From = FromMemory>
-__device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, const From& from = {}) {
+template <class E, class I, int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false>
+__device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     DYNAMIC_SHARED(smem_raw);
     char* smem = align_1024(smem_raw);
-    using M = typename From::template Smem<K, WG, STAGES, OUT, GRAD, KEEP>;
-    constexpr bool FUSED = From::FUSED;
+    using M = ScanSmem<K, WG, STAGES, OUT, GRAD, KEEP>;
     static_assert(GRAD ? !OUT : !KEEP, "the image of the backward is for passes without outputs");
     constexpr long long IMAGE = GRAD ? GRAD_BYTES : IMAGE_BYTES;
     constexpr int PANELS = K / 64;
     const int warpgroup = uniform(threadIdx.x / WARPGROUP), tid = threadIdx.x % WARPGROUP, warp = tid >> 5, lane = tid & 31;
-    const uint32_t base = smem_addr(smem), full = base + M::BARRIERS, empty = full + STAGES * 8, ready = empty + STAGES * 8;
+    const uint32_t base = smem_addr(smem), full = base + M::BARRIERS, empty = full + STAGES * 8;
 
     // The block's share: a segment, a value head, a part of V. For `state`, parts of K after those of V: the transition.
     const int parts_v = p.v / (64 * WG), parts = parts_v + (OUT || KEEP ? 0 : K / (64 * WG));
@@ -110,12 +98,10 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
             mbar_init(full + 8 * s, 1);
             mbar_init(empty + 8 * s, WG * 4);
         }
-        if constexpr (FUSED)
-            for (int s = 0; s < M::IMAGE_PLACES; s++) mbar_init(ready + 8 * s, 4);
         mbar_init_fence();
     }
-    for (int n = threadIdx.x; n < M::IMAGE_PLACES * (PANEL / 16); n += (WG + 1) * WARPGROUP) {
-        char* at = smem + M::IMAGES + n / (PANEL / 16) * M::IMAGE_STEP + n % (PANEL / 16) * 16;
+    for (int n = threadIdx.x; n < STAGES * (PANEL / 16); n += (WG + 1) * WARPGROUP) {
+        char* at = smem + n / (PANEL / 16) * M::STAGE + n % (PANEL / 16) * 16;
         int x = n % (PANEL / 16) / 128, row16 = n % 128 / 32;
         if (!GRAD && row16 < x) {
             *(uint4*)(at + M::A) = make_uint4(0, 0, 0, 0);
@@ -129,10 +115,8 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
     __syncthreads();
 
     if (warpgroup == WG) {
-        if constexpr (WG > 1) regs_down<From::PRODUCER_REGS>();
-        if constexpr (FUSED) {
-            from.template make<E, I, K, M, STAGES>(p, maps, smem, kh, h, token, tokens);
-        } else if (tid == 0) {
+        if constexpr (WG > 1) regs_down<24>();
+        if (tid == 0) {
             tma_prefetch(&maps.k);
             tma_prefetch(&maps.v);
             if constexpr (OUT) tma_prefetch(&maps.q);
@@ -164,7 +148,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
             }
         }
     } else {
-        if constexpr (WG > 1) regs_up<From::CONSUMER_REGS>();
+        if constexpr (WG > 1) regs_up<240>();
         const int i = lane >> 2, j = lane & 3;
         const int column = first + 64 * warpgroup;  // of the state, the consumer's first
         const int v0 = column + 16 * warp + i;      // the thread's first; the other is v0 + 8
@@ -199,21 +183,11 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
         // numbers that mostly cancel, and the state's errors stay in it (NOTES.md).
         uint32_t sb[K / 4], w[16], rest[GRAD ? 16 : 1];
 
-        // The place of chunk n's image, from the block's base; its tiles are in stage `st`.
-        auto image_of = [&](int n, int st) { return M::IMAGES + (FUSED ? n % M::IMAGE_PLACES : st) * M::IMAGE_STEP; };
-        // Waits for the image of chunk n, where it does not come with the tiles.
-        auto image_ready = [&](int n) {
-            if constexpr (FUSED)
-                mbar_wait(ready + 8 * (n % M::IMAGE_PLACES), n / M::IMAGE_PLACES & 1, p.hung, HUNG_CONSUMER + 16 * warpgroup + 8 + n % M::IMAGE_PLACES);
-        };
         // Waits for the tiles of chunk n in stage `st`; rows behind the sequence's end are another's: zeroes them.
         auto arrive = [&](int n, int st, uint32_t phase) {
             mbar_wait(full + 8 * st, phase, p.hung, HUNG_CONSUMER + 16 * warpgroup + st);
             const int len = tokens - n * CHUNK;
-            if (FUSED) {
-                // Whoever made the image has.
-                if (len < CHUNK) image_ready(n);
-            } else if (len < CHUNK) {
+            if (len < CHUNK) {
                 char* stage = smem + st * M::STAGE;
                 const int t = threadIdx.x;
                 for (int x = 0; x < (OUT ? 2 : 1) * PANELS + WG; x++) clear_rows(stage + x * PANEL, len, t, WG * WARPGROUP);
@@ -302,27 +276,26 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
             multiply(u, base + M::KT, Z, ALL);
             if constexpr (OUT) multiply(o, base + M::Q, Z, HALF);
             keep_state(0);
-            image_ready(0);
-            make_w(base, (const float*)(smem + image_of(0, 0) + M::VEC) + 2 * j);
+            make_w(base, (const float*)(smem + M::VEC) + 2 * j);
             wgmma_wait<0>();
         }
         // Nothing is in flight where the loop turns.
         for (int n = 0; n < chunks; n++) {
-            const uint32_t at = base + st * M::STAGE, image = base + image_of(n, st);
-            const float* vec = (const float*)(smem + image_of(n, st) + M::VEC) + 2 * j;
+            const uint32_t at = base + st * M::STAGE;
+            const float* vec = (const float*)(smem + st * M::STAGE + M::VEC) + 2 * j;
 
             // N^T = W^T A^T; behind it the second half of S^T Q^T.
             if constexpr (OUT) hold(o);
             hold(w);
             wgmma_fence();
-            multiply_low(u, w, image + M::A, 0);
+            multiply_low(u, w, at + M::A, 0);
             if constexpr (GRAD) {
                 hold(rest);
-                multiply_low(u, rest, image + M::A, 1);
+                multiply_low(u, rest, at + M::A, 1);
             }
             if constexpr (OUT) multiply(o, at + M::Q, HALF, ALL);
             if constexpr (KEEP && KEEPS_LOW<E>) keep_low<K>(keep_states(p, K, chunk + n, h, column / 64) + K / 64 * PANEL, s, sb, tid);
-            const float last = ((const float*)(smem + image_of(n, st) + M::VEC))[VEC_LAST];
+            const float last = ((const float*)(smem + st * M::STAGE + M::VEC))[VEC_LAST];
             float2 cs[8];
 #pragma unroll
             for (int b = 0; b < 8; b++) cs[b] = *(const float2*)(vec + VEC_STATE + 8 * b);
@@ -371,7 +344,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
                 hold(o);
                 hold(nb);
                 wgmma_fence();
-                multiply_low(o, nb, image + M::P, 1);
+                multiply_low(o, nb, at + M::P, 1);
                 wgmma_wait<1>();
             } else {
                 keep_news_of(n);
@@ -414,8 +387,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
                 multiply(o, at_next + M::Q, Z, HALF);
             }
             if (n + 1 < chunks) keep_state(n + 1);
-            if (n + 1 < chunks) image_ready(n + 1);
-            make_w(at_next, (const float*)(smem + image_of(n + 1, next) + M::VEC) + 2 * j);
+            make_w(at_next, (const float*)(smem + next * M::STAGE + M::VEC) + 2 * j);
             if constexpr (OUT) wgmma_wait<0>();
             st = next, phase = next_phase;
         }
