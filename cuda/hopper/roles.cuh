@@ -31,7 +31,7 @@ __device__ __forceinline__ char* align_1024(char* smem) { return smem + (-smem_a
 // and stops the kernel: a missed arrival is then an error with a name, not a hang. It stops by a store to address 0, because
 // ptxas gives a kernel that holds `trap` no more registers in the branch of a role than at its entry.
 __device__ __forceinline__ void mbar_wait(uint32_t bar, uint32_t parity, uint32_t* hung, uint32_t code) {
-    if (mbar_try(bar, parity)) return;
+    if (__builtin_expect(mbar_try(bar, parity), 1)) return;
     long long t0 = clock64();
     while (!mbar_try(bar, parity)) {
         if (hung != nullptr && clock64() - t0 > (1ll << 31)) {

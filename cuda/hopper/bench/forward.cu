@@ -131,7 +131,7 @@ struct Run {
         CHECK(cudaDeviceSynchronize());
 
         maps.q = tensor_map(q.p, rows, c.hk * c.k, c.f16), maps.k = tensor_map(k.p, rows, c.hk * c.k, c.f16);
-        maps.v = tensor_map(v.p, rows, c.hv * c.v, c.f16);
+        maps.v = tensor_map(v.p, rows, c.hv * c.v, c.f16), maps.o = tensor_map(o.p, rows, c.hv * c.v, c.f16);
         float scale = 1.f / sqrtf((float)c.k);
         pa = {q.p, k.p, (float*)g.p, (float*)beta.p, (Chunk*)d_chunks.p, (char*)images.p, c.hk * c.k, c.hk * c.k, scale, c.hk, c.hv, c.mod, c.l2norm};
         sa = {(Segment*)d_segments.p, (char*)images.p, (float*)(c.cut ? starts.p : h0.p), (float*)ht.p, nullptr, nullptr, o.p, c.hv * c.v,
