@@ -266,7 +266,7 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
     // Rows of a tile behind the sequence's end are another's: zeroes them.
     auto clear = [&](char* tile, int panels, int len) {
 #pragma unroll 1
-        for (int x = 0; x < panels; x++) clear_rows(tile + x * PANEL, len, tid, WARPGROUP);
+        for (int x = 0; x < panels; x++) clear_rows(smem_addr(tile) + x * PANEL, len, tid, WARPGROUP);
         fence_proxy();
         bar_sync(1 + warpgroup, WARPGROUP);
     };

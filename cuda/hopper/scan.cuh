@@ -59,14 +59,9 @@ __device__ __forceinline__ void clear_rows(uint32_t panel, int len, int tid, int
 }
 
 // Zeroes what the first `panels` panels of a stage have from row `len` on, for products, when its last loads (phase `parity` of `full`)
-// are there, and says so. Warp 0, which issues them, and those from `first` to 3, of the warpgroup that serves the consumers.
-__device__ __forceinline__ void clear_tail(uint32_t stage, int panels, int len, uint32_t full, uint32_t parity, uint32_t tail, int first, int warp, int lane,
-                                           uint32_t* hung) {
-    // Until the loads are issued, the phase could be one from before.
-    const int warps = 5 - first, at = warp == 0 ? 0 : warp - first + 1;
-    __syncwarp();
-    bar_sync(8, warps * 32);
-    mbar_wait(full, parity, hung, HUNG_TAIL + warp);
+// are there, and says so; warp `at` of `warps`. No phase of `full` before that one may be open, as it could pass for it.
+__device__ __forceinline__ void clear_tail(uint32_t stage, int panels, int len, uint32_t full, uint32_t parity, uint32_t tail, int at, int warps, int lane, uint32_t* hung) {
+    mbar_wait(full, parity, hung, HUNG_TAIL + at);
 #pragma unroll 1
     for (int x = 0; x < panels; x++) clear_rows(stage + x * PANEL, len, at * 32 + lane, warps * 32);
     fence_proxy();
@@ -201,7 +196,10 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         }
         if ((warp == 0 || warp >= CLEARING) && tokens % CHUNK != 0) {
             const int n = chunks - 1, s = n % STAGES;
-            clear_tail(base + s * M::STAGE, (OUT ? 2 : 1) * PANELS + WG, tokens % CHUNK, full + 8 * s, n / STAGES & 1, tail, CLEARING, warp, lane, p.hung);
+            __syncwarp();
+            bar_sync(8, (5 - CLEARING) * 32);
+            clear_tail(base + s * M::STAGE, (OUT ? 2 : 1) * PANELS + WG, tokens % CHUNK, full + 8 * s, n / STAGES & 1, tail, warp == 0 ? 0 : warp - CLEARING + 1, 5 - CLEARING,
+                       lane, p.hung);
         }
     } else {
         if constexpr (WG > 1) regs_up<240>();
