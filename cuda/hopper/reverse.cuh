@@ -104,11 +104,11 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
         if constexpr (WG > 1) regs_up<240>();
         const int i = lane >> 2, j = lane & 3;
         const int column = first + 64 * warpgroup;  // of V, the consumer's first
-        const int v0 = column + 16 * warp + i;      // the thread's first; the other is v0 + 8
+        const int v0 = first + threadIdx.x / 32 * 16 + i;  // the thread's first; the other is v0 + 8
         // As in scan.cuh: what this lane addresses in ldmatrix of dO, and in its warp's staging of dV.
         const int lane_row = (lane >> 4) * 8 + (lane & 7);
-        const uint32_t lane_at = swizzled(0, lane_row, 2 * warp + ((lane >> 3) & 1));
-        const uint32_t kept = base + M::STAGING + (warpgroup * 4 + warp) * (PANELS + 1) * 2048, own = kept + PANELS * 2048;
+        const uint32_t lane_at = threadIdx.x / WARPGROUP * PANEL + swizzled(M::DO, lane_row, 2 * warp + ((lane >> 3) & 1));
+        const uint32_t kept = base + M::STAGING + threadIdx.x / 32 * (PANELS + 1) * 2048, own = kept + PANELS * 2048;
         const uint32_t own_at = own + lane_row * 32 + ((((lane >> 3) & 1) ^ ((lane_row >> 2) & 1)) << 4);
 
         // dS^T: s[4b + e]: row v0 (+ 8 for e >= 2), column 8b + 2j + e % 2.
@@ -133,7 +133,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
 #pragma unroll
             for (int b = 0; b < 4; b++) {
                 uint32_t x[4];
-                ldsm_trans(x, at + M::DO + warpgroup * PANEL + lane_at + b * 2048);
+                ldsm_trans(x, at + lane_at + b * 2048);
 #pragma unroll
                 for (int e = 0; e < 4; e++) d_o[4 * b + e] = x[e];
             }
