@@ -177,6 +177,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             // O of a whole chunk by the copy engine; of one that is not, the rows that are there.
             const int w = warp - 1, column = h * p.v + first + 64 * w;
             const uint32_t from = base + M::STAGING + w * PANEL;
+            if (lane == 0) tma_prefetch(&maps.o);
             for (int n = 0; n < chunks; n++) {
                 mbar_wait(o_full + 8 * w, n & 1, p.hung, HUNG_STORE + w);
                 const int row = token + n * CHUNK, len = tokens - n * CHUNK;
@@ -236,11 +237,10 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         // numbers that mostly cancel, and the state's errors stay in it (NOTES.md).
         uint32_t sb[K / 4], w[16], rest[GRAD ? 16 : 1];
 
-        // Waits for the tiles of chunk n in stage `st`; rows behind the sequence's end are another's until they are zeroed.
-        auto arrive = [&](int n, int st, uint32_t phase) {
-            const bool whole = tokens - n * CHUNK >= CHUNK;
-            mbar_wait(whole ? full + 8 * st : tail, whole ? phase : 0, p.hung, HUNG_CONSUMER + 16 * warpgroup + st);
-        };
+        // What says that the tiles of chunk n are in stage `st`, and zeroed behind the sequence's end; and the phase of it.
+        auto whole = [&](int n) { return tokens - n * CHUNK >= CHUNK; };
+        auto bar_of = [&](int n, int st) { return whole(n) ? full + 8 * st : tail; };
+        const uint32_t code = HUNG_CONSUMER + 16 * warpgroup;
         // d^T = S^T X^T for the tile X at `at`, columns from 16 FROM to 16 TO of S.
         auto multiply = [&](float (&d)[32], uint32_t at, auto from, auto to) {
             const uint64_t tile = desc_k_major(at);
@@ -301,8 +301,8 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 }
             }
         };
-        // O of a chunk, scaled by c, to the staging, and word of it.
-        auto hand_over_o = [&](const float2 (&c)[8]) {
+        // O of a chunk, scaled by c, to the staging.
+        auto put_o = [&](const float2 (&c)[8]) {
             if constexpr (APART) {
 #pragma unroll
                 for (int b = 0; b < 8; b++) {
@@ -314,9 +314,6 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             for (int b = 0; b < 4; b++)
                 stsm_trans(staging + lane_at + b * 2048, E::pack(o[8 * b], o[8 * b + 1]), E::pack(o[8 * b + 2], o[8 * b + 3]), E::pack(o[8 * b + 4], o[8 * b + 5]),
                            E::pack(o[8 * b + 6], o[8 * b + 7]));
-            fence_proxy();
-            __syncwarp();
-            if (lane == 0) mbar_arrive(o_full + 8 * warpgroup);
         };
         // S^T and e^T of chunk n to memory, the warp's 16 rows of each, as the product before and after them have them.
         const uint32_t kept = base + M::STAGING + (warpgroup * 4 + warp) * (K / 64 + 1) * 2048;
@@ -338,7 +335,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         int st = 0;
         uint32_t phase = 0;
         if (chunks > 0) {
-            arrive(0, 0, 0);
+            mbar_wait(bar_of(0, 0), 0, p.hung, code);
             multiply_state(base, shared_f32(base + M::VEC + 4 * VEC_LAST));
             if constexpr (OUT) multiply(o, base + M::Q, Z, HALF);
             keep_state(0);
@@ -393,6 +390,29 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 if constexpr (GRAD) E::template mma_rs<1>(s, rest + 4 * x, desc_step(rows, x * 2048), 1);
                 wgmma_commit();
             }
+            // While that runs: the next chunk, and the place for O. After the last chunk, what follows is of whatever is there, for nothing.
+            int next = st + 1;
+            uint32_t next_phase = phase;
+            if (next == STAGES) next = 0, next_phase ^= 1;
+            const uint32_t at_next = base + next * M::STAGE;
+            {
+                // Both asked at once. Behind the last chunk: for what has come already.
+                const bool more = n + 1 < chunks;
+                const uint32_t bar = more ? bar_of(n + 1, next) : full + 8 * st, parity = more ? whole(n + 1) ? next_phase : 0 : phase;
+                const uint32_t free = o_free + 8 * warpgroup, free_parity = (n & 1) ^ 1;
+                bool there = mbar_try(bar, parity);
+                if constexpr (OUT) there = there & mbar_try(free, free_parity);
+                if (__builtin_expect(!there, 0)) {
+                    mbar_wait(bar, parity, p.hung, code + next);
+                    if constexpr (OUT) mbar_wait(free, free_parity, p.hung, code + 8);
+                }
+            }
+            float last = 1.f;
+            if constexpr (!KEEP) {
+                const float x = shared_f32(at_next + M::VEC + 4 * VEC_LAST);
+                last = n + 1 < chunks ? x : 1.f;
+            }
+            // Behind the waits, as ptxas moves these roundings up between the steps of S where it can.
             float2 co[8];
             if constexpr (OUT) {
 #pragma unroll
@@ -415,18 +435,6 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             } else {
                 keep_news_of(n);
             }
-
-            // While that runs: the next chunk, and the place for O. After the last chunk, what follows is of whatever is there, for nothing.
-            int next = st + 1;
-            uint32_t next_phase = phase;
-            if (next == STAGES) next = 0, next_phase ^= 1;
-            const uint32_t at_next = base + next * M::STAGE;
-            float last = 1.f;
-            if (n + 1 < chunks) {
-                arrive(n + 1, next, next_phase);
-                if constexpr (!KEEP) last = shared_f32(at_next + M::VEC + 4 * VEC_LAST);
-            }
-            if constexpr (OUT) mbar_wait(o_free + 8 * warpgroup, (n & 1) ^ 1, p.hung, HUNG_CONSUMER + 16 * warpgroup + 8);
             wgmma_wait<OUT>();
             hold(s);
 
@@ -444,10 +452,13 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             __syncwarp();
             if (lane == 0) mbar_arrive(empty + 8 * st);
             if constexpr (OUT) {
-                hand_over_o(co);
+                put_o(co);
                 hold(o);
                 wgmma_fence();
                 multiply(o, at_next + M::Q, Z, HALF);
+                fence_proxy();
+                __syncwarp();
+                if (lane == 0) mbar_arrive(o_full + 8 * warpgroup);
             }
             if (n + 1 < chunks) keep_state(n + 1);
             make_w(at_next);
