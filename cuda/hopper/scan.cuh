@@ -22,6 +22,8 @@
 #pragma once
 #include "backward.cuh"
 
+// Whether N^T P^T has 32 registers a thread of its own, or is summed into S^T Q^T once that is scaled: two consumers have 240 registers a
+// thread, which are too few for it. `bench` may say otherwise.
 #ifndef SCAN_APART
 #define SCAN_APART(WG) (WG == 1)
 #endif
@@ -231,7 +233,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 for (int e = 0; e < 4; e++) s[4 * b + e] = 8 * b + 2 * j + e % 2 == v0 + (e / 2) * 8 ? 1.f : 0.f;
         }
 
-        // o2: N^T P^T, apart from S^T Q^T, so that neither its scaling nor the wait for it is on the chain.
+        // o2: N^T P^T where it is apart, so that neither the wait for S^T Q^T nor its scaling stands before it.
         float o[32], o2[APART ? 32 : 1], u[32];
         // GRAD: what the rounding of W and of N for the state leaves is multiplied, too: dg of a head without decay is <dS', S> of K V
         // numbers that mostly cancel, and the state's errors stay in it (NOTES.md).
