@@ -65,15 +65,15 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             mbar_init(full + 8 * s, 1);
-            mbar_init(empty + 8 * s, WG * 4);
+            mbar_init(empty + 8 * s, WG * 4 * WARP_ARRIVALS);
         }
-        mbar_init(tail, 3);
+        mbar_init(tail, 3 * WARP_ARRIVALS);
         mbar_init_fence();
     }
     __syncthreads();
 
     if (warpgroup == WG) {
-        if constexpr (WG > 1) regs_down<32>();
+        if constexpr (WG > 1) regs_down<Registers<K>::SERVER>();
         if (tid == 0) {
             tma_prefetch(&maps.k);
             tma_prefetch(&maps.q);
@@ -101,7 +101,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             clear_tail(base, 2 * PANELS + WG, tokens % CHUNK, full, 0, tail, warp - 1, 3, lane, p.hung);
         }
     } else {
-        if constexpr (WG > 1) regs_up<240>();
+        if constexpr (WG > 1) regs_up<Registers<K>::CONSUMER>();
         const int i = lane >> 2, j = lane & 3;
         const int column = first + 64 * warpgroup;  // of V, the consumer's first
         const int v0 = first + threadIdx.x / 32 * 16 + i;  // the thread's first; the other is v0 + 8
@@ -266,7 +266,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             wgmma_wait<0>();
             hold(s);
             __syncwarp();
-            if (lane == 0) mbar_arrive(empty + 8 * st);
+            warp_arrive(empty + 8 * st, lane);
             // R and U of the chunk before (in front of the first one: of whatever is there, for nothing).
             load_do(at_next);
             hold(d_o);

@@ -68,7 +68,7 @@ __device__ __forceinline__ void clear_tail(uint32_t stage, int panels, int len, 
     for (int x = 0; x < panels; x++) clear_rows(stage + x * PANEL, len, at * 32 + lane, warps * 32);
     fence_proxy();
     __syncwarp();
-    if (lane == 0) mbar_arrive(tail);
+    warp_arrive(tail, lane);
 }
 
 // What a kernel is given: passed by value, as the copy engine's tensor maps must be.
@@ -120,11 +120,11 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             mbar_init(full + 8 * s, 1);
-            mbar_init(empty + 8 * s, WG * 4);
+            mbar_init(empty + 8 * s, WG * 4 * WARP_ARRIVALS);
         }
-        mbar_init(tail, 5 - CLEARING);
+        mbar_init(tail, (5 - CLEARING) * WARP_ARRIVALS);
         for (int w = 0; w < WG; w++) {
-            mbar_init(o_full + 8 * w, 4);
+            mbar_init(o_full + 8 * w, 4 * WARP_ARRIVALS);
             mbar_init(o_free + 8 * w, 1);
         }
         mbar_init_fence();
@@ -144,7 +144,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     __syncthreads();
 
     if (warpgroup == WG) {
-        if constexpr (WG > 1) regs_down<32>();
+        if constexpr (WG > 1) regs_down<Registers<K>::SERVER>();
         if (tid == 0) {
             tma_prefetch(&maps.k);
             tma_prefetch(&maps.v);
@@ -205,7 +205,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                        lane, p.hung);
         }
     } else {
-        if constexpr (WG > 1) regs_up<240>();
+        if constexpr (WG > 1) regs_up<Registers<K>::CONSUMER>();
         const int i = lane >> 2, j = lane & 3;
         const int column = first + 64 * warpgroup;  // of the state, the consumer's first
         const int v0 = column + 16 * warp + i;      // the thread's first; the other is v0 + 8
@@ -452,7 +452,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 if constexpr (APART) hold(o2);
             }
             __syncwarp();
-            if (lane == 0) mbar_arrive(empty + 8 * st);
+            warp_arrive(empty + 8 * st, lane);
             if constexpr (OUT) {
                 put_o(co);
                 hold(o);
@@ -460,7 +460,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 multiply(o, at_next + M::Q, Z, HALF);
                 fence_proxy();
                 __syncwarp();
-                if (lane == 0) mbar_arrive(o_full + 8 * warpgroup);
+                warp_arrive(o_full + 8 * warpgroup, lane);
             }
             if (n + 1 < chunks) keep_state(n + 1);
             make_w(at_next);
