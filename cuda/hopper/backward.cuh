@@ -44,11 +44,11 @@ __device__ __forceinline__ char* keep_news(const Args& p, int chunk, int h, int 
 // A warp's 16 rows of a transposed [64, 64 PANELS], packed as a product's left operand, to `to` in every panel of memory, by way of
 // `staging` (PANELS times 2048 bytes), whose last copies have been asked for by the first lane.
 template <int PANELS, int N>
-__device__ __forceinline__ void keep_rows(char* staging, char* to, const uint32_t (&x)[N], int lane) {
+__device__ __forceinline__ void keep_rows(uint32_t staging, char* to, const uint32_t (&x)[N], int lane) {
     static_assert(N == PANELS * 16, "four numbers for 16 columns");
     if (lane == 0) bulk_wait_read();
     __syncwarp();
-    const uint32_t at = smem_addr(staging);
+    const uint32_t at = staging;
     const int block = lane >> 3, row = (block & 1) * 8 + (lane & 7);
 #pragma unroll
     for (int s = 0; s < 4 * PANELS; s++)

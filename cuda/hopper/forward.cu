@@ -1,9 +1,6 @@
 // Entry points of the Hopper forward kernels (sm_90a), one per stored type, K and number of consumers;
 // mix: bf16 stored, half inside. HOPPER_ALL: also those that the backend does not choose, for `bench`.
 #include "carry.cuh"
-#ifdef HOPPER_ALL
-#include "fused.cuh"
-#endif
 #include "prepare.cuh"
 #include "scan.cuh"
 #include "tables.cuh"
@@ -35,15 +32,6 @@ SCAN(hopper_state_bf16_k128, Bf16, Bf16, 128, 1, false)
 SCAN(hopper_state_bf16_k64, Bf16, Bf16, 64, 1, false)
 SCAN(hopper_state_f16_k128, F16, F16, 128, 1, false)
 SCAN(hopper_state_f16_k64, F16, F16, 64, 1, false)
-
-#ifdef HOPPER_ALL
-#define FUSED(NAME, E, I, K) ENTRY_MAPS(NAME, 384, 1, FusedArgs, ScanMaps) { fused<E, I, K>(p, maps); }
-FUSED(hopper_fused_bf16_k128, Bf16, Bf16, 128)
-FUSED(hopper_fused_bf16_k64, Bf16, Bf16, 64)
-FUSED(hopper_fused_mix_k128, Bf16, F16, 128)
-FUSED(hopper_fused_f16_k128, F16, F16, 128)
-FUSED(hopper_fused_f16_k64, F16, F16, 64)
-#endif
 
 ENTRY(hopper_warm, 128, 1, CarryArgs) { warm(p); }
 ENTRY(hopper_carry_k128, 256, 1, CarryArgs) { carry<128>(p); }

@@ -171,11 +171,11 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
     if (threadIdx.x == 0) {
         for (int s = 0; s < SLOTS; s++) {
             mbar_init(full + 8 * s, 1);
-            mbar_init(empty + 8 * s, 8);
+            mbar_init(empty + 8 * s, 8 * WARP_ARRIVALS);
         }
         mbar_init(qk_full, 1);
-        mbar_init(qk_empty, 8);
-        mbar_init(e1_full, 4);
+        mbar_init(qk_empty, 8 * WARP_ARRIVALS);
+        mbar_init(e1_full, 4 * WARP_ARRIVALS);
         mbar_init_fence();
     }
     __syncthreads();
@@ -260,13 +260,13 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
         mbar_wait(full + 8 * slot(tile), (position + tile) / SLOTS & 1, p.hung, HUNG_CONSUMER + 16 * warpgroup + tile);
     };
     auto give = [&](int tile) {
-        if (lane == 0) mbar_arrive(empty + 8 * slot(tile));
+        warp_arrive(empty + 8 * slot(tile), lane);
     };
     auto place = [&](int tile) { return base + slot(tile) * M::SLOT; };
     // Rows of a tile behind the sequence's end are another's: zeroes them.
     auto clear = [&](char* tile, int panels, int len) {
 #pragma unroll 1
-        for (int x = 0; x < panels; x++) clear_rows(tile + x * PANEL, len, tid, WARPGROUP);
+        for (int x = 0; x < panels; x++) clear_rows(smem_addr(tile) + x * PANEL, len, tid, WARPGROUP);
         fence_proxy();
         bar_sync(1 + warpgroup, WARPGROUP);
     };
@@ -392,7 +392,7 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
             work_up();
             if (!of_k) {
                 __syncwarp();
-                if (lane == 0) mbar_arrive(e1_full);
+                warp_arrive(e1_full, lane);
             }
             bar_sync(1 + warpgroup, WARPGROUP);
             if (of_k) {
@@ -475,7 +475,7 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
         store_rows<E, K>(sum, smem + (of_k ? M::KT : M::Q), norm, to, of_k ? p.dk_stride : p.dq_stride, len, warp, lane);
         fence_proxy();
         __syncwarp();
-        if (lane == 0) mbar_arrive(qk_empty);
+        warp_arrive(qk_empty, lane);
     }
 }
 

@@ -1,11 +1,8 @@
-// The steps by which one warpgroup makes the image of a chunk, with A, P and the vectors, out of K K^T and Q K^T: of `prepare`, which
-// does it for all value heads of a key head, and of `fused`, which does it beside the scan.
+// The steps by which `prepare` makes the image of a chunk, with A, P and the vectors, out of K K^T and Q K^T, by one warpgroup.
 //
 // The inverse of I + L, L strictly lower [64, 64], by blocks of 16: diagonal blocks D_b by substitution in f32 (a thread per
 // column), the others from top to bottom, X_bj = -D_b sum_m L_bm X_mj, by mma in TF32 (the mantissa of half, the range of f32),
 // warp j taking block column j. It works on Y_b = X_bj^T, so that results are the next product's left operand in registers.
-// EARLY: both walk columns, not rows: what is known is taken off everything below at once, so that few results wait for the one before.
-// It takes more registers.
 #pragma once
 #include "forward.cuh"
 
@@ -18,14 +15,14 @@ constexpr int D_BLOCK = 16 * D_STRIDE + 16;
 constexpr int L_BYTES = CHUNK * L_STRIDE * 4;
 constexpr int D_BYTES = 4 * D_BLOCK * 4;
 
-// How A and P lie: columns of 16 as in the image in memory; the same with all 64 rows each, as products read them; panels, for the backward.
-enum class Lie { IMAGE, COLUMNS, PANEL };
+// How A and P lie: columns of 16, as in the image in memory; panels, for the backward.
+enum class Lie { IMAGE, PANEL };
 
 // Where this lane's row of 8 numbers starts: row lane % 8 of the block of rows 8 r to 8 r + 7, columns 16 x + 8 half on.
 template <Lie LIE>
 __device__ __forceinline__ uint32_t block_row(uint32_t base, int x, int r, int half, int lane) {
     if constexpr (LIE == Lie::PANEL) return swizzled(base, 8 * r + (lane & 7), 2 * x + half);
-    return base + (LIE == Lie::IMAGE ? image_columns(x) + (r - 2 * x) * 256 : x * 2048 + r * 256) + half * 128 + (lane & 7) * 16;
+    return base + image_columns(x) + (r - 2 * x) * 256 + half * 128 + (lane & 7) * 16;
 }
 
 // g of a lane's tokens 2 lane and 2 lane + 1 of a warp's 64, in powers of two, summed over the tokens up to them.
@@ -65,12 +62,9 @@ __device__ __forceinline__ void fold_norms(float (&a)[32], float f0, float f1, c
     }
 }
 
-// FORM_L: L = strictlower(beta_i G_ij kk_ij) to memory; FORM_P: P = G_ij qk_ij for i >= j to `p_at`. For the backward beta_j in both.
-// `fade` [64], or null: e^(c_e - c_j), e the last row of j's block of 16. With it G below the diagonal blocks is
-// e^(c_i - c_e) e^(c_e - c_j), both at most 1: a quarter of the powers.
-template <class I, bool FORM_L, bool FORM_P, Lie LIE>
-__device__ __forceinline__ void form(const float (&kk)[32], const float (&qk)[32], const float* c, const float* beta, const float* fade, float* l, uint32_t p_at,
-                                     int warp, int lane) {
+// L = strictlower(beta_i G_ij kk_ij) to `l`, P = G_ij qk_ij for i >= j to `p_at`. For the backward beta_j in both.
+template <class I, Lie LIE>
+__device__ __forceinline__ void form(const float (&kk)[32], const float (&qk)[32], const float* c, const float* beta, float* l, uint32_t p_at, int warp, int lane) {
     constexpr bool GRAD = LIE == Lie::PANEL;
     const int i = lane >> 2, j = lane & 3, row0 = 16 * warp + i, row1 = row0 + 8;
     const float c0 = c[row0], c1 = c[row1], b0 = beta[row0], b1 = beta[row1];
@@ -80,76 +74,49 @@ __device__ __forceinline__ void form(const float (&kk)[32], const float (&qk)[32
         const int block = lane >> 3;
         const uint32_t to = block_row<LIE>(p_at, x, 2 * warp + (block & 1), block >> 1, lane);
         if (x > warp) {
-            if constexpr (GRAD && FORM_P) stsm(to, 0, 0, 0, 0);
+            if constexpr (GRAD) stsm(to, 0, 0, 0, 0);
             continue;
-        }
-        const bool below = fade != nullptr && x < warp;
-        float f0 = 0.f, f1 = 0.f;
-        if (below) {
-            const float end = c[16 * x + 15];
-            f0 = exp2_fast(c0 - end), f1 = exp2_fast(c1 - end);
         }
         uint32_t lo[2], hi[2];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             int col = 16 * x + 8 * n + 2 * j;
-            float g00, g01, g10, g11;
-            if (below) {
-                float2 f = *(const float2*)(fade + col);
-                g00 = f0 * f.x, g01 = f0 * f.y, g10 = f1 * f.x, g11 = f1 * f.y;
-            } else {
-                float2 cc = *(const float2*)(c + col);
-                g00 = row0 >= col ? exp2_fast(c0 - cc.x) : 0.f, g01 = row0 > col ? exp2_fast(c0 - cc.y) : 0.f;
-                g10 = row1 >= col ? exp2_fast(c1 - cc.x) : 0.f, g11 = row1 > col ? exp2_fast(c1 - cc.y) : 0.f;
-            }
+            float2 cc = *(const float2*)(c + col);
+            float g00 = row0 >= col ? exp2_fast(c0 - cc.x) : 0.f, g01 = row0 > col ? exp2_fast(c0 - cc.y) : 0.f;
+            float g10 = row1 >= col ? exp2_fast(c1 - cc.x) : 0.f, g11 = row1 > col ? exp2_fast(c1 - cc.y) : 0.f;
             float b00 = b0, b01 = b0, b10 = b1, b11 = b1;
             if constexpr (GRAD) {
                 float2 bb = *(const float2*)(beta + col);
                 b00 = b10 = bb.x, b01 = b11 = bb.y;
             }
-            if constexpr (FORM_L) {
-                const float* y = kk + 8 * x + 4 * n;
-                *(float2*)(l + row0 * L_STRIDE + col) = make_float2(row0 > col ? b00 * g00 * y[0] : 0.f, row0 > col + 1 ? b01 * g01 * y[1] : 0.f);
-                *(float2*)(l + row1 * L_STRIDE + col) = make_float2(row1 > col ? b10 * g10 * y[2] : 0.f, row1 > col + 1 ? b11 * g11 * y[3] : 0.f);
-            }
-            if constexpr (FORM_P) {
-                const float* z = qk + 8 * x + 4 * n;
-                if constexpr (GRAD) g00 *= b00, g01 *= b01, g10 *= b10, g11 *= b11;
-                lo[n] = I::pack(row0 >= col ? g00 * z[0] : 0.f, row0 > col ? g01 * z[1] : 0.f);
-                hi[n] = I::pack(row1 >= col ? g10 * z[2] : 0.f, row1 > col ? g11 * z[3] : 0.f);
-            }
+            const float *y = kk + 8 * x + 4 * n, *z = qk + 8 * x + 4 * n;
+            *(float2*)(l + row0 * L_STRIDE + col) = make_float2(row0 > col ? b00 * g00 * y[0] : 0.f, row0 > col + 1 ? b01 * g01 * y[1] : 0.f);
+            *(float2*)(l + row1 * L_STRIDE + col) = make_float2(row1 > col ? b10 * g10 * y[2] : 0.f, row1 > col + 1 ? b11 * g11 * y[3] : 0.f);
+            if constexpr (GRAD) g00 *= b00, g01 *= b01, g10 *= b10, g11 *= b11;
+            lo[n] = I::pack(row0 >= col ? g00 * z[0] : 0.f, row0 > col ? g01 * z[1] : 0.f);
+            hi[n] = I::pack(row1 >= col ? g10 * z[2] : 0.f, row1 > col ? g11 * z[3] : 0.f);
         }
-        if constexpr (FORM_P) stsm(to, lo[0], hi[0], lo[1], hi[1]);
+        stsm(to, lo[0], hi[0], lo[1], hi[1]);
     }
 }
 
 // Column t % 16 of D_b, b = t / 16: x_r = [r = column] - sum_(m < r) L_rm x_m. 64 threads, t from 0.
-template <bool EARLY>
 __device__ __forceinline__ void substitute(const float* l, float* d, int t) {
     const int b = t >> 4, column = t & 15;
     const float* lb = l + 16 * b * L_STRIDE + 16 * b;
     float x[16];
 #pragma unroll
     for (int r = 0; r < 16; r++) x[r] = r == column ? 1.f : 0.f;
-    // Takes x from `u` to `u` + 3 off x_r.
-    auto take = [&](int r, int u) {
-        float4 y = *(const float4*)(lb + r * L_STRIDE + u);
-        x[r] -= y.x * x[u];
-        if (u + 1 < r) x[r] -= y.y * x[u + 1];
-        if (u + 2 < r) x[r] -= y.z * x[u + 2];
-        if (u + 3 < r) x[r] -= y.w * x[u + 3];
-    };
-    if constexpr (EARLY) {
 #pragma unroll
-        for (int u = 0; u < 16; u += 4)
+    for (int r = 1; r < 16; r++)
 #pragma unroll
-            for (int r = u + 1; r < 16; r++) take(r, u);
-    } else {
-#pragma unroll
-        for (int r = 1; r < 16; r++)
-#pragma unroll
-            for (int u = 0; u < r; u += 4) take(r, u);
-    }
+        for (int u = 0; u < r; u += 4) {
+            float4 y = *(const float4*)(lb + r * L_STRIDE + u);
+            x[r] -= y.x * x[u];
+            if (u + 1 < r) x[r] -= y.y * x[u + 1];
+            if (u + 2 < r) x[r] -= y.z * x[u + 2];
+            if (u + 3 < r) x[r] -= y.w * x[u + 3];
+        }
 #pragma unroll
     for (int r = 0; r < 16; r++) d[b * D_BLOCK + r * D_STRIDE + column] = x[r];
 }
@@ -164,27 +131,25 @@ __device__ __forceinline__ void row_factors(float* vec, const float* c, int row,
 }
 
 // Block column `warp` of A = X diag(beta) to `a_at`; for the backward of X, with zeros above it.
-template <class I, Lie LIE, bool EARLY>
+template <class I, Lie LIE>
 __device__ __forceinline__ void invert(const float* l, const float* d, const float* beta, uint32_t a_at, int warp, int lane) {
     constexpr bool GRAD = LIE == Lie::PANEL;
     const int i = lane >> 2, j = lane & 3;
     const float b0 = GRAD ? 1.f : beta[16 * warp + i], b1 = GRAD ? 1.f : beta[16 * warp + i + 8];
     // y[b]: sum_m X_(m, warp)^T L_bm^T over the m so far; then X_(b, warp)^T.
     float y[4][2][4] = {};
-    // dst[b] [16, 16] += a src[b]^T for b from `from` to `to`, a [16, 16] as a result, src in shared memory. Column j and j + 4 of a
+    // dst [16, 16] += a src^T, a [16, 16] as a result, src in shared memory. Column j and j + 4 of a
     // product's left operand, and row j and j + 4 of its right one, are named 2j and 2j + 1: the sum does not mind, and a result's
     // pairs of columns then fit as they are.
-    auto multiply = [&](const float (&a)[2][4], const float* src, int step, int stride, auto from, auto to) {
+    auto multiply = [&](float (&dst)[2][4], const float (&a)[2][4], const float* src, int stride) {
 #pragma unroll
         for (int s = 0; s < 2; s++) {
             const uint32_t left[4] = {tf32(a[s][0]), tf32(a[s][2]), tf32(a[s][1]), tf32(a[s][3])};
 #pragma unroll
-            for (int b = from; b < to; b++)
-#pragma unroll
-                for (int n = 0; n < 2; n++) {
-                    float2 x = *(const float2*)(src + (b - from) * step + (8 * n + i) * stride + 8 * s + 2 * j);
-                    mma_tf32(y[b][n], left, tf32(x.x), tf32(x.y));
-                }
+            for (int n = 0; n < 2; n++) {
+                float2 x = *(const float2*)(src + (8 * n + i) * stride + 8 * s + 2 * j);
+                mma_tf32(dst[n], left, tf32(x.x), tf32(x.y));
+            }
         }
     };
     auto step = [&](auto at) {
@@ -204,18 +169,16 @@ __device__ __forceinline__ void invert(const float* l, const float* d, const flo
                 y[b][n][0] = from[0], y[b][n][1] = from[D_STRIDE], y[b][n][2] = from[8], y[b][n][3] = from[D_STRIDE + 8];
             }
         } else {
-            if constexpr (!EARLY)
 #pragma unroll
-                for (int u = 0; u < b; u++)
-                    if (u >= warp) multiply(y[u], l + 16 * b * L_STRIDE + 16 * u, 0, L_STRIDE, Int<b>{}, Int<b + 1>{});
+            for (int u = 0; u < b; u++)
+                if (u >= warp) multiply(y[b], y[u], l + 16 * b * L_STRIDE + 16 * u, L_STRIDE);
             float t[2][4];
 #pragma unroll
             for (int n = 0; n < 2; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) t[n][e] = -y[b][n][e], y[b][n][e] = 0.f;
-            multiply(t, db, 0, D_STRIDE, Int<b>{}, Int<b + 1>{});
+            multiply(y[b], t, db, D_STRIDE);
         }
-        if constexpr (EARLY) multiply(y[b], l + 16 * (b + 1) * L_STRIDE + 16 * b, 16 * L_STRIDE, L_STRIDE, Int<b + 1>{}, Int<4>{});
         stsm_trans(to, I::pack(y[b][0][0] * b0, y[b][0][1] * b0), I::pack(y[b][0][2] * b1, y[b][0][3] * b1), I::pack(y[b][1][0] * b0, y[b][1][1] * b0),
                    I::pack(y[b][1][2] * b1, y[b][1][3] * b1));
     };

@@ -123,10 +123,10 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
             if (tid == 0) bulk_wait_read();
             __syncthreads();
         }
-        form<I, true, true, LIE>(kk, qk, c, beta, nullptr, l, image + (GRAD ? GRAD_P : IMAGE_P), warp, lane);
+        form<I, LIE>(kk, qk, c, beta, l, image + (GRAD ? GRAD_P : IMAGE_P), warp, lane);
         __syncthreads();
         if (tid < 64) {
-            substitute<false>(l, d, tid);
+            substitute(l, d, tid);
         } else {
             int row = tid - 64;
             float* vec = (float*)(smem + M::IMAGE + (GRAD ? GRAD_VEC : IMAGE_VEC));
@@ -139,7 +139,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
             if (lane == 0) vec[VEC_GROWS + row / 32] = grows;
         }
         __syncthreads();
-        invert<I, LIE, false>(l, d, beta, image + (GRAD ? GRAD_C : IMAGE_A), warp, lane);
+        invert<I, LIE>(l, d, beta, image + (GRAD ? GRAD_C : IMAGE_A), warp, lane);
         fence_proxy();
         __syncthreads();
         if (tid == 0) {

@@ -62,6 +62,11 @@ __device__ __forceinline__ void tma_load(uint32_t dst, const CUtensorMap* map, i
         : "memory");
 }
 
+// The same box from shared memory into the matrix, what lies in it: of the calling thread's bulk copies.
+__device__ __forceinline__ void tma_store(const CUtensorMap* map, int x, int y, uint32_t src) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(x), "r"(y), "r"(src) : "memory");
+}
+
 __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -95,6 +100,33 @@ __device__ __forceinline__ void copy16(uint32_t dst, const void* src, bool live)
 }
 
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// ---- shared memory by its address ----------------------------------------------------------------------------------
+
+// A pointer's accesses would do, but ptxas computes the window's base anew for them where it likes to, on the serial chain too.
+
+__device__ __forceinline__ float shared_f32(uint32_t at) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at));
+    return x;
+}
+
+__device__ __forceinline__ float2 shared_f32x2(uint32_t at) {
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at));
+    return x;
+}
+
+__device__ __forceinline__ uint4 shared_16(uint32_t at) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at) : "memory");
+    return x;
+}
+
+// 16 bytes of zeros.
+__device__ __forceinline__ void shared_zero_16(uint32_t at) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
+}
 
 // ---- 8 x 8 blocks of 16-bit numbers --------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@
 //
 // CARRY: only the state's gradient before the segment, from zeros behind the chunks that it depends on, for the segment before.
 //
-// Barriers: full[s] (the producer's bytes), empty[s] (a lane of each consumer warp). Named: 8, all consumers at a ragged end.
+// Barriers: full[s] (the producer's bytes), empty[s] (a lane of each consumer warp), tail (a lane of each of warps 1 to 3 of the
+// producer's: the first chunk, if it is not whole, is there and zeroed behind the sequence's end; consumers wait for it instead of full[0]).
 #pragma once
 #include "scan.cuh"
 
@@ -29,7 +30,7 @@ struct ReverseSmem {
     static constexpr int STAGE = VEC + 1024;
     static constexpr int STAGING = STAGES * STAGE;
     static constexpr int BARRIERS = STAGING + WG * (K / 64 + 1) * PANEL;
-    static constexpr int BYTES = BARRIERS + STAGES * 16 + 1024;
+    static constexpr int BYTES = BARRIERS + 128 + 1024;
     static_assert(BYTES <= 232448, "shared memory of a block");
 };
 
@@ -40,11 +41,10 @@ struct ReverseMaps {
 template <class E, int K, int WG, int STAGES, bool CARRY = false>
 __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps& maps) {
     DYNAMIC_SHARED(smem_raw);
-    char* smem = align_1024(smem_raw);
     using M = ReverseSmem<K, WG, STAGES>;
     constexpr int PANELS = K / 64;
     const int warpgroup = uniform(threadIdx.x / WARPGROUP), tid = threadIdx.x % WARPGROUP, warp = tid >> 5, lane = tid & 31;
-    const uint32_t base = smem_addr(smem), full = base + M::BARRIERS, empty = full + STAGES * 8;
+    const uint32_t base = smem_addr(align_1024(smem_raw)), full = base + M::BARRIERS, empty = full + STAGES * 8, tail = empty + STAGES * 8;
 
     // The block's share: a segment, a value head, a part of V.
     const int parts = p.v / (64 * WG), part = blockIdx.x % parts, h = blockIdx.x / parts % p.hv;
@@ -65,14 +65,15 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             mbar_init(full + 8 * s, 1);
-            mbar_init(empty + 8 * s, WG * 4);
+            mbar_init(empty + 8 * s, WG * 4 * WARP_ARRIVALS);
         }
+        mbar_init(tail, 3 * WARP_ARRIVALS);
         mbar_init_fence();
     }
     __syncthreads();
 
     if (warpgroup == WG) {
-        if constexpr (WG > 1) regs_down<24>();
+        if constexpr (WG > 1) regs_down<Registers<K>::SERVER>();
         if (tid == 0) {
             tma_prefetch(&maps.k);
             tma_prefetch(&maps.q);
@@ -96,18 +97,19 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
                 image -= (long long)p.hv * GRAD_BYTES;
                 if (++s == STAGES) s = 0, phase ^= 1;
             }
+        } else if (warp > 0 && tokens % CHUNK != 0) {
+            clear_tail(base, 2 * PANELS + WG, tokens % CHUNK, full, 0, tail, warp - 1, 3, lane, p.hung);
         }
     } else {
-        if constexpr (WG > 1) regs_up<240>();
+        if constexpr (WG > 1) regs_up<Registers<K>::CONSUMER>();
         const int i = lane >> 2, j = lane & 3;
         const int column = first + 64 * warpgroup;  // of V, the consumer's first
-        const int v0 = column + 16 * warp + i;      // the thread's first; the other is v0 + 8
+        const int v0 = first + threadIdx.x / 32 * 16 + i;  // the thread's first; the other is v0 + 8
         // As in scan.cuh: what this lane addresses in ldmatrix of dO, and in its warp's staging of dV.
         const int lane_row = (lane >> 4) * 8 + (lane & 7);
-        const uint32_t lane_at = swizzled(0, lane_row, 2 * warp + ((lane >> 3) & 1));
-        char* const kept = smem + M::STAGING + (warpgroup * 4 + warp) * (PANELS + 1) * 2048;
-        char* const own = kept + PANELS * 2048;
-        const uint32_t own_at = smem_addr(own) + lane_row * 32 + ((((lane >> 3) & 1) ^ ((lane_row >> 2) & 1)) << 4);
+        const uint32_t lane_at = threadIdx.x / WARPGROUP * PANEL + swizzled(M::DO, lane_row, 2 * warp + ((lane >> 3) & 1));
+        const uint32_t kept = base + M::STAGING + threadIdx.x / 32 * (PANELS + 1) * 2048, own = kept + PANELS * 2048;
+        const uint32_t own_at = own + lane_row * 32 + ((((lane >> 3) & 1) ^ ((lane_row >> 2) & 1)) << 4);
 
         // dS^T: s[4b + e]: row v0 (+ 8 for e >= 2), column 8b + 2j + e % 2.
         float s[K / 2];
@@ -124,23 +126,14 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
         float r[32], u[32];
         uint32_t sb[K / 4], w[16], rest[16], d_o[16];  // rest: what y's rounding leaves
 
-        // Waits for chunk n in stage `st`; rows behind the sequence's end are another's: zeroes them.
-        auto arrive = [&](int n, int st, uint32_t phase) {
-            mbar_wait(full + 8 * st, phase, p.hung, HUNG_CONSUMER + 16 * warpgroup + st);
-            const int len = tokens - n * CHUNK;
-            if (len < CHUNK) {
-                const int t = threadIdx.x;
-                for (int x = 0; x < 2 * PANELS + WG; x++) clear_rows(smem + st * M::STAGE + x * PANEL, len, t, WG * WARPGROUP);
-                fence_proxy();
-                bar_sync(8, WG * WARPGROUP);
-            }
-        };
+        // Waits for the chunk in stage `st`.
+        auto arrive = [&](int st, uint32_t phase) { mbar_wait(full + 8 * st, phase, p.hung, HUNG_CONSUMER + 16 * warpgroup + st); };
         // dO^T of a stage as a left operand: [64 of V, 64 tokens].
         auto load_do = [&](uint32_t at) {
 #pragma unroll
             for (int b = 0; b < 4; b++) {
                 uint32_t x[4];
-                ldsm_trans(x, at + M::DO + warpgroup * PANEL + lane_at + b * 2048);
+                ldsm_trans(x, at + lane_at + b * 2048);
 #pragma unroll
                 for (int e = 0; e < 4; e++) d_o[4 * b + e] = x[e];
             }
@@ -173,10 +166,10 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
         };
 
         // y^T = state o U^T + R^T, packed in two parts.
-        auto make_y = [&](const float* vec) {
+        auto make_y = [&](uint32_t factors) {
             float2 c[8];
 #pragma unroll
-            for (int b = 0; b < 8; b++) c[b] = *(const float2*)(vec + VEC_STATE + 8 * b);
+            for (int b = 0; b < 8; b++) c[b] = shared_f32x2(factors + 4 * (VEC_STATE + 8 * b));
             wgmma_wait<0>();
             hold(r);
             hold(u);
@@ -193,7 +186,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
         int st = 0;
         uint32_t phase = 0;
         if (chunks > 0) {
-            arrive(chunks - 1, 0, 0);
+            mbar_wait(tokens % CHUNK != 0 ? tail : full, 0, p.hung, HUNG_CONSUMER + 16 * warpgroup);
             load_do(base);
 #pragma unroll
             for (int x = 0; x < K / 4; x++) sb[x] = E::pack(s[2 * x], s[2 * x + 1]);
@@ -206,12 +199,12 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             for (int x = 0; x < K / 16; x++) E::template mma_rs<0>(u, sb + 4 * x, desc_step(tile, (x / 4) * PANEL + (x % 4) * 32), x > 0);
             wgmma_commit();
             keep_state(chunks - 1);
-            make_y((const float*)(smem + M::VEC) + 2 * j);
+            make_y(base + M::VEC + 8 * j);
         }
         // Nothing is in flight where the loop turns; w holds y of the chunk, d_o its dO.
         for (int n = chunks - 1; n >= 0; n--) {
             const uint32_t at = base + st * M::STAGE;
-            const float* vec = (const float*)(smem + st * M::STAGE + M::VEC) + 2 * j;
+            const uint32_t factors = at + M::VEC + 8 * j;
             // dV^T = y^T C.
             hold(w);
             hold(rest);
@@ -222,11 +215,11 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             // Behind it dS^T = last dS'^T + (out o dO^T) Q.
 #pragma unroll
             for (int b = 0; b < 8; b++) {
-                const float2 x = *(const float2*)(vec + VEC_OUT + 8 * b);
+                const float2 x = shared_f32x2(factors + 4 * (VEC_OUT + 8 * b));
                 d_o[2 * b] = E::pack(x.x * E::lo(d_o[2 * b]), x.y * E::hi(d_o[2 * b]));
                 d_o[2 * b + 1] = E::pack(x.x * E::lo(d_o[2 * b + 1]), x.y * E::hi(d_o[2 * b + 1]));
             }
-            const float last = ((const float*)(smem + st * M::STAGE + M::VEC))[VEC_LAST];
+            const float last = shared_f32(at + M::VEC + 4 * VEC_LAST);
 #pragma unroll
             for (int x = 0; x < K / 2; x++) s[x] *= last;
             hold(s);
@@ -240,7 +233,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             }
             float2 c[8];
 #pragma unroll
-            for (int b = 0; b < 8; b++) c[b] = *(const float2*)(vec + VEC_IN + 8 * b);
+            for (int b = 0; b < 8; b++) c[b] = shared_f32x2(factors + 4 * (VEC_IN + 8 * b));
             wgmma_wait<1>();
             hold(u);
             // dS^T -= (in o dV^T) K.
@@ -268,12 +261,12 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             int next = st + 1;
             uint32_t next_phase = phase;
             if (next == STAGES) next = 0, next_phase ^= 1;
-            if (n > 0) arrive(n - 1, next, next_phase);
+            if (n > 0) arrive(next, next_phase);
             const uint32_t at_next = base + next * M::STAGE;
             wgmma_wait<0>();
             hold(s);
             __syncwarp();
-            if (lane == 0) mbar_arrive(empty + 8 * st);
+            warp_arrive(empty + 8 * st, lane);
             // R and U of the chunk before (in front of the first one: of whatever is there, for nothing).
             load_do(at_next);
             hold(d_o);
@@ -284,13 +277,13 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             if constexpr (!CARRY) {
                 const int row0 = token + n * CHUNK, len = tokens - n * CHUNK;
                 char* to = (char*)p.dv + ((long long)(row0 + (lane >> 1)) * p.dv_stride + h * p.v + column + 16 * warp) * 2 + (lane & 1) * 16;
-                const char* from = own + (lane >> 1) * 32 + (((lane & 1) ^ ((lane >> 3) & 1)) << 4);
+                const uint32_t from = own + (lane >> 1) * 32 + (((lane & 1) ^ ((lane >> 3) & 1)) << 4);
 #pragma unroll
                 for (int b = 0; b < 4; b++)
-                    if ((lane >> 1) + 16 * b < len) *(uint4*)(to + b * 32 * p.dv_stride) = *(const uint4*)(from + b * 512);
+                    if ((lane >> 1) + 16 * b < len) *(uint4*)(to + b * 32 * p.dv_stride) = shared_16(from + b * 512);
                 __syncwarp();
             }
-            make_y((const float*)(smem + next * M::STAGE + M::VEC) + 2 * j);
+            make_y(at_next + M::VEC + 8 * j);
             st = next, phase = next_phase;
         }
         if (lane == 0) bulk_wait();

@@ -31,7 +31,7 @@ __device__ __forceinline__ char* align_1024(char* smem) { return smem + (-smem_a
 // and stops the kernel: a missed arrival is then an error with a name, not a hang. It stops by a store to address 0, because
 // ptxas gives a kernel that holds `trap` no more registers in the branch of a role than at its entry.
 __device__ __forceinline__ void mbar_wait(uint32_t bar, uint32_t parity, uint32_t* hung, uint32_t code) {
-    if (mbar_try(bar, parity)) return;
+    if (__builtin_expect(mbar_try(bar, parity), 1)) return;
     long long t0 = clock64();
     while (!mbar_try(bar, parity)) {
         if (hung != nullptr && clock64() - t0 > (1ll << 31)) {
@@ -41,6 +41,26 @@ __device__ __forceinline__ void mbar_wait(uint32_t bar, uint32_t parity, uint32_
         }
     }
 }
+
+// A warp's arrival on an mbarrier: its first lane's, for all of them behind __syncwarp. racecheck does not see that order and reports what
+// the other lanes read as a race (a program of nothing else, with the barriers of CCCL, is reported too): compiled with
+// EVERY_LANE_ARRIVES, each lane arrives for itself.
+#ifdef EVERY_LANE_ARRIVES
+constexpr int WARP_ARRIVALS = 32;
+#else
+constexpr int WARP_ARRIVALS = 1;
+#endif
+__device__ __forceinline__ void warp_arrive(uint32_t bar, int lane) {
+    if (WARP_ARRIVALS == 32 || lane == 0) mbar_arrive(bar);
+}
+
+// Registers of a thread where two consumers are served by a third warpgroup. A block keeps what it was launched with, 168 a thread: who
+// asks for more than the others have left waits for ever.
+template <int K>
+struct Registers {
+    static constexpr int SERVER = K > 64 ? 24 : 40, CONSUMER = K > 64 ? 240 : 232;
+    static_assert(SERVER + 2 * CONSUMER <= 3 * 168, "a block has no more");
+};
 
 // ---- tiles ---------------------------------------------------------------------------------------------------------
 

@@ -2,22 +2,31 @@
 // `keep`, which leaves S and e = C W of each chunk for the backward (backward.cuh: GRAD, whose image has other places and factors).
 //
 // Roles. Warpgroups 0 .. WG-1 are consumers: each owns 64 of the V columns of the state, transposed, S^T [64, K] f32 as a wgmma
-// accumulator, and does all products of its columns; consumers never wait for each other (except to clear the rows behind
-// a sequence's end). Warpgroup WG is the producer: one lane of it issues all loads. WG = V / 64 / parts; the grid's parts
-// take the rest of V.
+// accumulator, and does all products of its columns; consumers never wait for each other. Warpgroup WG serves them: a lane of its
+// warp 0 issues all loads, warp 1 + w stores O of consumer w, and warp 0 with those that have no O zeroes the rows behind a sequence's
+// end. WG = V / 64 / parts; the grid's parts take the rest of V.
 //
 // Everything on the serial chain stays in registers: a product's result, scaled and rounded, is the left operand of the next.
 //   U^T = S^T K^T     W^T = V^T - vec_in o U^T     N^T = W^T A^T     S^T <- e^(c_C) S^T + (vec_state o N^T) K
 // Off the chain, behind each link one filler for the time in which its result is scaled and rounded:
 //   O^T = vec_out o (S^T Q^T) + N^T P^T:  half of S^T Q^T behind U, half behind N, N^T P^T behind S
+// Products complete in the order in which they are issued, so what waits for one of them leaves those behind it in flight: each
+// step of S and of U, between which registers are rounded, is a group of its own, for ptxas makes it one whatever is said.
 //
 // E is the stored type, I the one in which A, P, W and N are multiplied: the same, or half inside bf16. Half there leaves
 // errors of 3e-3 where bf16 leaves 4.4e-3 (keys alike, cos 0.94: 4.9e-3 for 7.8e-3), for numbers of v below 65504.
 //
-// Barriers: full[s] (the producer's bytes), empty[s] (a lane of each consumer warp); fused: ready[i] (a lane of each warp that makes image
-// i). Named: 8, all consumers at a ragged end; fused: 9, the warps that make images.
+// Barriers: full[s] (the producer's bytes), empty[s] (a lane of each consumer warp), tail (a lane of each warp that zeroes: the last
+// chunk, which is not whole, is there and zeroed; consumers wait for it instead of full[s]), o_full[w] (a lane of each warp of consumer
+// w: its O is in its staging), o_free[w] (the storing lane: it has been read). Named: 8, the warps that zero, when the last load is issued.
 #pragma once
 #include "backward.cuh"
+
+// Whether N^T P^T has 32 registers a thread of its own, or is summed into S^T Q^T once that is scaled: two consumers have 240 registers a
+// thread, which are too few for it. `bench` may say otherwise.
+#ifndef SCAN_APART
+#define SCAN_APART(WG) (WG == 1)
+#endif
 
 namespace hopper {
 
@@ -25,8 +34,8 @@ namespace hopper {
 //   stage s   [Q,] K [64, K], V [64, 64 WG], A, [P,] vectors: from the producer's loads (empty[s] taken) until all consumers
 //             arrived on empty[s], after their last product of that chunk; ring of STAGES. The blocks of A and P above the
 //             diagonal are zeroed once: no load touches them.
-//   staging   per consumer warp, O [64, 16] of the last chunk: written and read by that warp alone. KEEP: S^T [16, K], e^T [16, 64],
-//             read by the copies that the warp's first lane asks for
+//   staging   per consumer, O [64 tokens, 64] of a chunk as a panel: from the consumer's stores (o_free[w] taken) until the storing warp
+//             has read it. KEEP: per consumer warp, S^T [16, K], e^T [16, 64], read by the copies that its first lane asks for
 template <int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false>
 struct ScanSmem {
     static constexpr int KT = 0;
@@ -36,25 +45,35 @@ struct ScanSmem {
     static constexpr int P = A + PANEL;
     static constexpr int VEC = P + (OUT ? PANEL : 0);
     static constexpr int STAGE = VEC + 1024;
-    // Where the images' places are, as A, P and VEC count from: one in each stage.
-    static constexpr int IMAGES = 0, IMAGE_STEP = STAGE, IMAGE_PLACES = STAGES;
     static constexpr int STAGING = STAGES * STAGE;
     static constexpr int BARRIERS = STAGING + (OUT ? WG * PANEL : KEEP ? WG * (K / 64 + 1) * PANEL : 0);
-    static constexpr int BYTES = BARRIERS + STAGES * 16 + 1024;
+    static constexpr int BYTES = BARRIERS + 128 + 1024;
     static constexpr int LOADED = STAGE - (GRAD ? 0 : OUT ? 2 : 1) * (PANEL - 5120);
 };
 
 // Codes in `hung`.
-enum : uint32_t { HUNG_PRODUCER = 0x100, HUNG_CONSUMER = 0x200 };
+enum : uint32_t { HUNG_PRODUCER = 0x100, HUNG_CONSUMER = 0x200, HUNG_STORE = 0x300, HUNG_TAIL = 0x400 };
 
 // Zeroes rows from `len` on of a panel; all `threads` threads.
-__device__ __forceinline__ void clear_rows(char* panel, int len, int tid, int threads) {
-    for (int n = len * 8 + tid; n < CHUNK * 8; n += threads) *(uint4*)(panel + n * 16) = make_uint4(0, 0, 0, 0);
+__device__ __forceinline__ void clear_rows(uint32_t panel, int len, int tid, int threads) {
+#pragma unroll 1
+    for (int n = len * 8 + tid; n < CHUNK * 8; n += threads) shared_zero_16(panel + n * 16);
+}
+
+// Zeroes what the first `panels` panels of a stage have from row `len` on, for products, when its last loads (phase `parity` of `full`)
+// are there, and says so; warp `at` of `warps`. No phase of `full` before that one may be open, as it could pass for it.
+__device__ __forceinline__ void clear_tail(uint32_t stage, int panels, int len, uint32_t full, uint32_t parity, uint32_t tail, int at, int warps, int lane, uint32_t* hung) {
+    mbar_wait(full, parity, hung, HUNG_TAIL + at);
+#pragma unroll 1
+    for (int x = 0; x < panels; x++) clear_rows(stage + x * PANEL, len, at * 32 + lane, warps * 32);
+    fence_proxy();
+    __syncwarp();
+    warp_arrive(tail, lane);
 }
 
 // What a kernel is given: passed by value, as the copy engine's tensor maps must be.
 struct ScanMaps {
-    CUtensorMap q, k, v;
+    CUtensorMap q, k, v, o;  // q, o: for passes with outputs
 };
 
 // Lower triangular [64, 64] from the image: of columns 16 x to 16 x + 15 all 64 rows, those above from the zeros.
@@ -63,25 +82,18 @@ __device__ __forceinline__ void load_low(uint32_t to, const char* from, uint32_t
     for (int x = 0; x < 4; x++) bulk_load(to + x * 2048 + x * 512, from + image_columns(x), 2048 - x * 512, bar);
 }
 
-// Where the images come from: what `prepare` left in memory, loaded with the tiles. The other way: fused.cuh.
-struct FromMemory {
-    static constexpr bool FUSED = false;
-    static constexpr int PRODUCER_REGS = 24, CONSUMER_REGS = 240;
-    template <int K, int WG, int STAGES, bool OUT, bool GRAD, bool KEEP>
-    using Smem = ScanSmem<K, WG, STAGES, OUT, GRAD, KEEP>;
-};
-
-template <class E, class I, int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false, class From = FromMemory>
-__device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, const From& from = {}) {
+template <class E, class I, int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false>
+__device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     DYNAMIC_SHARED(smem_raw);
-    char* smem = align_1024(smem_raw);
-    using M = typename From::template Smem<K, WG, STAGES, OUT, GRAD, KEEP>;
-    constexpr bool FUSED = From::FUSED;
+    using M = ScanSmem<K, WG, STAGES, OUT, GRAD, KEEP>;
     static_assert(GRAD ? !OUT : !KEEP, "the image of the backward is for passes without outputs");
     constexpr long long IMAGE = GRAD ? GRAD_BYTES : IMAGE_BYTES;
     constexpr int PANELS = K / 64;
+    constexpr bool APART = OUT && SCAN_APART(WG);
     const int warpgroup = uniform(threadIdx.x / WARPGROUP), tid = threadIdx.x % WARPGROUP, warp = tid >> 5, lane = tid & 31;
-    const uint32_t base = smem_addr(smem), full = base + M::BARRIERS, empty = full + STAGES * 8, ready = empty + STAGES * 8;
+    const uint32_t base = smem_addr(align_1024(smem_raw)), full = base + M::BARRIERS, empty = full + STAGES * 8, tail = empty + STAGES * 8;
+    const uint32_t o_full = tail + 8, o_free = o_full + WG * 8;
+    constexpr int CLEARING = OUT ? 1 + WG : 1;  // the first of the warps that zero, beside warp 0
 
     // The block's share: a segment, a value head, a part of V. For `state`, parts of K after those of V: the transition.
     const int parts_v = p.v / (64 * WG), parts = parts_v + (OUT || KEEP ? 0 : K / (64 * WG));
@@ -108,31 +120,32 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             mbar_init(full + 8 * s, 1);
-            mbar_init(empty + 8 * s, WG * 4);
+            mbar_init(empty + 8 * s, WG * 4 * WARP_ARRIVALS);
         }
-        if constexpr (FUSED)
-            for (int s = 0; s < M::IMAGE_PLACES; s++) mbar_init(ready + 8 * s, 4);
+        mbar_init(tail, (5 - CLEARING) * WARP_ARRIVALS);
+        for (int w = 0; w < WG; w++) {
+            mbar_init(o_full + 8 * w, 4 * WARP_ARRIVALS);
+            mbar_init(o_free + 8 * w, 1);
+        }
         mbar_init_fence();
     }
-    for (int n = threadIdx.x; n < M::IMAGE_PLACES * (PANEL / 16); n += (WG + 1) * WARPGROUP) {
-        char* at = smem + M::IMAGES + n / (PANEL / 16) * M::IMAGE_STEP + n % (PANEL / 16) * 16;
+    for (int n = threadIdx.x; n < STAGES * (PANEL / 16); n += (WG + 1) * WARPGROUP) {
+        const uint32_t at = base + n / (PANEL / 16) * M::STAGE + n % (PANEL / 16) * 16;
         int x = n % (PANEL / 16) / 128, row16 = n % 128 / 32;
         if (!GRAD && row16 < x) {
-            *(uint4*)(at + M::A) = make_uint4(0, 0, 0, 0);
-            if constexpr (OUT) *(uint4*)(at + M::P) = make_uint4(0, 0, 0, 0);
+            shared_zero_16(at + M::A);
+            if constexpr (OUT) shared_zero_16(at + M::P);
         }
         if constexpr (!OUT)
             if (transition)  // V of the transition is zero
-                for (int y = 0; y < WG; y++) *(uint4*)(at + M::V + y * PANEL) = make_uint4(0, 0, 0, 0);
+                for (int y = 0; y < WG; y++) shared_zero_16(at + M::V + y * PANEL);
     }
     fence_proxy();
     __syncthreads();
 
     if (warpgroup == WG) {
-        if constexpr (WG > 1) regs_down<From::PRODUCER_REGS>();
-        if constexpr (FUSED) {
-            from.template make<E, I, K, M, STAGES>(p, maps, smem, kh, h, token, tokens);
-        } else if (tid == 0) {
+        if constexpr (WG > 1) regs_down<Registers<K>::SERVER>();
+        if (tid == 0) {
             tma_prefetch(&maps.k);
             tma_prefetch(&maps.v);
             if constexpr (OUT) tma_prefetch(&maps.q);
@@ -162,18 +175,44 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
                 image += p.hv * IMAGE;
                 if (++s == STAGES) s = 0, phase ^= 1;
             }
+        } else if (OUT && warp >= 1 && warp <= WG) {
+            // O of a whole chunk by the copy engine; of one that is not, the rows that are there.
+            const int w = warp - 1, column = h * p.v + first + 64 * w;
+            const uint32_t from = base + M::STAGING + w * PANEL;
+            if (lane == 0) tma_prefetch(&maps.o);
+            for (int n = 0; n < chunks; n++) {
+                mbar_wait(o_full + 8 * w, n & 1, p.hung, HUNG_STORE + w);
+                const int row = token + n * CHUNK, len = tokens - n * CHUNK;
+                if (len < CHUNK) {
+                    char* to = (char*)p.o + ((row + (lane >> 3)) * p.o_stride + column) * 2 + (lane & 7) * 16;
+#pragma unroll 1
+                    for (int r = lane >> 3; r < len; r += 4, to += 8 * p.o_stride) *(uint4*)to = shared_16(swizzled(from, r, lane & 7));
+                } else if (lane == 0) {
+                    tma_store(&maps.o, column, row, from);
+                    bulk_commit();
+                    bulk_wait_read();
+                    mbar_arrive(o_free + 8 * w);
+                }
+                __syncwarp();
+            }
+            if (lane == 0) bulk_wait();
+        }
+        if ((warp == 0 || warp >= CLEARING) && tokens % CHUNK != 0) {
+            const int n = chunks - 1, s = n % STAGES;
+            __syncwarp();
+            bar_sync(8, (5 - CLEARING) * 32);
+            clear_tail(base + s * M::STAGE, (OUT ? 2 : 1) * PANELS + WG, tokens % CHUNK, full + 8 * s, n / STAGES & 1, tail, warp == 0 ? 0 : warp - CLEARING + 1, 5 - CLEARING,
+                       lane, p.hung);
         }
     } else {
-        if constexpr (WG > 1) regs_up<From::CONSUMER_REGS>();
+        if constexpr (WG > 1) regs_up<Registers<K>::CONSUMER>();
         const int i = lane >> 2, j = lane & 3;
         const int column = first + 64 * warpgroup;  // of the state, the consumer's first
         const int v0 = column + 16 * warp + i;      // the thread's first; the other is v0 + 8
         // Row and unit that this lane addresses in ldmatrix of blocks (b, v), (b, v + 8), (b + 1, v), (b + 1, v + 8); 16 rows on: + 2048.
         const int lane_row = (lane >> 4) * 8 + (lane & 7);
         const uint32_t lane_at = swizzled(0, lane_row, 2 * warp + ((lane >> 3) & 1));
-        // The warp's staging, rows of 32 bytes; units swizzled by bit 2 of the row. 16 rows on: + 512.
-        char* own = smem + M::STAGING + warpgroup * PANEL + warp * 2048;
-        const uint32_t own_at = smem_addr(own) + lane_row * 32 + ((((lane >> 3) & 1) ^ ((lane_row >> 2) & 1)) << 4);
+        const uint32_t staging = base + M::STAGING + warpgroup * PANEL;
 
         // S^T: s[4b + e]: row v0 (+ 8 for e >= 2), column 8b + 2j + e % 2.
         float s[K / 2];
@@ -194,33 +233,16 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
                 for (int e = 0; e < 4; e++) s[4 * b + e] = 8 * b + 2 * j + e % 2 == v0 + (e / 2) * 8 ? 1.f : 0.f;
         }
 
-        float o[32], u[32];
+        // o2: N^T P^T where it is apart, so that neither the wait for S^T Q^T nor its scaling stands before it.
+        float o[32], o2[APART ? 32 : 1], u[32];
         // GRAD: what the rounding of W and of N for the state leaves is multiplied, too: dg of a head without decay is <dS', S> of K V
         // numbers that mostly cancel, and the state's errors stay in it (NOTES.md).
         uint32_t sb[K / 4], w[16], rest[GRAD ? 16 : 1];
 
-        // The place of chunk n's image, from the block's base; its tiles are in stage `st`.
-        auto image_of = [&](int n, int st) { return M::IMAGES + (FUSED ? n % M::IMAGE_PLACES : st) * M::IMAGE_STEP; };
-        // Waits for the image of chunk n, where it does not come with the tiles.
-        auto image_ready = [&](int n) {
-            if constexpr (FUSED)
-                mbar_wait(ready + 8 * (n % M::IMAGE_PLACES), n / M::IMAGE_PLACES & 1, p.hung, HUNG_CONSUMER + 16 * warpgroup + 8 + n % M::IMAGE_PLACES);
-        };
-        // Waits for the tiles of chunk n in stage `st`; rows behind the sequence's end are another's: zeroes them.
-        auto arrive = [&](int n, int st, uint32_t phase) {
-            mbar_wait(full + 8 * st, phase, p.hung, HUNG_CONSUMER + 16 * warpgroup + st);
-            const int len = tokens - n * CHUNK;
-            if (FUSED) {
-                // Whoever made the image has.
-                if (len < CHUNK) image_ready(n);
-            } else if (len < CHUNK) {
-                char* stage = smem + st * M::STAGE;
-                const int t = threadIdx.x;
-                for (int x = 0; x < (OUT ? 2 : 1) * PANELS + WG; x++) clear_rows(stage + x * PANEL, len, t, WG * WARPGROUP);
-                fence_proxy();
-                bar_sync(8, WG * WARPGROUP);
-            }
-        };
+        // What says that the tiles of chunk n are in stage `st`, and zeroed behind the sequence's end; and the phase of it.
+        auto whole = [&](int n) { return tokens - n * CHUNK >= CHUNK; };
+        auto bar_of = [&](int n, int st) { return whole(n) ? full + 8 * st : tail; };
+        const uint32_t code = HUNG_CONSUMER + 16 * warpgroup;
         // d^T = S^T X^T for the tile X at `at`, columns from 16 FROM to 16 TO of S.
         auto multiply = [&](float (&d)[32], uint32_t at, auto from, auto to) {
             const uint64_t tile = desc_k_major(at);
@@ -236,14 +258,34 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
             for (int x = 0; x < 4; x++) I::template mma_rs<0>(d, a + 4 * x, desc_step(tile, x * (GRAD ? 32 : 2048)), x > 0 || add);
             wgmma_commit();
         };
-        // W^T = V^T - vec_in o U^T.
-        auto make_w = [&](uint32_t at, const float* vec) {
+        // U^T = S^T K^T for the tiles of the stage at `at`, S^T rounded step by step, each step a group; and S^T <- last S^T behind that.
+        auto multiply_state = [&](uint32_t at, float last) {
+            const uint64_t tile = desc_k_major(at + M::KT);
+#pragma unroll
+            for (int x = 0; x < K / 16; x += 2) {
+#pragma unroll
+                for (int b = 4 * x; b < 4 * x + 8; b++) {
+                    sb[b] = E::pack(s[2 * b], s[2 * b + 1]);
+                    hold(sb[b]);
+                }
+                wgmma_fence();
+#pragma unroll
+                for (int y = x; y < x + 2; y++) E::template mma_rs<0>(u, sb + 4 * y, desc_step(tile, (y / 4) * PANEL + (y % 4) * 32), y > 0);
+                wgmma_commit();
+            }
+            if constexpr (!KEEP) {
+#pragma unroll
+                for (int x = 0; x < K / 2; x++) s[x] *= last;
+            }
+        };
+        // W^T = V^T - vec_in o U^T, when U is there; behind it half of S^T Q^T may be in flight.
+        auto make_w = [&](uint32_t at) {
             uint32_t v[4][4];
             float2 c[8];
 #pragma unroll
             for (int b = 0; b < 4; b++) ldsm_trans(v[b], at + M::V + warpgroup * PANEL + lane_at + b * 2048);
 #pragma unroll
-            for (int b = 0; b < 8; b++) c[b] = *(const float2*)(vec + VEC_IN + 8 * b);
+            for (int b = 0; b < 8; b++) c[b] = shared_f32x2(at + M::VEC + 4 * (VEC_IN + 8 * b + 2 * j));
             if constexpr (OUT)
                 wgmma_wait<1>();
             else
@@ -261,22 +303,22 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
                 }
             }
         };
-        // O of a chunk to memory: the warp turns its 16 columns round in its staging.
-        auto store_o = [&](int row0, int len) {
+        // O of a chunk, scaled by c, to the staging.
+        auto put_o = [&](const float2 (&c)[8]) {
+            if constexpr (APART) {
+#pragma unroll
+                for (int b = 0; b < 8; b++) {
+                    o[4 * b] = fmaf(c[b].x, o[4 * b], o2[4 * b]), o[4 * b + 1] = fmaf(c[b].y, o[4 * b + 1], o2[4 * b + 1]);
+                    o[4 * b + 2] = fmaf(c[b].x, o[4 * b + 2], o2[4 * b + 2]), o[4 * b + 3] = fmaf(c[b].y, o[4 * b + 3], o2[4 * b + 3]);
+                }
+            }
 #pragma unroll
             for (int b = 0; b < 4; b++)
-                stsm_trans(own_at + b * 512, E::pack(o[8 * b], o[8 * b + 1]), E::pack(o[8 * b + 2], o[8 * b + 3]),
-                           E::pack(o[8 * b + 4], o[8 * b + 5]), E::pack(o[8 * b + 6], o[8 * b + 7]));
-            __syncwarp();
-            char* to = (char*)p.o + ((long long)(row0 + (lane >> 1)) * p.o_stride + h * p.v + column + 16 * warp) * 2 + (lane & 1) * 16;
-            const char* from = own + (lane >> 1) * 32 + (((lane & 1) ^ ((lane >> 3) & 1)) << 4);
-#pragma unroll
-            for (int b = 0; b < 4; b++)
-                if ((lane >> 1) + 16 * b < len) *(uint4*)(to + b * 32 * p.o_stride) = *(const uint4*)(from + b * 512);
-            __syncwarp();
+                stsm_trans(staging + lane_at + b * 2048, E::pack(o[8 * b], o[8 * b + 1]), E::pack(o[8 * b + 2], o[8 * b + 3]), E::pack(o[8 * b + 4], o[8 * b + 5]),
+                           E::pack(o[8 * b + 6], o[8 * b + 7]));
         };
         // S^T and e^T of chunk n to memory, the warp's 16 rows of each, as the product before and after them have them.
-        char* const kept = smem + M::STAGING + (warpgroup * 4 + warp) * (K / 64 + 1) * 2048;
+        const uint32_t kept = base + M::STAGING + (warpgroup * 4 + warp) * (K / 64 + 1) * 2048;
         auto keep_state = [&](int n) {
             if constexpr (KEEP) keep_rows<K / 64>(kept, keep_states(p, K, chunk + n, h, column / 64) + warp * 2048, sb, lane);
         };
@@ -295,46 +337,38 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
         int st = 0;
         uint32_t phase = 0;
         if (chunks > 0) {
-            arrive(0, 0, 0);
-#pragma unroll
-            for (int x = 0; x < K / 4; x++) sb[x] = E::pack(s[2 * x], s[2 * x + 1]);
-            wgmma_fence();
-            multiply(u, base + M::KT, Z, ALL);
+            mbar_wait(bar_of(0, 0), 0, p.hung, code);
+            multiply_state(base, shared_f32(base + M::VEC + 4 * VEC_LAST));
             if constexpr (OUT) multiply(o, base + M::Q, Z, HALF);
             keep_state(0);
-            image_ready(0);
-            make_w(base, (const float*)(smem + image_of(0, 0) + M::VEC) + 2 * j);
-            wgmma_wait<0>();
+            make_w(base);
         }
-        // Nothing is in flight where the loop turns.
+        // Where the loop turns, half of S^T Q^T of the chunk may be in flight; w holds its W, s is scaled by its last (KEEP: not yet).
         for (int n = 0; n < chunks; n++) {
-            const uint32_t at = base + st * M::STAGE, image = base + image_of(n, st);
-            const float* vec = (const float*)(smem + image_of(n, st) + M::VEC) + 2 * j;
+            const uint32_t at = base + st * M::STAGE, factors = at + M::VEC + 8 * j;
 
             // N^T = W^T A^T; behind it the second half of S^T Q^T.
-            if constexpr (OUT) hold(o);
             hold(w);
             wgmma_fence();
-            multiply_low(u, w, image + M::A, 0);
+            multiply_low(u, w, at + M::A, 0);
             if constexpr (GRAD) {
                 hold(rest);
-                multiply_low(u, rest, image + M::A, 1);
+                multiply_low(u, rest, at + M::A, 1);
             }
             if constexpr (OUT) multiply(o, at + M::Q, HALF, ALL);
-            if constexpr (KEEP && KEEPS_LOW<E>) keep_low<K>(keep_states(p, K, chunk + n, h, column / 64) + K / 64 * PANEL, s, sb, tid);
-            const float last = ((const float*)(smem + image_of(n, st) + M::VEC))[VEC_LAST];
             float2 cs[8];
 #pragma unroll
-            for (int b = 0; b < 8; b++) cs[b] = *(const float2*)(vec + VEC_STATE + 8 * b);
+            for (int b = 0; b < 8; b++) cs[b] = shared_f32x2(factors + 4 * (VEC_STATE + 8 * b));
+            if constexpr (KEEP) {
+                if constexpr (KEEPS_LOW<E>) keep_low<K>(keep_states(p, K, chunk + n, h, column / 64) + K / 64 * PANEL, s, sb, tid);
+                const float last = shared_f32(at + M::VEC + 4 * VEC_LAST);
 #pragma unroll
-            for (int x = 0; x < K / 2; x++) s[x] *= last;
-            if constexpr (OUT)
-                wgmma_wait<1>();
-            else
-                wgmma_wait<0>();
+                for (int x = 0; x < K / 2; x++) s[x] *= last;
+            }
+            wgmma_wait<OUT>();
             hold(u);
             uint32_t nb[16], ns[16];
-            // S^T <- e^(c_C) S^T + (vec_state o N^T) K; behind it O^T = vec_out o O^T + N^T P^T.
+            // S^T <- e^(c_C) S^T + (vec_state o N^T) K, each step a group; behind it N^T P^T.
             hold(s);
             const uint64_t rows = desc_mn_major(at + M::KT, PANEL);
 #pragma unroll
@@ -356,69 +390,83 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps, co
                 wgmma_fence();
                 E::template mma_rs<1>(s, ns + 4 * x, desc_step(rows, x * 2048), 1);
                 if constexpr (GRAD) E::template mma_rs<1>(s, rest + 4 * x, desc_step(rows, x * 2048), 1);
+                wgmma_commit();
             }
-            wgmma_commit();
-            if constexpr (OUT) {
-#pragma unroll
-                for (int x = 0; x < 16; x++) nb[x] = I::pack(u[2 * x], u[2 * x + 1]);
-                float2 co[8];
-#pragma unroll
-                for (int b = 0; b < 8; b++) co[b] = *(const float2*)(vec + VEC_OUT + 8 * b);
-                wgmma_wait<1>();
-                hold(o);
-#pragma unroll
-                for (int b = 0; b < 8; b++) o[4 * b] *= co[b].x, o[4 * b + 1] *= co[b].y, o[4 * b + 2] *= co[b].x, o[4 * b + 3] *= co[b].y;
-                hold(o);
-                hold(nb);
-                wgmma_fence();
-                multiply_low(o, nb, image + M::P, 1);
-                wgmma_wait<1>();
-            } else {
-                keep_news_of(n);
-                wgmma_wait<0>();
-            }
-            hold(s);
-
-            // U, W and half of S^T Q^T of the next chunk (after the last one: of whatever is there, for nothing).
+            // While that runs: the next chunk, and the place for O. After the last chunk, what follows is of whatever is there, for nothing.
             int next = st + 1;
             uint32_t next_phase = phase;
             if (next == STAGES) next = 0, next_phase ^= 1;
-            if (n + 1 < chunks) arrive(n + 1, next, next_phase);
             const uint32_t at_next = base + next * M::STAGE;
             {
-                const uint64_t tile = desc_k_major(at_next + M::KT);
-#pragma unroll
-                for (int x = 0; x < K / 16; x += 2) {
-#pragma unroll
-                    for (int b = 4 * x; b < 4 * x + 8; b++) {
-                        sb[b] = E::pack(s[2 * b], s[2 * b + 1]);
-                        hold(sb[b]);
-                    }
-                    wgmma_fence();
-#pragma unroll
-                    for (int y = x; y < x + 2; y++)
-                        E::template mma_rs<0>(u, sb + 4 * y, desc_step(tile, (y / 4) * PANEL + (y % 4) * 32), y > 0);
+                // Both asked at once. Behind the last chunk: for what has come already.
+                const bool more = n + 1 < chunks;
+                const uint32_t bar = more ? bar_of(n + 1, next) : full + 8 * st, parity = more ? whole(n + 1) ? next_phase : 0 : phase;
+                const uint32_t free = o_free + 8 * warpgroup, free_parity = (n & 1) ^ 1;
+                bool there = mbar_try(bar, parity);
+                if constexpr (OUT) there = there & mbar_try(free, free_parity);
+                if (__builtin_expect(!there, 0)) {
+                    mbar_wait(bar, parity, p.hung, code + next);
+                    if constexpr (OUT) mbar_wait(free, free_parity, p.hung, code + 8);
                 }
-                wgmma_commit();
             }
+            float last = 1.f;
+            if constexpr (!KEEP) {
+                const float x = shared_f32(at_next + M::VEC + 4 * VEC_LAST);
+                last = n + 1 < chunks ? x : 1.f;
+            }
+            // Behind the waits, as ptxas moves these roundings up between the steps of S where it can.
+            float2 co[8];
             if constexpr (OUT) {
-                wgmma_wait<1>();
+#pragma unroll
+                for (int x = 0; x < 16; x++) nb[x] = I::pack(u[2 * x], u[2 * x + 1]);
+                if constexpr (!APART) {
+#pragma unroll
+                    for (int b = 0; b < 8; b++) co[b] = shared_f32x2(factors + 4 * (VEC_OUT + 8 * b));
+                    wgmma_wait<4>();
+                    hold(o);
+#pragma unroll
+                    for (int b = 0; b < 8; b++) o[4 * b] *= co[b].x, o[4 * b + 1] *= co[b].y, o[4 * b + 2] *= co[b].x, o[4 * b + 3] *= co[b].y;
+                    hold(o);
+                }
+                hold(nb);
+                wgmma_fence();
+                if constexpr (APART)
+                    multiply_low(o2, nb, at + M::P, 0);
+                else
+                    multiply_low(o, nb, at + M::P, 1);
+            } else {
+                keep_news_of(n);
+            }
+            wgmma_wait<OUT>();
+            hold(s);
+
+            // U, W and half of S^T Q^T of the next chunk.
+            multiply_state(at_next, last);
+            if constexpr (OUT) {
+                if constexpr (APART) {
+#pragma unroll
+                    for (int b = 0; b < 8; b++) co[b] = shared_f32x2(factors + 4 * (VEC_OUT + 8 * b));
+                }
+                wgmma_wait<K / 32>();
                 hold(o);
+                if constexpr (APART) hold(o2);
             }
             __syncwarp();
-            if (lane == 0) mbar_arrive(empty + 8 * st);
+            warp_arrive(empty + 8 * st, lane);
             if constexpr (OUT) {
-                store_o(token + n * CHUNK, tokens - n * CHUNK);
+                put_o(co);
                 hold(o);
                 wgmma_fence();
                 multiply(o, at_next + M::Q, Z, HALF);
+                fence_proxy();
+                __syncwarp();
+                warp_arrive(o_full + 8 * warpgroup, lane);
             }
             if (n + 1 < chunks) keep_state(n + 1);
-            if (n + 1 < chunks) image_ready(n + 1);
-            make_w(at_next, (const float*)(smem + image_of(n + 1, next) + M::VEC) + 2 * j);
-            if constexpr (OUT) wgmma_wait<0>();
+            make_w(at_next);
             st = next, phase = next_phase;
         }
+        wgmma_wait<0>();
         if constexpr (KEEP) {
             if (lane == 0) bulk_wait();
         }

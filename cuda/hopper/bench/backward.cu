@@ -162,7 +162,7 @@ struct Run {
         CHECK(cudaDeviceSynchronize());
 
         const CUtensorMap map_q = tensor_map(q.p, rows, c.hk * c.k, c.f16), map_k = tensor_map(k.p, rows, c.hk * c.k, c.f16);
-        km.q = map_q, km.k = map_k, km.v = tensor_map(v.p, rows, c.hv * c.v, c.f16);
+        km.q = map_q, km.k = map_k, km.v = km.o = tensor_map(v.p, rows, c.hv * c.v, c.f16);
         rm.q = map_q, rm.k = map_k, rm.d_o = tensor_map(d_o.p, rows, c.hv * c.v, c.f16);
         gm.q = map_q, gm.k = map_k, gm.d_o = rm.d_o, gm.dv = tensor_map(dv.p, rows, c.hv * c.v, c.f16);
         const float scale = 1.f / sqrtf((float)c.k);

@@ -8,7 +8,6 @@
 // Each case poisons scratch and outputs with NaN; an answer must be finite, within its bound, and the same in every bit when
 // run again. tests/cuda/emulator/runtime.h says how the checks run without a GPU.
 #include "../carry.cuh"
-#include "../fused.cuh"
 #include "../prepare.cuh"
 #include "../scan.cuh"
 #include "support.h"
@@ -34,8 +33,7 @@ using namespace hopper;
     DECLARE(hopper_prepare_##KIND, const __grid_constant__ PrepareArgs)                                         \
     DECLARE(hopper_scan_##KIND##_w2, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)        \
     DECLARE(hopper_scan_##KIND##_w1, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)        \
-    DECLARE(hopper_state_##KIND, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)            \
-    DECLARE(hopper_fused_##KIND, const __grid_constant__ FusedArgs, const __grid_constant__ ScanMaps)
+    DECLARE(hopper_state_##KIND, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
 OF_K(bf16_k128)
 OF_K(bf16_k64)
 OF_K(f16_k128)
@@ -63,7 +61,6 @@ struct Case {
     float spread;   // keys share a direction: 0 none, 1 all
     int wg;         // consumers per block; 0: chosen
     int cut;        // chunks in a segment; 0: sequences stay whole
-    bool fused;     // one kernel for all
 };
 
 static const char* decay_name(Decay d) {
@@ -84,7 +81,6 @@ struct Run {
     ScanMaps maps;
     PrepareArgs pa;
     ScanArgs sa, sta;
-    FusedArgs fa;
     CarryArgs ca;
     int wg;
     bool mix;  // half inside bf16: environment variable MIX
@@ -135,19 +131,17 @@ struct Run {
         CHECK(cudaDeviceSynchronize());
 
         maps.q = tensor_map(q.p, rows, c.hk * c.k, c.f16), maps.k = tensor_map(k.p, rows, c.hk * c.k, c.f16);
-        maps.v = tensor_map(v.p, rows, c.hv * c.v, c.f16);
+        maps.v = tensor_map(v.p, rows, c.hv * c.v, c.f16), maps.o = tensor_map(o.p, rows, c.hv * c.v, c.f16);
         float scale = 1.f / sqrtf((float)c.k);
         pa = {q.p, k.p, (float*)g.p, (float*)beta.p, (Chunk*)d_chunks.p, (char*)images.p, c.hk * c.k, c.hk * c.k, scale, c.hk, c.hv, c.mod, c.l2norm};
         sa = {(Segment*)d_segments.p, (char*)images.p, (float*)(c.cut ? starts.p : h0.p), (float*)ht.p, nullptr, nullptr, o.p, c.hv * c.v,
               c.hk, c.hv, c.mod, c.v, hung_device()};
         sta = {(Segment*)d_ordered.p, (char*)images.p, nullptr, (float*)starts.p, (float*)transitions.p, (int*)warm.p, nullptr, 0,
                c.hk, c.hv, c.mod, c.v, hung_device()};
-        fa = {sa, (float*)g.p, (float*)beta.p, scale, c.l2norm};
-        fa.scan.images = nullptr;
         ca = {(Segment*)d_ordered.p, (Cut*)d_cuts.p, (char*)images.p, (int*)warm.p, (float*)h0.p, (float*)starts.p, (float*)transitions.p,
               -12.f, (int)ordered.size(), c.hv, c.v};
         // Two consumers share the loads of a block; with few blocks, one each fills the chip better.
-        wg = c.fused ? 2 : c.wg ? c.wg : c.v % 128 != 0 || (int)segments.size() * c.hv * (c.v / 128) * 3 < multiprocessors() * 2 ? 1 : 2;
+        wg = c.wg ? c.wg : c.v % 128 != 0 || (int)segments.size() * c.hv * (c.v / 128) * 3 < multiprocessors() * 2 ? 1 : 2;
     }
 
     void poison() {
@@ -173,12 +167,7 @@ struct Run {
 
     // Everything with outputs, behind what it needs.
     void forward(cudaStream_t s) {
-        if (c.fused) {
-            int bytes = c.k == 128 ? FusedSmem<128, 3>::BYTES : FusedSmem<64, 3>::BYTES;
-            LAUNCH(OF_CASE(hopper_fused, ), segments.size() * c.hv, 384, bytes, s, &fa, &maps);
-        } else {
-            prepare(s), carry(s), scan(s);
-        }
+        prepare(s), carry(s), scan(s);
     }
 
     void scan(cudaStream_t s) {
@@ -362,7 +351,7 @@ static bool check(const Case& c, int repeats) {
         if (own.ref > 0) worst = own.value() > worst || own.value() != own.value() ? own.value() : worst;
     }
     double images[5] = {};
-    for (int i = 0; i < std::min<int>(6, (int)r.chunks.size()) && !c.fused; i++) {
+    for (int i = 0; i < std::min<int>(6, (int)r.chunks.size()); i++) {
         double e[5];
         int chunk = (int)((long long)i * (r.chunks.size() - 1) / 5);
         check_images(r, x, chunk, (i * 7) % c.hv, e);
@@ -375,7 +364,7 @@ static bool check(const Case& c, int repeats) {
     for (size_t i = (size_t)r.tokens * c.hv * c.v; i < x.o.size(); i++) pad_kept = pad_kept && x.o[i] != x.o[i];
     bool ok = (o.ref == 0 || o.value() <= bound) && ht.value() <= bound && differ == 0 && pad_kept;
     printf("%-4s %-22s %s K%d V%d %d/%d %-8s %s cut%d  o %.2e (worst head %.2e) ht %.2e | A %.1e P %.1e vec %.0e %.0e %.0e%s%s\n", ok ? "ok" : "FAIL", c.name,
-           c.f16 ? "f16 " : r.mix ? "mix " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), c.fused ? "fused" : r.wg == 2 ? "wg2" : "wg1", c.cut, o.value(), worst, ht.value(), images[0], images[1],
+           c.f16 ? "f16 " : r.mix ? "mix " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), r.wg == 2 ? "wg2" : "wg1", c.cut, o.value(), worst, ht.value(), images[0], images[1],
            images[2], images[3], images[4], differ ? "  RUNS DIFFER" : "", pad_kept ? "" : "  PAD WRITTEN");
     if (!ok) {
         for (size_t i = 0, shown = 0; i < jobs.size() && shown < 3; i++) {
@@ -404,7 +393,7 @@ static bool check(const Case& c, int repeats) {
 static vector<Case> cases() {
     vector<Case> all;
     auto add = [&](const char* name, vector<int> lens, int hk, int hv, int k, int v, bool f16, Decay d, bool h0 = true, bool l2 = false, bool mod = false,
-                   int pad = 0, float spread = 0, int wg = 0, int cut = 0) { all.push_back({name, lens, hk, hv, k, v, f16, d, h0, l2, mod, pad, spread, wg, cut, false}); };
+                   int pad = 0, float spread = 0, int wg = 0, int cut = 0) { all.push_back({name, lens, hk, hv, k, v, f16, d, h0, l2, mod, pad, spread, wg, cut}); };
     // From one product to all: the first that fails says which stage is wrong.
     for (int wg : {1, 2}) {
         add("one chunk, no state", {64}, 1, 1, 128, 128, false, Decay::None, false, false, false, 0, 0, wg);
@@ -444,15 +433,12 @@ static vector<Case> cases() {
     add("cut, 32768 4/8", {32768}, 4, 8, 128, 128, false, Decay::Bench, true, false, false, 0, 0, 0, 32);
     add("cut, 32768 4/8, A", {32768}, 4, 8, 128, 128, false, Decay::Mixed, true, false, false, 0, 0, 0, 32);
     add("32768 16/64", {32768}, 16, 64, 128, 128, false, Decay::Mixed);
-    // What is not cut, with V of 128, in one kernel too.
-    for (size_t n = 0, count = all.size(); n < count; n++)
-        if (all[n].v == 128 && all[n].cut == 0 && all[n].wg != 1) all.push_back(all[n]), all.back().fused = true;
     return all;
 }
 
 #ifndef GATEDELTA_EMULATOR
 static void time_case(const char* name, vector<int> lens, int hk, int hv, int wg, int cut, Decay d, int repeats) {
-    Case c{name, lens, hk, hv, 128, 128, false, d, true, false, false, 0, 0, wg, cut, false};
+    Case c{name, lens, hk, hv, 128, 128, false, d, true, false, false, 0, 0, wg, cut};
     Run r(c, 99);
     double whole = time_of([&](cudaStream_t s) { r.forward(s); }, repeats);
     double first = time_of([&](cudaStream_t s) { r.prepare(s); }, repeats), second = time_of([&](cudaStream_t s) { r.scan(s); }, repeats);
@@ -464,14 +450,6 @@ static void time_case(const char* name, vector<int> lens, int hk, int hv, int wg
     printf("%-12s %2d/%2d wg%d cut%-3d %.4f ms (prepare %.4f, carry %.4f, scan %.4f; %.2f us a chunk)  roof %.4f  x%.2f  %.0f TF/s\n", name, hk, hv, r.wg, cut, whole, first, middle,
            second, per_chunk(second), roof, whole / roof, r.flops() / whole / 1e9);
     finish(name);
-    if (!cut) {
-        c.fused = true;
-        Run f(c, 99);
-        double fused = time_of([&](cudaStream_t s) { f.forward(s); }, repeats);
-        printf("%-12s %2d/%2d fused      %.4f ms (%.2f us a chunk)  x%.2f  %.0f TF/s, %.2f of the two kernels\n", name, hk, hv, fused, per_chunk(fused), fused / roof,
-               f.flops() / fused / 1e9, fused / whole);
-        finish(name);
-    }
     fflush(stdout);
 }
 #endif
@@ -509,8 +487,8 @@ int main(int argc, char** argv) {
         return 0;
     }
 #endif
-    if (what == "one" && argc > 6) {  // length, sequences, Hk, Hv, consumers (3: fused): one forward pass, for a profiler
-        Case c{"one", vector<int>(atoi(argv[3]), atoi(argv[2])), atoi(argv[4]), atoi(argv[5]), 128, 128, false, Decay::Bench, true, false, false, 0, 0, atoi(argv[6]), 0, atoi(argv[6]) == 3};
+    if (what == "one" && argc > 6) {  // length, sequences, Hk, Hv, consumers: one forward pass, for a profiler
+        Case c{"one", vector<int>(atoi(argv[3]), atoi(argv[2])), atoi(argv[4]), atoi(argv[5]), 128, 128, false, Decay::Bench, true, false, false, 0, 0, atoi(argv[6]), 0};
         Run r(c, 99);
         r.forward(0);
         finish("one");

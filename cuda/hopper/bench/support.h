@@ -71,7 +71,7 @@ inline uint32_t* hung_device() {
 inline void finish(const char* name) {
     cudaError_t e = cudaDeviceSynchronize();
     if (e != cudaSuccess) {
-        printf("FAIL %s: %s; hung code 0x%x (0x1ss producer, 0x2ws consumer w, stage s; 0: not a wait)\n", name, cudaGetErrorString(e), *hung_host());
+        printf("FAIL %s: %s; hung code 0x%x (0x1ss producer, 0x2ws consumer w, stage s (8: for O), 0x30w storing, 0x40w zeroing; 0: not a wait)\n", name, cudaGetErrorString(e), *hung_host());
         fflush(stdout);
         exit(4);
     }

@@ -152,7 +152,7 @@ pub(super) fn prepare_bytes(k: u32, group: u32, image_bytes: u32) -> u32 {
 fn scan_bytes(k: u32, consumers: u32, outputs: bool) -> u32 {
     let (tiles, triangles) = if outputs { (2, 2) } else { (1, 1) };
     let stage = tiles * (k / 64) * PANEL + consumers * PANEL + triangles * PANEL + 1024;
-    3 * stage + if outputs { consumers * PANEL } else { 0 } + 3 * 16 + 1024
+    3 * stage + if outputs { consumers * PANEL } else { 0 } + 128 + 1024
 }
 
 /// What the Hopper kernels need beside a launch.
@@ -330,9 +330,9 @@ impl Hopper {
         let grid = [launches[0].grid[0] * hk, 1, 1];
         calls.push(Call { kernel: "hopper_prepare", variant, grid, launch, second: None });
 
-        let mut maps = Vec::with_capacity(48);
+        let mut maps = Vec::with_capacity(64);
         let f16 = p.get("qk_type") == Dtype::F16.code();
-        for (i, name, width) in [(0, "q", hk * k), (1, "k", hk * k), (2, "v", hv * v)] {
+        for (i, name, width) in [(0, "q", hk * k), (1, "k", hk * k), (2, "v", hv * v), (7, "o", hv * v)] {
             maps.extend(map_of(shared, &launches[1], i, name, after[i], width, f16)?);
         }
         let shape = [pair(hk, hv), pair(p.get("head_map"), v), 0];
@@ -352,7 +352,7 @@ impl Hopper {
             let args = [ordered, images, 0, starts, transitions, warm, 0, 0];
             let launch = [&args[..], &shape, &maps].concat();
             let name = format!("hopper_state_{store}_k{k}");
-            let variant = self.function(shared, &name, 256, scan_bytes(k, 1, false), &[88, 384])?;
+            let variant = self.function(shared, &name, 256, scan_bytes(k, 1, false), &[88, 512])?;
             let grid = [jobs * parts, 1, 1];
             calls.push(Call { kernel: "hopper_state", variant, grid, launch, second: Some(11) });
 
@@ -366,7 +366,7 @@ impl Hopper {
         let args = [segment_table, images, from, after[6], 0, 0, at16(after[7], "o_off"), s.get("o_stride").into()];
         let launch = [&args[..], &shape, &maps].concat();
         let threads = (special.consumers + 1) * 128;
-        let variant = self.function(shared, &special.scan, threads, special.scan_bytes, &[88, 384])?;
+        let variant = self.function(shared, &special.scan, threads, special.scan_bytes, &[88, 512])?;
         let grid = [places as u32 * hv * (v / 64 / special.consumers), 1, 1];
         calls.push(Call { kernel: "hopper_scan", variant, grid, launch, second: Some(11) });
         Ok(true)

@@ -179,19 +179,19 @@ pub fn special_grad(launches: &[Launch], at: usize, multiprocessors: u32, cut: O
 /// ScanSmem::BYTES of scan.cuh for a pass that keeps, with 3 stages.
 fn keep_bytes(k: u32, consumers: u32) -> u32 {
     let stage = (k / 64 + consumers + 1) * PANEL + 1024;
-    3 * stage + consumers * (k / 64 + 1) * PANEL + 3 * 16 + 1024
+    3 * stage + consumers * (k / 64 + 1) * PANEL + 128 + 1024
 }
 
 /// ScanSmem::BYTES of scan.cuh for a pass over the image of the backward that only carries.
 fn state_bytes_of(k: u32) -> u32 {
-    3 * ((k / 64 + 2) * PANEL + 1024) + 3 * 16 + 1024
+    3 * ((k / 64 + 2) * PANEL + 1024) + 128 + 1024
 }
 
 /// ReverseSmem::BYTES of reverse.cuh, with 3 stages, or with 2 for two consumers.
 fn reverse_bytes(k: u32, consumers: u32) -> u32 {
     let stages = if consumers == 2 { 2 } else { 3 };
     let stage = (2 * (k / 64) + consumers + 2) * PANEL + 1024;
-    stages * stage + consumers * (k / 64 + 1) * PANEL + stages * 16 + 1024
+    stages * stage + consumers * (k / 64 + 1) * PANEL + 128 + 1024
 }
 
 /// GradientSmem::BYTES of gradients.cuh.
@@ -292,9 +292,9 @@ impl Hopper {
                 second: None,
             });
 
-            // ScanArgs, then ScanMaps, whose map of q is not used.
-            let key = map(1, 1, "k", hk * k)?;
-            let maps = [key, key, map(1, 2, "v", hv * v)?].concat();
+            // ScanArgs, then ScanMaps, whose maps of q and o are not used.
+            let (key, value) = (map(1, 1, "k", hk * k)?, map(1, 2, "v", hv * v)?);
+            let maps = [key, key, value, value].concat();
             if cut > 0 {
                 // GradWarmArgs of backward.cuh.
                 let launch = [&carry(before[5], after[6], starts)[..], &[warm_back]].concat();
@@ -310,7 +310,7 @@ impl Hopper {
                 let args = [ordered, before[5], 0, starts, transitions, warm, 0, 0];
                 let launch = [&args[..], &shape, &maps].concat();
                 let bytes = state_bytes_of(k);
-                let variant = self.function(shared, &format!("hopper_grad_state_{kind}"), 256, bytes, &[88, 384])?;
+                let variant = self.function(shared, &format!("hopper_grad_state_{kind}"), 256, bytes, &[88, 512])?;
                 let grid = [jobs * (v / 64 + k / 64), 1, 1];
                 calls.push(Call { kernel: "hopper_grad_state", variant, grid, launch, second: Some(11) });
 
@@ -323,7 +323,7 @@ impl Hopper {
             let args = [own, before[5], from, after[6], after[7], 0, after[7] + states, 0];
             let launch = [&args[..], &shape, &maps].concat();
             let name = format!("hopper_keep_{kind}_w{consumers}");
-            let variant = self.function(shared, &name, threads, keep_bytes(k, consumers), &[88, 384])?;
+            let variant = self.function(shared, &name, threads, keep_bytes(k, consumers), &[88, 512])?;
             calls.push(Call { kernel: "hopper_keep", variant, grid: scan_grid, launch, second: Some(11) });
             return Ok(());
         }

@@ -94,7 +94,73 @@ void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
     came(bar, bytes);
 }
 
-void bulk_store(void* dst, uint32_t src, uint32_t bytes) { memcpy(dst, shared(src), bytes); }
+namespace {
+
+// A copy from shared memory that a thread has asked for: of a box, or of bytes.
+struct Leaving {
+    const CUtensorMap* map;
+    int x, y;
+    void* dst;
+    uint32_t src, bytes;
+    bool committed;
+};
+struct Leavings {
+    uint64_t block = ~0ull;
+    std::vector<Leaving> all;
+};
+thread_local std::vector<Leavings> leavings(1024);
+
+std::vector<Leaving>& leaving() {
+    Leavings& l = leavings[threadIdx.x];
+    if (l.block != emulator::block_number()) {
+        // Copies that a kernel did not wait for never came.
+        l.all.clear();
+        l.block = emulator::block_number();
+    }
+    return l.all;
+}
+
+void leave(const Leaving& l) {
+    if (!l.map) {
+        memcpy(l.dst, shared(l.src), l.bytes);
+        return;
+    }
+    for (uint32_t row = 0; row < l.map->box_rows; row++)
+        for (uint32_t n = 0; n < 64; n++) {
+            const long long r = (long long)l.y + row, c = (long long)l.x + n;
+            if (r < 0 || c < 0 || r >= (long long)l.map->rows || c >= (long long)l.map->width) continue;
+            memcpy((char*)l.map->base + r * l.map->stride + c * 2, shared(l.src + row * 128 + (((n / 8) ^ (row % 8)) << 4) + n % 8 * 2), 2);
+        }
+}
+
+}  // namespace
+
+void bulk_store(void* dst, uint32_t src, uint32_t bytes) {
+    if (src % 16 != 0 || (uintptr_t)dst % 16 != 0 || bytes % 16 != 0) {
+        fprintf(stderr, "emulator: a bulk copy is of whole 16 bytes\n");
+        abort();
+    }
+    leaving().push_back({nullptr, 0, 0, dst, src, bytes, false});
+}
+
+void tma_store(const CUtensorMap* map, int x, int y, uint32_t src) {
+    if (src % 1024 != 0 || map->box_width != 64) {
+        fprintf(stderr, "emulator: a swizzled box of 64 numbers a row starts at a multiple of 1024 bytes, not %u\n", src);
+        abort();
+    }
+    leaving().push_back({map, x, y, nullptr, src, 0, false});
+}
+
+void bulk_commit() {
+    for (Leaving& l : leaving()) l.committed = true;
+}
+
+void bulk_wait_read() {
+    std::vector<Leaving>& all = leaving();
+    size_t n = 0;
+    for (; n < all.size() && all[n].committed; n++) leave(all[n]);
+    all.erase(all.begin(), all.begin() + n);
+}
 
 // Lane l gives the address of row l % 8 of block l / 8.
 static uint32_t* rows(uint32_t addr) {

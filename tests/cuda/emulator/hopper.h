@@ -1,6 +1,7 @@
 // The instructions of `cuda/hopper/ptx.cuh` and the products of `types.cuh` as ordinary C++.
 //
-// Copies are complete when they are asked for. Products of a warpgroup are done when they are waited for, as late as they may be:
+// Copies to shared memory are complete when they are asked for; those from it are done when they are waited for, as late as they may be,
+// so that a place that is used again too soon, or a wait that is missing, shows as wrong numbers. Products of a warpgroup are done when they are waited for, as late as they may be:
 // results that are read and tiles that are given back too soon show as wrong numbers. Not shown: which proxy a write goes through,
 // and registers that change while a product reads them.
 #pragma once
@@ -63,15 +64,22 @@ inline void tma_prefetch(const CUtensorMap*) {}
 void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar);
 void bulk_store(void* dst, uint32_t src, uint32_t bytes);
 inline void bulk_prefetch(const void*, uint32_t) {}
-inline void bulk_commit() {}
-inline void bulk_wait_read() {}
-inline void bulk_wait() {}
+// The box that `tma_load` takes, back into the matrix; of its numbers those that lie in it.
+void tma_store(const CUtensorMap* map, int x, int y, uint32_t src);
+void bulk_commit();
+void bulk_wait_read();
+inline void bulk_wait() { bulk_wait_read(); }
 inline void copy16(uint32_t dst, const void* src, bool live) {
     char* to = emulator::shared_base() + dst;
     if (live) memcpy(to, src, 16);
     else memset(to, 0, 16);
 }
 inline void copy_wait() {}
+
+inline float shared_f32(uint32_t at) { return *(const float*)(emulator::shared_base() + at); }
+inline float2 shared_f32x2(uint32_t at) { return *(const float2*)(emulator::shared_base() + at); }
+inline uint4 shared_16(uint32_t at) { return *(const uint4*)(emulator::shared_base() + at); }
+inline void shared_zero_16(uint32_t at) { memset(emulator::shared_base() + at, 0, 16); }
 
 void ldsm_trans(uint32_t (&r)[4], uint32_t addr);
 void stsm(uint32_t addr, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3);
