@@ -126,9 +126,10 @@ __device__ __forceinline__ float2 pair_of(const float* factors, const Place& at,
 __device__ __forceinline__ void store_sums(const Place& at, const Sums& d, float* to, u32 dv) {
 #pragma unroll
     for (u32 i = 0; i < EIGHTS; i++)
-        if (i / 2 == at.half)
+        if (i / 2 == at.half) {
 #pragma unroll
             for (u32 e = 0; e < 4; e++) to[(size_t)(8 * i + 2 * at.t + e % 2) * dv + at.column + at.g + 8 * (e / 2)] = d[i][e];
+        }
 }
 
 #define MMA_SCAN_KERNELS(NAME, ROW, BODY)                                              \

@@ -101,12 +101,13 @@ __device__ __forceinline__ float kept_dot(const char* a, const char* b, const ch
     const int row0 = 16 * (tid >> 5) + (tid >> 2) % 8, j = tid & 3;
     constexpr int STEPS = K / 64;  // of 16 numbers
     uint4 la[STEPS], lb[STEPS];
-    if constexpr (KEEPS_LOW<E>)
+    if constexpr (KEEPS_LOW<E>) {
 #pragma unroll
         for (int n = 0; n < STEPS; n++) {
             la[n] = *(const uint4*)(low_a + (half * STEPS + n) * 2048 + tid * 16);
             lb[n] = *(const uint4*)(low_b + (half * STEPS + n) * 2048 + tid * 16);
         }
+    }
     float sum = 0.f;
 #pragma unroll
     for (int n = 0; n < STEPS; n++) {
@@ -420,9 +421,10 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                 const float sign = of_k ? -1.f : 1.f, lo = at[0], hi = at[8];
                 take(Int<0>{}, x_tile, TILE_S, smem + (of_k ? M::KT : M::Q), lo, hi, sign * lo, sign * hi, sums + (of_k ? SUM_U : SUM_Q));
             }
-            if (!of_k)
+            if (!of_k) {
 #pragma unroll 1
                 for (int x = 0; x < PARTS; x++) await(TILE_DS + x);
+            }
             last_dot();
             // All products of this head have read their tiles.
             __syncwarp();

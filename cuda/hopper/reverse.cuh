@@ -254,10 +254,11 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
                 wgmma_commit();
             }
             // dV to the warp's staging, while that runs.
-            if constexpr (!CARRY)
+            if constexpr (!CARRY) {
 #pragma unroll
                 for (int b = 0; b < 4; b++) stsm_trans(own_at + b * 512, E::pack(u[8 * b], u[8 * b + 1]), E::pack(u[8 * b + 2], u[8 * b + 3]),
                            E::pack(u[8 * b + 4], u[8 * b + 5]), E::pack(u[8 * b + 6], u[8 * b + 7]));
+            }
             int next = st + 1;
             uint32_t next_phase = phase;
             if (next == STAGES) next = 0, next_phase ^= 1;

@@ -159,9 +159,10 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 mbar_expect(bar, M::LOADED - (transition ? WG * PANEL : 0));
 #pragma unroll
                 for (int x = 0; x < PANELS; x++) tma_load(to + M::KT + x * PANEL, &maps.k, kh * K + 64 * x, row, bar);
-                if (!transition)
+                if (!transition) {
 #pragma unroll
                     for (int x = 0; x < WG; x++) tma_load(to + M::V + x * PANEL, &maps.v, h * p.v + first + 64 * x, row, bar);
+                }
                 if constexpr (GRAD)
                     bulk_load(to + M::A, image + GRAD_C, PANEL, bar);
                 else
