@@ -302,10 +302,10 @@ fn weighted(draw: &mut Draw, wanted: impl Fn(Kind) -> bool) -> Kind {
     let weight = |kind: Kind| match kind {
         _ if !wanted(kind) => 0,
         Kind::ReadCompute | Kind::ListRead => 12,
-        Kind::Calculator | Kind::Clock | Kind::Recall => 10,
-        Kind::ReadFile | Kind::NoteSearch => 8,
+        Kind::Calculator | Kind::Clock | Kind::NoteSearch | Kind::Recall => 10,
+        Kind::ReadFile | Kind::NoteAdd => 8,
         Kind::ReadNote | Kind::Untold => 6,
-        Kind::NoteAdd | Kind::Unable | Kind::ListFiles => 5,
+        Kind::Unable | Kind::ListFiles => 5,
         Kind::SearchDelete | Kind::ComputeNote | Kind::NoteCompute | Kind::SmallTalk => 4,
         Kind::NoteDelete => 2,
         _ => 3,
