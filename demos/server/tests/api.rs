@@ -183,6 +183,8 @@ fn the_same_seed_gives_the_same_answer() {
     let server = start("--slots 1");
     let answer = |seed: i64| {
         let mut body = endless(24, false);
+        // Nothing tells which digits follow: however sure a model is of what it knows, it has to draw here.
+        body["prompt"] = json!("<|im_start|>user\nmy phone number is ");
         body["temperature"] = json!(1.9);
         body["top_p"] = json!(1.0);
         body["seed"] = json!(seed);
