@@ -54,7 +54,13 @@ failed() {
     exit 1
 }
 
-"$train" tokenizer --vocab 2048 --conversations 2000 --out "$work/tokenizer" >"$work/log" 2>&1 || failed "$(cat "$work/log")"
+# Weights go on with the tokenizer that they were trained with, where they have one.
+if [ -e "$start/tokenizer.json" ]; then
+    cp -r "$start" "$work/tokenizer"
+    : >"$work/log"
+else
+    "$train" tokenizer --vocab 2048 --conversations 2000 --out "$work/tokenizer" >"$work/log" 2>&1 || failed "$(cat "$work/log")"
+fi
 note "tokenizer"
 data() { "$train" data --tokenizer "$work/tokenizer" "$@" >>"$work/log" 2>&1 || failed "$(tail -n 3 "$work/log")"; }
 data --conversations 200 --held-out --out "$work/held"

@@ -109,7 +109,7 @@ impl Fact {
         if known {
             Task::talk(request, &format!("Your {subject} is {value}."), &[value])
         } else {
-            // Up to here as if it were known: whether there is a place where this was told is seen while its name is said.
+            // Begins as the answer that knows it: whether it was told is seen while its name is said.
             Task::talk(request, &format!("Your {subject}? You have not told me that."), &["not told"])
         }
     }

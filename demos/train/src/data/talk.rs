@@ -157,12 +157,14 @@ static SMALL: [Exchange; 12] = [
     (&WHERE, "I run on this machine alone. Nothing leaves it.", "this machine"),
 ];
 
+/// Of all that it can't do, what sounds most like what it can.
+const CHANGING: Exchange = (&WRITING, "I can't change files, only list and read them.", "can't");
 static BEYOND: [Exchange; 10] = [
     (&MAIL, "I can't send messages or make calls.", "can't"),
     (&WEATHER, "I can't see the weather.", "can't"),
     (&WEB, "I can't use the internet.", "can't"),
     (&BUYING, "I can't buy or book anything.", "can't"),
-    (&WRITING, "I can't change files, only list and read them.", "can't"),
+    CHANGING,
     (&PICTURES, "I can't make pictures, sound or music.", "can't"),
     (&KNOWLEDGE, "I can't answer that: I know little about the world.", "can't"),
     (&TRANSLATE, "I can't translate, I only know some English.", "can't"),
@@ -201,12 +203,8 @@ pub fn small(side: Side, draw: &mut Draw) -> Task {
 
 /// A request that can't be served, which the answer says.
 pub fn unable(side: Side, draw: &mut Draw) -> Task {
-    // What sounds most like what the tools do comes up most.
     let close = side == Side::Train && draw.chance(25);
-    let (form, answer, must) = match BEYOND.iter().find(|(form, ..)| std::ptr::eq(*form, &WRITING)) {
-        Some(writing) if close => writing,
-        _ => draw.pick(&BEYOND),
-    };
+    let (form, answer, must) = if close { &CHANGING } else { draw.pick(&BEYOND) };
     let (request, _) = said(form, side, draw);
     Task::talk(request, &format!("{answer} {ABLE}"), &[must])
 }
