@@ -14,7 +14,8 @@ forms! {
             "call {who} about the {x}", "buy {n} {x}s", "pay {n} for the {x}", "meet {who} at {time}", "bring the {x} to {who}", "return the {x}", "ask {who} for the {word} papers", "clean the {x}", "send {n} to {who}", "look for the {x} at {word}",
             "buy {food} and {other}", "buy {food}, {other} and a {x}", "get {food} from {word}", "water the plants", "pick up {who} at {time}", "repair the {x}", "write to {who}", "pay the {food} bill", "book a table at {word} for {n} people", "call the doctor at {time}", "take the {x} to {city}",
             "order {n} {x}s", "visit {who} on [Monday|Tuesday|Wednesday|Thursday]", "wash the {x}", "buy {food}", "order {food} for {who}", "give {who} the {x}", "find a {x} for {who}", "ask {who} about {city}", "go to {city} on [Friday|Saturday|Sunday]", "bake a cake with {food}", "phone {word} before {time}", "read about {word}",
-            "pack the {x} for {city}", "tell {who} about {word}", "sell the {x} for {n}", "pay {who} {n}", "buy a {x} for {who}",
+            "pack the {x} for {city}", "tell {who} about {word}", "sell the {x} for {n}", "pay {who} {n}", "buy a {x} for {who}", "send {food} to {city}", "send a {x} to {word}", "send {who} the {x}", "send the {x} [back|home|away]", "lend the {x} to {who}", "bring the {x} and {food} to {who}",
+            "take {food} to {who} at {time}", "get the {x} and the {food} for {who}",
         ],
         held: ["ask {who} about the {x}", "buy the {x} for {n}", "meet {who} at {word}", "send the {x} to {who}", "bring {food} to {who}", "buy a {x} and {food}", "call {who} at {time}", "pick up the {x} at {word}"],
     }
@@ -40,14 +41,16 @@ forms! {
     ADD_TODO {
         train: [
             "<do>make a note to {text}", "remember to {text}", "<do>remember that I have to {text}", "note to {text}", "I [have|need] to {text}, note it [down|]", "<do>add a note to {text}", "<do>note that I [have|need|want] to {text}", "I must {text}, make a note of it", "<do>put {text} on my list", "I have to {text}. Write that down", "<do>write down that I have to {text}",
-            "do not let me forget to {text}", "I must not forget to {text}", "<do>note down that I must {text}", "<do>help me remember to {text}",
+            "do not let me forget to {text}", "I must not forget to {text}", "<do>note down that I must {text}", "<do>help me remember to {text}", "I [need|want] to {text}. [Save that|Keep it in my notes|Make a note of that]", "I must {text}. Note it", "I still [have|need] to {text}, put it into my notes",
+            "{text}: I must not forget that, note it", "I will {text}. Write it down", "I [should|must] {text}. Please note it", "<do>remember: I need to {text}", "<do>write into my notes that I must {text}",
         ],
         held: ["write down that I need to {text}", "make a note that I have to {text}", "I need to {text}. Note that down", "please remember that I must {text}"],
     }
     ADD_THAT {
         train: [
             "<do>make a note that {text}", "<do>note that {text}", "<do>write down that {text}", "<do>add a note that {text}", "<do>save a note that {text}", "{text}, note that [down|]", "<do>note down that {text}", "<do>put into my notes that {text}", "{text}. Make a note of it", "{text}. Write that down",
-            "<do>keep a note that {text}", "<do>add to my notes that {text}", "I want to note that {text}", "note for later that {text}", "<do>jot down that {text}",
+            "<do>keep a note that {text}", "<do>add to my notes that {text}", "I want to note that {text}", "note for later that {text}", "<do>jot down that {text}", "{text}. [Please note it|Note it|Keep that as a note|Put that into my notes]", "{text}. Save [that|it] [as a note|in my notes|]", "{text}: note it",
+            "{text}, write it down", "{text}, keep that in mind as a note", "you should know that {text}. Add it to my notes", "I heard that {text}. Note this",
         ],
         held: ["write a note that {text}", "write into my notes that {text}", "{text}. Note that down", "save it as a note that {text}", "I need a note that {text}"],
     }
@@ -64,7 +67,8 @@ forms! {
             "<do>[find|search] my notes for {word}", "do I have a note about {word}", "what did I note about {word}", "<do>find the note about {word}", "<do>search the notes for {word}", "which note says {word}", "is there a note about {word}", "<do>look for {word} in my notes", "what do my notes say about {word}",
             "<do>show me the note about {word}", "did I note something about {word}", "<do>read me the note about {word}", "do my notes say anything about {word}", "what have I noted about {word}", "<do>look in my notes for {word}", "<do>find my note about {word}", "<do>look up {word} in my notes", "my note about {word}", "note about {word}",
             "<do>search notes: {word}", "<noun>the note about {word}", "<noun>my note on {word}", "which notes have {word} in them", "are there notes about {word}", "what does my note about {word} say", "<do>find {word} in [the|my] notes", "is {word} in my notes", "have I written [something|anything] down about {word}", "what was my note about {word}",
-            "where in my notes is {word}", "one of my notes ({word}), what does it say", "a word ({word}): is it in my notes", "search for this in my notes ({word})", "search for a note with {word}", "look for the word {word} in my notes", "search my notes, I look for {word}", "any notes on {word}", "<do>check my notes for {word}", "in my notes, what is there about {word}", "which note is about {word}", "is there anything in my notes about {word}", "do I have notes with {word}", "which [of the |]notes say {word}", "do any of my notes say {word}", "[is there|do I have] a note that says {word}", "which note has the word {word}", "does [any|a] note say {word}", "<do>show me notes that say {word}", "{word}: is there a note about it", "is there any note with {word} in it", "<do>find notes with {word}", "what notes do I have about {word}", "<do>show me what I noted about {word}", "<do>search for notes about {word}", "what was it I noted about {word}",
+            "where in my notes is {word}", "one of my notes ({word}), what does it say", "a word ({word}): is it in my notes", "search for this in my notes ({word})", "search for a note with {word}", "look for the word {word} in my notes", "search my notes, I look for {word}", "any notes on {word}", "<do>check my notes for {word}", "in my notes, what is there about {word}", "which note is about {word}", "is there anything in my notes about {word}", "do I have notes with {word}", "which [of the |]notes say {word}", "do any of my notes say {word}", "[is there|do I have] a note that says {word}", "which note has the word {word}", "does [any|a] note say {word}", "<do>show me notes that say {word}", "{word}: is there a note about it", "is there any note with {word} in it", "<do>find notes with {word}", "what notes do I have about {word}", "<do>show me what I noted about {word}", "<do>search for notes about {word}", "what was it I noted about {word}", "search for {word} [among|inside|through] my notes", "search for {word}, it is in one of my notes", "<do>search for the word {word} in my notes", "<do>search for {word} in [all|the] notes", "<do>look for the note on {word}", "I need [to see|to find] the note about {word}",
+            "<do>find out what I noted on {word}", "I need my note about {word}", "in which note did I write about {word}",
         ],
         held: ["which of my notes is about {word}", "search for {word} in my notes", "what did I write down about {word}", "is there something about {word} in my notes", "I need the note on {word}", "are there any notes that say {word}", "read what my notes say about {word}"],
     }
@@ -181,10 +185,12 @@ pub fn telling<'a>(
 
 /// A request to keep a note.
 pub fn add_task(side: Side, draw: &mut Draw) -> Task {
+    // Of ten: what is to be done, how something is, what is told of oneself. The rest has a colon, which is easier: training has less of it.
+    let (todo, that, fact) = if side == Side::Train { (3, 2, 1) } else { (2, 1, 1) };
     let (form, text) = match draw.below(10) {
-        0 | 1 => (&ADD_TODO, said(&TODO, side, draw)),
-        2 => (&ADD_THAT, said(&STATE, side, draw)),
-        3 => (&ADD_THAT, Fact::new(side, draw).sentence()),
+        at if at < todo => (&ADD_TODO, said(&TODO, side, draw)),
+        at if at < todo + that => (&ADD_THAT, said(&STATE, side, draw)),
+        at if at < todo + that + fact => (&ADD_THAT, Fact::new(side, draw).sentence()),
         _ => (&ADD, text(side, draw)),
     };
     Task::single(form.request(side, &[("text", &text)], draw), Action::Call(add(&text)), saved)
