@@ -53,15 +53,24 @@ pub struct Options {
     pub exact: bool,
     /// Chunks of a segment at most, 0 for sequences that are never cut; the device's own choice ([`crate::tune::Cut`]) if none.
     pub cut: Option<u32>,
+    /// Bytes of scratch that a call may take, about, and at least what a chunk needs; the device's own choice ([`crate::tune::Tile`]) if
+    /// none. What does not fit goes through in pieces, one after the other; a backward pass of several blocks of pieces walks forward twice. To
+    /// do all at once, a backward pass with K = V = 128 takes 6.8 KB a token and value head.
+    pub scratch: Option<u64>,
 }
 
 impl Options {
-    /// The tile with the cut that is asked for.
-    fn cut(&self, tile: Tile) -> Tile {
-        match self.cut {
-            None => tile,
-            Some(chunks) => Tile { cut: (chunks > 0).then_some(Cut::every(chunks)), ..tile },
+    /// The tile with the cut and the scratch that are asked for.
+    fn tile(&self, tile: Tile) -> Tile {
+        let mut tile = tile;
+        if let Some(chunks) = self.cut {
+            tile.cut = (chunks > 0).then_some(Cut::every(chunks));
         }
+        if let Some(bytes) = self.scratch {
+            // Of a backward pass: what a block saves, as much again for its gradients, and less than a quarter of that beside.
+            (tile.scratch, tile.grad_scratch, tile.grad_states) = (bytes, bytes / 9 * 4, bytes / 9 * 4);
+        }
+        tile
     }
 
     fn scale_for(&self, heads: &Heads) -> Result<f32> {

@@ -249,6 +249,21 @@ fn memory_stays_below_200_mb_and_grows_linearly() {
         println!("{}: {} MB at T = 4096, {} MB at 16384", device.name, one / 1_000_000, four / 1_000_000);
         assert!(one <= 200_000_000, "{}: {one} bytes", device.name);
         assert!(four - two <= 2 * (two - one) + (64 << 20), "{}: {one}, {two}, {four} bytes", device.name);
+
+        // More or less of it where a caller says so.
+        let with = |scratch: u64| {
+            let options = Options { scratch: Some(scratch), ..Options::default() };
+            Backward::new(&*device.backend, &Shape::one(heads, 1024), &options, 2048).unwrap()
+        };
+        let (little, much) = (with(32 << 20), with(128 << 20));
+        let pieces = [&little, &much].map(|plan| plan.plan().pieces.len());
+        assert!(pieces[0] > pieces[1], "{}: {pieces:?} pieces", device.name);
+        // The states of a sequence, and one for each block, are beside what is asked for.
+        let beside = (pieces[0] as u64 + 1) * heads.state_len() * 4 + (1 << 20);
+        for (plan, most) in [(&little, 32 << 20), (&much, 128 << 20)] {
+            let found = plan.device_bytes();
+            assert!(found <= most + beside, "{}: {found} bytes of {most}", device.name);
+        }
     }
 }
 

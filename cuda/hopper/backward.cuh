@@ -42,11 +42,11 @@ __device__ __forceinline__ char* keep_news(const Args& p, int chunk, int h, int 
 }
 
 // A warp's 16 rows of a transposed [64, 64 PANELS], packed as a product's left operand, to `to` in every panel of memory, by way of
-// `staging` (PANELS times 2048 bytes), whose last copies have been asked for by the first lane.
+// `staging` (PANELS times 2048 bytes), whose last copies have been asked for by the lane that is elected.
 template <int PANELS, int N>
 __device__ __forceinline__ void keep_rows(uint32_t staging, char* to, const uint32_t (&x)[N], int lane) {
     static_assert(N == PANELS * 16, "four numbers for 16 columns");
-    if (lane == 0) bulk_wait_read();
+    if (elect()) bulk_wait_read();
     __syncwarp();
     const uint32_t at = staging;
     const int block = lane >> 3, row = (block & 1) * 8 + (lane & 7);
@@ -55,7 +55,7 @@ __device__ __forceinline__ void keep_rows(uint32_t staging, char* to, const uint
         stsm(at + (s / 4) * 2048 + swizzled(0, row, 2 * (s % 4) + (block >> 1)), x[4 * s], x[4 * s + 1], x[4 * s + 2], x[4 * s + 3]);
     fence_proxy();
     __syncwarp();
-    if (lane == 0) {
+    if (elect()) {
 #pragma unroll
         for (int y = 0; y < PANELS; y++) bulk_store(to + (long long)y * PANEL, at + y * 2048, 2048);
         bulk_commit();

@@ -94,24 +94,31 @@ __device__ __forceinline__ void store_columns(float* to, float (&x)[16], int i, 
         if (i == b) *(float2*)(to + 8 * b + 2 * j) = make_float2(x[2 * b], x[2 * b + 1]);
 }
 
-// <a, b> of two kept tiles [64, K] (backward.cuh), whose low bits are in memory at `low_a`, `low_b`: the thread's share, of the half
-// `half` of the columns.
+// The low bits of two kept tiles [64, K] (backward.cuh), from memory: the thread's share, of the half `half` of the columns.
 template <class E, int K>
-__device__ __forceinline__ float kept_dot(const char* a, const char* b, const char* low_a, const char* low_b, int half, int tid) {
-    const int row0 = 16 * (tid >> 5) + (tid >> 2) % 8, j = tid & 3;
-    constexpr int STEPS = K / 64;  // of 16 numbers
-    uint4 la[STEPS], lb[STEPS];
-    if constexpr (KEEPS_LOW<E>) {
+struct Low {
+    static constexpr int STEPS = K / 64;  // of 16 numbers
+    uint4 a[STEPS], b[STEPS];
+    __device__ __forceinline__ void load(const char* low_a, const char* low_b, int half, int tid) {
+        if constexpr (KEEPS_LOW<E>) {
 #pragma unroll
-        for (int n = 0; n < STEPS; n++) {
-            la[n] = *(const uint4*)(low_a + (half * STEPS + n) * 2048 + tid * 16);
-            lb[n] = *(const uint4*)(low_b + (half * STEPS + n) * 2048 + tid * 16);
+            for (int n = 0; n < STEPS; n++) {
+                a[n] = *(const uint4*)(low_a + (half * STEPS + n) * 2048 + tid * 16);
+                b[n] = *(const uint4*)(low_b + (half * STEPS + n) * 2048 + tid * 16);
+            }
         }
     }
+};
+
+// <a, b> of two kept tiles [64, K]: the thread's share.
+template <class E, int K>
+__device__ __forceinline__ float kept_dot(const char* a, const char* b, const Low<E, K>& low, int half, int tid) {
+    const int row0 = 16 * (tid >> 5) + (tid >> 2) % 8, j = tid & 3;
+    constexpr int STEPS = Low<E, K>::STEPS;
     float sum = 0.f;
 #pragma unroll
     for (int n = 0; n < STEPS; n++) {
-        const uint32_t xs[4] = {la[n].x, la[n].y, la[n].z, la[n].w}, ys[4] = {lb[n].x, lb[n].y, lb[n].z, lb[n].w};
+        const uint32_t xs[4] = {low.a[n].x, low.a[n].y, low.a[n].z, low.a[n].w}, ys[4] = {low.b[n].x, low.b[n].y, low.b[n].z, low.b[n].w};
 #pragma unroll
         for (int m = 0; m < 8; m++) {
             // As keep_rows has them: blocks of 8 columns and then of 8 rows.
@@ -183,7 +190,7 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
 
     if (warpgroup == 2) {
         regs_down<24>();
-        if (tid == 0) {
+        if (uniform(warp) == 0 && elect()) {
             tma_prefetch(&maps.q);
             tma_prefetch(&maps.k);
             tma_prefetch(&maps.d_o);
@@ -335,14 +342,18 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                 store_transposed(of_k ? base + M::D : e1, packed, warp, lane);
                 fence_proxy();
             };
-            // <dS', S>, half of the columns each.
+            // <dS', S>, half of the columns each; the low bits of the next part are on their way while one is summed.
+            const long long kept = ((long long)chunk * p.hv + h) * PARTS * kept_bytes(K) + K / 64 * PANEL;
+            Low<E, K> low;
+            auto load_low = [&](int x) { low.load(p.dstates + kept + x * kept_bytes(K), p.states + kept + x * kept_bytes(K), warpgroup, tid); };
             auto last_dot = [&] {
                 float dot = 0.f;
-                const long long kept = ((long long)chunk * p.hv + h) * PARTS * kept_bytes(K) + K / 64 * PANEL;
-#pragma unroll 1
-                for (int x = 0; x < PARTS; x++)
-                    dot += kept_dot<E, K>(smem + slot(TILE_DS + x) * M::SLOT, smem + slot(TILE_S + x) * M::SLOT, p.dstates + kept + x * kept_bytes(K),
-                                          p.states + kept + x * kept_bytes(K), warpgroup, tid);
+#pragma unroll
+                for (int x = 0; x < PARTS; x++) {
+                    const Low<E, K> own = low;
+                    if (x + 1 < PARTS) load_low(x + 1);
+                    dot += kept_dot<E, K>(smem + slot(TILE_DS + x) * M::SLOT, smem + slot(TILE_S + x) * M::SLOT, own, warpgroup, tid);
+                }
 #pragma unroll
                 for (int step = 1; step < 32; step *= 2) dot += __shfl_xor_sync(~0u, dot, step);
                 if (lane == 0) sums[SUM_LAST + 4 * warpgroup + warp] = dot;
@@ -416,6 +427,7 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
             }
 #pragma unroll 1
             for (int x = 0; x < PARTS; x++) await(TILE_S + x);
+            load_low(0);
             {
                 const float* at = vec + (of_k ? VEC_IN : VEC_OUT) + row0;
                 const float sign = of_k ? -1.f : 1.f, lo = at[0], hi = at[8];

@@ -86,6 +86,9 @@ __device__ __forceinline__ void bulk_prefetch(const void* src, uint32_t bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
 }
 
+// The 128 bytes at `src` into the L2 cache: an ordinary instruction, each lane its own.
+__device__ __forceinline__ void prefetch(const void* src) { asm volatile("prefetch.global.L2 [%0];" ::"l"(src) : "memory"); }
+
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // The calling thread's stores have read shared memory.
@@ -178,6 +181,14 @@ __device__ __forceinline__ void hold(uint32_t (&d)[N]) {
 __device__ __forceinline__ void hold(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
 
 // ---- the rest ------------------------------------------------------------------------------------------------------
+
+// True in one lane of a whole warp, always the same. Where a lane is chosen so, ptxas knows that it is alone, and that what it hands the copy engine
+// is the same in all lanes; chosen by its number, every copy is a loop over lanes with different operands, about 90 cycles each.
+__device__ __forceinline__ bool elect() {
+    uint32_t one;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(one));
+    return one != 0;
+}
 
 // Registers of a thread, from here on: for all warps of a warpgroup.
 template <int N>

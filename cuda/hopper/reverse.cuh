@@ -18,7 +18,7 @@ namespace hopper {
 // Shared memory, in bytes from a base on 1024.
 //   stage s   K, Q [64, K], dO [64, 64 WG], C, P, vectors: from the producer's loads until all consumers arrived on empty[s], after
 //             their last product of that chunk; ring of STAGES
-//   staging   per consumer warp, dS'^T [16, K], read by the copies that its first lane asks for, and dV [64, 16]
+//   staging   per consumer warp, dS'^T [16, K], read by the copies that one lane asks for, and dV [64, 16]
 template <int K, int WG, int STAGES>
 struct ReverseSmem {
     static constexpr int KT = 0;
@@ -74,7 +74,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
 
     if (warpgroup == WG) {
         if constexpr (WG > 1) regs_down<Registers<K>::SERVER>();
-        if (tid == 0) {
+        if (uniform(warp) == 0 && elect()) {
             tma_prefetch(&maps.k);
             tma_prefetch(&maps.q);
             tma_prefetch(&maps.d_o);
@@ -138,16 +138,16 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
                 for (int e = 0; e < 4; e++) d_o[4 * b + e] = x[e];
             }
         };
-        // d^T (+)= a^T X for the tile X [64, 64] at `at`.
-        auto multiply = [&](float (&d)[32], const uint32_t (&a)[16], uint32_t at, int add) {
-            const uint64_t tile = desc_mn_major(at, PANEL);
+        // d^T (+)= a^T X for the tile X [64, 64], C or P of the stage at `at`.
+        auto multiply = [&](float (&d)[32], const uint32_t (&a)[16], uint32_t at, auto x_at, int add) {
+            const uint64_t tile = desc_step(desc_mn_major(x_at, PANEL), at);
 #pragma unroll
             for (int x = 0; x < 4; x++) E::template mma_rs<1>(d, a + 4 * x, desc_step(tile, x * 2048), x > 0 || add);
             wgmma_commit();
         };
         // U^T = dS^T K^T, dS^T rounded step by step.
         auto multiply_state = [&](uint32_t at) {
-            const uint64_t tile = desc_k_major(at);
+            const uint64_t tile = desc_step(desc_k_major(M::KT), at);
 #pragma unroll
             for (int x = 0; x < K / 16; x += 2) {
 #pragma unroll
@@ -193,7 +193,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             hold(sb);
             hold(d_o);
             wgmma_fence();
-            multiply(r, d_o, base + M::P, 0);
+            multiply(r, d_o, base, Int<M::P>{}, 0);
             const uint64_t tile = desc_k_major(base + M::KT);
 #pragma unroll
             for (int x = 0; x < K / 16; x++) E::template mma_rs<0>(u, sb + 4 * x, desc_step(tile, (x / 4) * PANEL + (x % 4) * 32), x > 0);
@@ -202,15 +202,15 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             make_y(base + M::VEC + 8 * j);
         }
         // Nothing is in flight where the loop turns; w holds y of the chunk, d_o its dO.
+        uint32_t at = base;
         for (int n = chunks - 1; n >= 0; n--) {
-            const uint32_t at = base + st * M::STAGE;
             const uint32_t factors = at + M::VEC + 8 * j;
             // dV^T = y^T C.
             hold(w);
             hold(rest);
             wgmma_fence();
-            multiply(u, w, at + M::C, 0);
-            multiply(u, rest, at + M::C, 1);
+            multiply(u, w, at, Int<M::C>{}, 0);
+            multiply(u, rest, at, Int<M::C>{}, 1);
             if constexpr (!CARRY && KEEPS_LOW<E>) keep_low<K>(keep_states(p, K, chunk + n, h, column / 64) + PANELS * PANEL, s, sb, tid);
             // Behind it dS^T = last dS'^T + (out o dO^T) Q.
 #pragma unroll
@@ -225,7 +225,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             hold(s);
             hold(d_o);
             {
-                const uint64_t rows = desc_mn_major(at + M::Q, PANEL);
+                const uint64_t rows = desc_step(desc_mn_major(M::Q, PANEL), at);
                 wgmma_fence();
 #pragma unroll
                 for (int x = 0; x < 4; x++) E::template mma_rs<1>(s, d_o + 4 * x, desc_step(rows, x * 2048), 1);
@@ -238,7 +238,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             hold(u);
             // dS^T -= (in o dV^T) K.
             {
-                const uint64_t rows = desc_mn_major(at + M::KT, PANEL);
+                const uint64_t rows = desc_step(desc_mn_major(M::KT, PANEL), at);
 #pragma unroll
                 for (int x = 0; x < 4; x++) {
 #pragma unroll
@@ -263,7 +263,7 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             uint32_t next_phase = phase;
             if (next == STAGES) next = 0, next_phase ^= 1;
             if (n > 0) arrive(next, next_phase);
-            const uint32_t at_next = base + next * M::STAGE;
+            const uint32_t at_next = at + (next == 0 ? -(STAGES - 1) * M::STAGE : M::STAGE);
             wgmma_wait<0>();
             hold(s);
             __syncwarp();
@@ -272,8 +272,8 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             load_do(at_next);
             hold(d_o);
             wgmma_fence();
-            multiply(r, d_o, at_next + M::P, 0);
-            multiply_state(at_next + M::KT);
+            multiply(r, d_o, at_next, Int<M::P>{}, 0);
+            multiply_state(at_next);
             if (n > 0) keep_state(n - 1);
             if constexpr (!CARRY) {
                 const int row0 = token + n * CHUNK, len = tokens - n * CHUNK;
@@ -285,9 +285,9 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
                 __syncwarp();
             }
             make_y(at_next + M::VEC + 8 * j);
-            st = next, phase = next_phase;
+            st = next, phase = next_phase, at = at_next;
         }
-        if (lane == 0) bulk_wait();
+        if (elect()) bulk_wait();
         if (out >= 0) {
             float* x = p.dstates_out + ((long long)out * p.hv + h) * K * p.v + v0;
 #pragma unroll

@@ -86,7 +86,7 @@ __device__ __forceinline__ uint64_t desc_blocks(uint32_t addr) {
     return (uint64_t)((addr & 0x3ffff) >> 4) | ((uint64_t)(128 >> 4) << 16) | ((uint64_t)(256 >> 4) << 32);
 }
 
-// The same operand `bytes` further on. One addition: derived anew from its address, each descriptor costs a chain of four
+// The same operand `bytes` further on, a whole stage too: no block has 256 KB. One addition: derived anew from its address, each descriptor costs a chain of four
 // operations in the uniform datapath, longer than the product [64, 64] that waits for it.
 __device__ __forceinline__ uint64_t desc_step(uint64_t d, uint32_t bytes) {
     return (d & 0xffffffff00000000ull) | (uint32_t)((uint32_t)d + (bytes >> 4));

@@ -22,12 +22,6 @@
 #pragma once
 #include "backward.cuh"
 
-// Whether N^T P^T has 32 registers a thread of its own, or is summed into S^T Q^T once that is scaled: two consumers have 240 registers a
-// thread, which are too few for it. `bench` may say otherwise.
-#ifndef SCAN_APART
-#define SCAN_APART(WG) (WG == 1)
-#endif
-
 namespace hopper {
 
 // Shared memory, in bytes from a base on 1024.
@@ -35,7 +29,7 @@ namespace hopper {
 //             arrived on empty[s], after their last product of that chunk; ring of STAGES. The blocks of A and P above the
 //             diagonal are zeroed once: no load touches them.
 //   staging   per consumer, O [64 tokens, 64] of a chunk as a panel: from the consumer's stores (o_free[w] taken) until the storing warp
-//             has read it. KEEP: per consumer warp, S^T [16, K], e^T [16, 64], read by the copies that its first lane asks for
+//             has read it. KEEP: per consumer warp, S^T [16, K], e^T [16, 64], read by the copies that one lane asks for
 template <int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false>
 struct ScanSmem {
     static constexpr int KT = 0;
@@ -89,7 +83,6 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     static_assert(GRAD ? !OUT : !KEEP, "the image of the backward is for passes without outputs");
     constexpr long long IMAGE = GRAD ? GRAD_BYTES : IMAGE_BYTES;
     constexpr int PANELS = K / 64;
-    constexpr bool APART = OUT && SCAN_APART(WG);
     const int warpgroup = uniform(threadIdx.x / WARPGROUP), tid = threadIdx.x % WARPGROUP, warp = tid >> 5, lane = tid & 31;
     const uint32_t base = smem_addr(align_1024(smem_raw)), full = base + M::BARRIERS, empty = full + STAGES * 8, tail = empty + STAGES * 8;
     const uint32_t o_full = tail + 8, o_free = o_full + WG * 8;
@@ -145,7 +138,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
 
     if (warpgroup == WG) {
         if constexpr (WG > 1) regs_down<Registers<K>::SERVER>();
-        if (tid == 0) {
+        if (uniform(warp) == 0 && elect()) {
             tma_prefetch(&maps.k);
             tma_prefetch(&maps.v);
             if constexpr (OUT) tma_prefetch(&maps.q);
@@ -188,7 +181,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                     char* to = (char*)p.o + ((row + (lane >> 3)) * p.o_stride + column) * 2 + (lane & 7) * 16;
 #pragma unroll 1
                     for (int r = lane >> 3; r < len; r += 4, to += 8 * p.o_stride) *(uint4*)to = shared_16(swizzled(from, r, lane & 7));
-                } else if (lane == 0) {
+                } else if (elect()) {
                     tma_store(&maps.o, column, row, from);
                     bulk_commit();
                     bulk_wait_read();
@@ -196,7 +189,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 }
                 __syncwarp();
             }
-            if (lane == 0) bulk_wait();
+            if (elect()) bulk_wait();
         }
         if ((warp == 0 || warp >= CLEARING) && tokens % CHUNK != 0) {
             const int n = chunks - 1, s = n % STAGES;
@@ -234,8 +227,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 for (int e = 0; e < 4; e++) s[4 * b + e] = 8 * b + 2 * j + e % 2 == v0 + (e / 2) * 8 ? 1.f : 0.f;
         }
 
-        // o2: N^T P^T where it is apart, so that neither the wait for S^T Q^T nor its scaling stands before it.
-        float o[32], o2[APART ? 32 : 1], u[32];
+        float o[32], u[32];
         // GRAD: what the rounding of W and of N for the state leaves is multiplied, too: dg of a head without decay is <dS', S> of K V
         // numbers that mostly cancel, and the state's errors stay in it (NOTES.md).
         uint32_t sb[K / 4], w[16], rest[GRAD ? 16 : 1];
@@ -244,24 +236,24 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         auto whole = [&](int n) { return tokens - n * CHUNK >= CHUNK; };
         auto bar_of = [&](int n, int st) { return whole(n) ? full + 8 * st : tail; };
         const uint32_t code = HUNG_CONSUMER + 16 * warpgroup;
-        // d^T = S^T X^T for the tile X at `at`, columns from 16 FROM to 16 TO of S.
-        auto multiply = [&](float (&d)[32], uint32_t at, auto from, auto to) {
-            const uint64_t tile = desc_k_major(at);
+        // o^T = S^T Q^T for the stage at `at`, columns from 16 FROM to 16 TO of S.
+        auto multiply_q = [&](uint32_t at, auto from, auto to) {
+            const uint64_t tile = desc_step(desc_k_major(M::Q), at);
 #pragma unroll
             for (int x = from; x < to; x++)
-                E::template mma_rs<0>(d, sb + 4 * x, desc_step(tile, (x / 4) * PANEL + (x % 4) * 32), x > 0);
+                E::template mma_rs<0>(o, sb + 4 * x, desc_step(tile, (x / 4) * PANEL + (x % 4) * 32), x > 0);
             wgmma_commit();
         };
-        // d^T (+)= a^T X^T for the lower triangular X at `at`.
-        auto multiply_low = [&](float (&d)[32], const uint32_t (&a)[16], uint32_t at, int add) {
-            const uint64_t tile = GRAD ? desc_k_major(at) : desc_blocks(at);
+        // d^T (+)= a^T X^T for the lower triangular X, A or P of the stage at `at`.
+        auto multiply_low = [&](float (&d)[32], const uint32_t (&a)[16], uint32_t at, auto x_at, int add) {
+            const uint64_t tile = desc_step(GRAD ? desc_k_major(x_at) : desc_blocks(x_at), at);
 #pragma unroll
             for (int x = 0; x < 4; x++) I::template mma_rs<0>(d, a + 4 * x, desc_step(tile, x * (GRAD ? 32 : 2048)), x > 0 || add);
             wgmma_commit();
         };
-        // U^T = S^T K^T for the tiles of the stage at `at`, S^T rounded step by step, each step a group; and S^T <- last S^T behind that.
-        auto multiply_state = [&](uint32_t at, float last) {
-            const uint64_t tile = desc_k_major(at + M::KT);
+        // U^T = S^T K^T for the tiles of the stage at `at`, S^T rounded step by step, each step a group.
+        auto multiply_state = [&](uint32_t at) {
+            const uint64_t tile = desc_step(desc_k_major(M::KT), at);
 #pragma unroll
             for (int x = 0; x < K / 16; x += 2) {
 #pragma unroll
@@ -274,19 +266,20 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 for (int y = x; y < x + 2; y++) E::template mma_rs<0>(u, sb + 4 * y, desc_step(tile, (y / 4) * PANEL + (y % 4) * 32), y > 0);
                 wgmma_commit();
             }
-            if constexpr (!KEEP) {
-#pragma unroll
-                for (int x = 0; x < K / 2; x++) s[x] *= last;
-            }
         };
-        // W^T = V^T - vec_in o U^T, when U is there; behind it half of S^T Q^T may be in flight.
-        auto make_w = [&](uint32_t at) {
-            uint32_t v[4][4];
-            float2 c[8];
+        // V^T of the stage at `at`, as U^T lies, its factors, and e^(c_C): early, as shared memory answers late while products read it, 100 cycles and more.
+        uint32_t v[4][4];
+        float2 c[8];
+        float last = 1.f;
+        auto load_v = [&](uint32_t at) {
+            last = shared_f32(at + M::VEC + 4 * VEC_LAST);
 #pragma unroll
             for (int b = 0; b < 4; b++) ldsm_trans(v[b], at + M::V + warpgroup * PANEL + lane_at + b * 2048);
 #pragma unroll
             for (int b = 0; b < 8; b++) c[b] = shared_f32x2(at + M::VEC + 4 * (VEC_IN + 8 * b + 2 * j));
+        };
+        // W^T = V^T - vec_in o U^T, when U is there; behind it half of S^T Q^T may be in flight.
+        auto make_w = [&] {
             if constexpr (OUT)
                 wgmma_wait<1>();
             else
@@ -304,15 +297,8 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 }
             }
         };
-        // O of a chunk, scaled by c, to the staging.
-        auto put_o = [&](const float2 (&c)[8]) {
-            if constexpr (APART) {
-#pragma unroll
-                for (int b = 0; b < 8; b++) {
-                    o[4 * b] = fmaf(c[b].x, o[4 * b], o2[4 * b]), o[4 * b + 1] = fmaf(c[b].y, o[4 * b + 1], o2[4 * b + 1]);
-                    o[4 * b + 2] = fmaf(c[b].x, o[4 * b + 2], o2[4 * b + 2]), o[4 * b + 3] = fmaf(c[b].y, o[4 * b + 3], o2[4 * b + 3]);
-                }
-            }
+        // O of a chunk to the staging.
+        auto put_o = [&]() {
 #pragma unroll
             for (int b = 0; b < 4; b++)
                 stsm_trans(staging + lane_at + b * 2048, E::pack(o[8 * b], o[8 * b + 1]), E::pack(o[8 * b + 2], o[8 * b + 3]), E::pack(o[8 * b + 4], o[8 * b + 5]),
@@ -339,39 +325,62 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         uint32_t phase = 0;
         if (chunks > 0) {
             mbar_wait(bar_of(0, 0), 0, p.hung, code);
-            multiply_state(base, shared_f32(base + M::VEC + 4 * VEC_LAST));
-            if constexpr (OUT) multiply(o, base + M::Q, Z, HALF);
+            load_v(base);
+            multiply_state(base);
+            if constexpr (OUT) multiply_q(base, Z, HALF);
             keep_state(0);
-            make_w(base);
+            make_w();
         }
-        // Where the loop turns, half of S^T Q^T of the chunk may be in flight; w holds its W, s is scaled by its last (KEEP: not yet).
+        // O in the staging is for its warp.
+        auto give_o = [&]() {
+            fence_proxy();
+            __syncwarp();
+            warp_arrive(o_full + 8 * warpgroup, lane);
+        };
+        // Where the loop turns, half of S^T Q^T of the chunk may be in flight; w holds its W, and O of the chunk before is in the staging.
+        // Where a stage is goes from turn to turn: computed from its number, it is a chain of operations before the first product.
+        uint32_t at = base;
         for (int n = 0; n < chunks; n++) {
-            const uint32_t at = base + st * M::STAGE, factors = at + M::VEC + 8 * j;
+            const uint32_t factors = at + M::VEC + 8 * j;
 
             // N^T = W^T A^T; behind it the second half of S^T Q^T.
             hold(w);
             wgmma_fence();
-            multiply_low(u, w, at + M::A, 0);
+            multiply_low(u, w, at, Int<M::A>{}, 0);
             if constexpr (GRAD) {
                 hold(rest);
-                multiply_low(u, rest, at + M::A, 1);
+                multiply_low(u, rest, at, Int<M::A>{}, 1);
             }
-            if constexpr (OUT) multiply(o, at + M::Q, HALF, ALL);
-            float2 cs[8];
+            if constexpr (OUT) multiply_q(at, HALF, ALL);
+            // While that runs: whether the next chunk is there is asked, O of the chunk before handed over, S^T <- e^(c_C) S^T. Behind the
+            // last chunk, what follows is of whatever is there, for nothing.
+            int next = st + 1;
+            uint32_t next_phase = phase;
+            if (next == STAGES) next = 0, next_phase ^= 1;
+            const uint32_t at_next = at + (next == 0 ? -(STAGES - 1) * M::STAGE : M::STAGE);
+            const bool more = n + 1 < chunks;
+            const uint32_t bar = more ? bar_of(n + 1, next) : full + 8 * st, parity = more ? whole(n + 1) ? next_phase : 0 : phase;
+            const bool there = mbar_try(bar, parity);
+            float2 cs[8], co[8];
 #pragma unroll
-            for (int b = 0; b < 8; b++) cs[b] = shared_f32x2(factors + 4 * (VEC_STATE + 8 * b));
-            if constexpr (KEEP) {
-                if constexpr (KEEPS_LOW<E>) keep_low<K>(keep_states(p, K, chunk + n, h, column / 64) + K / 64 * PANEL, s, sb, tid);
-                const float last = shared_f32(at + M::VEC + 4 * VEC_LAST);
-#pragma unroll
-                for (int x = 0; x < K / 2; x++) s[x] *= last;
+            for (int b = 0; b < 8; b++) {
+                cs[b] = shared_f32x2(factors + 4 * (VEC_STATE + 8 * b));
+                if constexpr (OUT) co[b] = shared_f32x2(factors + 4 * (VEC_OUT + 8 * b));
             }
+            if constexpr (KEEPS_LOW<E> && KEEP) keep_low<K>(keep_states(p, K, chunk + n, h, column / 64) + K / 64 * PANEL, s, sb, tid);
+            // Before a branch, or ptxas moves them behind the wait.
+#pragma unroll
+            for (int x = 0; x < K / 2; x++) s[x] *= last;
+            hold(s);
+            if constexpr (OUT)
+                if (n > 0) give_o();
+            if (__builtin_expect(!there, 0)) mbar_wait(bar, parity, p.hung, code + next);
             wgmma_wait<OUT>();
             hold(u);
             uint32_t nb[16], ns[16];
             // S^T <- e^(c_C) S^T + (vec_state o N^T) K, each step a group; behind it N^T P^T.
             hold(s);
-            const uint64_t rows = desc_mn_major(at + M::KT, PANEL);
+            const uint64_t rows = desc_step(desc_mn_major(M::KT, PANEL), at);
 #pragma unroll
             for (int x = 0; x < 4; x++) {
 #pragma unroll
@@ -393,83 +402,52 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 if constexpr (GRAD) E::template mma_rs<1>(s, rest + 4 * x, desc_step(rows, x * 2048), 1);
                 wgmma_commit();
             }
-            // While that runs: the next chunk, and the place for O. After the last chunk, what follows is of whatever is there, for nothing.
-            int next = st + 1;
-            uint32_t next_phase = phase;
-            if (next == STAGES) next = 0, next_phase ^= 1;
-            const uint32_t at_next = base + next * M::STAGE;
-            {
-                // Both asked at once. Behind the last chunk: for what has come already.
-                const bool more = n + 1 < chunks;
-                const uint32_t bar = more ? bar_of(n + 1, next) : full + 8 * st, parity = more ? whole(n + 1) ? next_phase : 0 : phase;
-                const uint32_t free = o_free + 8 * warpgroup, free_parity = (n & 1) ^ 1;
-                bool there = mbar_try(bar, parity);
-                if constexpr (OUT) there = there & mbar_try(free, free_parity);
-                if (__builtin_expect(!there, 0)) {
-                    mbar_wait(bar, parity, p.hung, code + next);
-                    if constexpr (OUT) mbar_wait(free, free_parity, p.hung, code + 8);
-                }
-            }
-            float last = 1.f;
-            if constexpr (!KEEP) {
-                const float x = shared_f32(at_next + M::VEC + 4 * VEC_LAST);
-                last = n + 1 < chunks ? x : 1.f;
-            }
-            // Behind the waits, as ptxas moves these roundings up between the steps of S where it can.
-            float2 co[8];
+            // O^T = vec_out o (S^T Q^T) + N^T P^T, while S runs.
+            const uint32_t free = o_free + 8 * warpgroup, free_parity = (n & 1) ^ 1;
+            bool place = true;
             if constexpr (OUT) {
 #pragma unroll
                 for (int x = 0; x < 16; x++) nb[x] = I::pack(u[2 * x], u[2 * x + 1]);
-                if constexpr (!APART) {
+                wgmma_wait<4>();
+                hold(o);
 #pragma unroll
-                    for (int b = 0; b < 8; b++) co[b] = shared_f32x2(factors + 4 * (VEC_OUT + 8 * b));
-                    wgmma_wait<4>();
-                    hold(o);
-#pragma unroll
-                    for (int b = 0; b < 8; b++) o[4 * b] *= co[b].x, o[4 * b + 1] *= co[b].y, o[4 * b + 2] *= co[b].x, o[4 * b + 3] *= co[b].y;
-                    hold(o);
-                }
+                for (int b = 0; b < 8; b++) o[4 * b] *= co[b].x, o[4 * b + 1] *= co[b].y, o[4 * b + 2] *= co[b].x, o[4 * b + 3] *= co[b].y;
+                hold(o);
                 hold(nb);
                 wgmma_fence();
-                if constexpr (APART)
-                    multiply_low(o2, nb, at + M::P, 0);
-                else
-                    multiply_low(o, nb, at + M::P, 1);
+                multiply_low(o, nb, at, Int<M::P>{}, 1);
+                place = mbar_try(free, free_parity);
             } else {
                 keep_news_of(n);
             }
+            load_v(at_next);
             wgmma_wait<OUT>();
             hold(s);
 
             // U, W and half of S^T Q^T of the next chunk.
-            multiply_state(at_next, last);
+            multiply_state(at_next);
             if constexpr (OUT) {
-                if constexpr (APART) {
-#pragma unroll
-                    for (int b = 0; b < 8; b++) co[b] = shared_f32x2(factors + 4 * (VEC_OUT + 8 * b));
-                }
                 wgmma_wait<K / 32>();
                 hold(o);
-                if constexpr (APART) hold(o2);
             }
             __syncwarp();
             warp_arrive(empty + 8 * st, lane);
             if constexpr (OUT) {
-                put_o(co);
+                if (__builtin_expect(!place, 0)) mbar_wait(free, free_parity, p.hung, code + 8);
+                put_o();
                 hold(o);
                 wgmma_fence();
-                multiply(o, at_next + M::Q, Z, HALF);
-                fence_proxy();
-                __syncwarp();
-                warp_arrive(o_full + 8 * warpgroup, lane);
+                multiply_q(at_next, Z, HALF);
             }
             if (n + 1 < chunks) keep_state(n + 1);
-            make_w(at_next);
-            st = next, phase = next_phase;
+            make_w();
+            st = next, phase = next_phase, at = at_next;
         }
         wgmma_wait<0>();
+        if constexpr (OUT)
+            if (chunks > 0) give_o();
         if constexpr (KEEP) {
-            if (lane == 0) bulk_wait();
+            if (elect()) bulk_wait();
         }
         const int out = GRAD && transition ? at_seg + 1 : seg.out;
         if (out >= 0 && (!KEEP || p.states_out != nullptr)) {

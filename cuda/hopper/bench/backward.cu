@@ -68,13 +68,34 @@ struct Case {
     int cut = 0;               // chunks in a segment; 0: sequences stay whole
 };
 
-// Chunks in a segment, as the backend's forward chooses them.
+// Chunks in a segment, as the backend chooses them: `keep` and `reverse` run at once.
 static int best_cut(const vector<int>& lens, int heads) {
     long long chunks = 0;
     for (int x : lens) chunks += (x + CHUNK - 1) / CHUNK;
-    if (3 * (long long)lens.size() * heads > multiprocessors()) return 0;
-    const long long length = std::max(16ll, ((chunks * heads + multiprocessors() - 1) / multiprocessors() + 7) / 8 * 8);
+    if (3 * 2 * (long long)lens.size() * heads > multiprocessors()) return 0;
+    const long long length = std::max(16ll, ((chunks * 2 * heads + multiprocessors() - 1) / multiprocessors() + 7) / 8 * 8);
     return chunks <= length ? 0 : (int)length;
+}
+
+// Two kernels beside each other on `s`, where streams are more than names.
+template <class A, class B>
+static void beside(cudaStream_t s, A a, B b) {
+#ifdef GATEDELTA_EMULATOR
+    a(s), b(s);
+#else
+    static cudaStream_t other = nullptr;
+    static cudaEvent_t fork, join;
+    if (other == nullptr) {
+        CHECK(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking));
+        CHECK(cudaEventCreateWithFlags(&fork, cudaEventDisableTiming));
+        CHECK(cudaEventCreateWithFlags(&join, cudaEventDisableTiming));
+    }
+    CHECK(cudaEventRecord(fork, s));
+    CHECK(cudaStreamWaitEvent(other, fork, 0));
+    a(s), b(other);
+    CHECK(cudaEventRecord(join, other));
+    CHECK(cudaStreamWaitEvent(s, join, 0));
+#endif
 }
 
 static const char* decay_name(Decay d) {
@@ -175,8 +196,8 @@ struct Run {
         wa = {ca, (int*)warm_back.p};
         ga = {(Chunk*)d_chunks.p, (char*)images.p, (char*)states.p, (char*)dstates.p, (char*)news.p, dq.p, dk.p, (float*)dg.p, (float*)dbeta.p,
               c.hk * c.k, c.hk * c.k, scale, (int)chunks.size(), c.hk, c.hv, c.mod, c.l2norm, hung_device()};
-        // Two consumers share the loads of a block; with few blocks, one each fills the chip better.
-        wg = c.wg ? c.wg : c.v % 128 != 0 || (int)segments.size() * c.hv * (c.v / 128) * 3 < multiprocessors() * 2 ? 1 : 2;
+        // Two consumers share the loads of a block; with few blocks, one each fills the chip better. As the backend has it.
+        wg = c.wg ? c.wg : c.v % 128 != 0 || (int)segments.size() * c.hv * (c.v / 128) * (c.cut ? 4 : 1) <= multiprocessors() ? 1 : 2;
     }
 
     vector<Buffer*> outputs() { return {&dq, &dk, &dv, &dg, &dbeta, &dh0}; }
@@ -198,14 +219,17 @@ struct Run {
         LAUNCH(hopper_grad_warm, (jobs + 3) / 4, 128, 0, s, &wa);
         ScanArgs state = ka;
         state.segments = (Segment*)d_ordered.p, state.states_out = (float*)starts.p, state.transitions = (float*)transitions.p, state.warm = (int*)warm.p;
-        int bytes = c.k == 128 ? ScanSmem<128, 1, 3, false, true>::BYTES : ScanSmem<64, 1, 3, false, true>::BYTES;
-        LAUNCH(BY_TYPE(c.f16, c.k, hopper_grad_state, ), jobs * (c.v / 64 + c.k / 64), 256, bytes, s, &state, &km);
-        LAUNCH2(c.k == 128 ? (Kernel)hopper_grad_carry_k128 : (Kernel)hopper_grad_carry_k64, cuts.size() * c.hv, c.v / CARRY_COLUMNS, c.k * 2, 0, s, &ca);
         ReverseArgs back = ra;
         back.segments = (Segment*)d_ordered.p, back.dstates_out = (float*)ends.p, back.warm = (int*)warm_back.p;
-        bytes = c.k == 128 ? ReverseSmem<128, 1, 3>::BYTES : ReverseSmem<64, 1, 3>::BYTES;
-        LAUNCH(BY_TYPE(c.f16, c.k, hopper_reverse_state, ), jobs * (c.v / 64), 256, bytes, s, &back, &rm);
-        LAUNCH2(c.k == 128 ? (Kernel)hopper_reverse_carry_k128 : (Kernel)hopper_reverse_carry_k64, cuts.size() * c.hv, c.v / CARRY_COLUMNS, c.k * 2, 0, s, &cb);
+        const int bytes = c.k == 128 ? ScanSmem<128, 1, 3, false, true>::BYTES : ScanSmem<64, 1, 3, false, true>::BYTES;
+        const int back_bytes = c.k == 128 ? ReverseSmem<128, 1, 3>::BYTES : ReverseSmem<64, 1, 3>::BYTES;
+        beside(
+            s, [&](cudaStream_t s) { LAUNCH(BY_TYPE(c.f16, c.k, hopper_grad_state, ), jobs * (c.v / 64 + c.k / 64), 256, bytes, s, &state, &km); },
+            [&](cudaStream_t s) { LAUNCH(BY_TYPE(c.f16, c.k, hopper_reverse_state, ), jobs * (c.v / 64), 256, back_bytes, s, &back, &rm); });
+        const unsigned x = (unsigned)(cuts.size() * c.hv), y = c.v / CARRY_COLUMNS, threads = c.k * 2;
+        beside(
+            s, [&](cudaStream_t s) { LAUNCH2(c.k == 128 ? (Kernel)hopper_grad_carry_k128 : (Kernel)hopper_grad_carry_k64, x, y, threads, 0, s, &ca); },
+            [&](cudaStream_t s) { LAUNCH2(c.k == 128 ? (Kernel)hopper_reverse_carry_k128 : (Kernel)hopper_reverse_carry_k64, x, y, threads, 0, s, &cb); });
     }
     unsigned scan_blocks() const { return (unsigned)(segments.size() * c.hv * (c.v / 64 / wg)); }
     void keep(cudaStream_t s) {
@@ -227,7 +251,8 @@ struct Run {
         const Kernel kernel = c.v == 128 ? BY_TYPE(c.f16, c.k, hopper_gradients, _v128) : BY_TYPE(c.f16, c.k, hopper_gradients, _v64);
         LAUNCH(kernel, std::min<size_t>(multiprocessors(), chunks.size() * c.hk), 384, bytes, s, &ga, &gm);
     }
-    void all(cudaStream_t s) { prepare(s), carry(s), keep(s), reverse(s), gradients(s); }
+    void scans(cudaStream_t s) { beside(s, [&](cudaStream_t s) { keep(s); }, [&](cudaStream_t s) { reverse(s); }); }
+    void all(cudaStream_t s) { prepare(s), carry(s), scans(s), gradients(s); }
 
     // Products of all four kernels; bytes that must come from and go to memory, and those that these kernels move.
     double flops() const {
@@ -475,12 +500,13 @@ static void time_case(const char* name, const vector<int>& lens, int hk, int hv,
     Case c{name, lens, hk, hv, 128, 128, false, Decay::Bench, true, false, false, 0, 0, wg, cut};
     Run r(c, 99);
     const double whole = time_of([&](cudaStream_t s) { r.all(s); }, repeats);
-    const double parts[4] = {time_of([&](cudaStream_t s) { r.prepare(s); }, repeats), time_of([&](cudaStream_t s) { r.keep(s); }, repeats),
-                             time_of([&](cudaStream_t s) { r.reverse(s); }, repeats), time_of([&](cudaStream_t s) { r.gradients(s); }, repeats)};
+    const double parts[5] = {time_of([&](cudaStream_t s) { r.prepare(s); }, repeats), time_of([&](cudaStream_t s) { r.keep(s); }, repeats),
+                             time_of([&](cudaStream_t s) { r.reverse(s); }, repeats), time_of([&](cudaStream_t s) { r.gradients(s); }, repeats),
+                             time_of([&](cudaStream_t s) { r.scans(s); }, repeats)};
     const double carry = cut ? time_of([&](cudaStream_t s) { r.carry(s); }, repeats) : 0;
     const double bw = bandwidth();
-    printf("%-9s %2d/%-2d wg%d cut%-3d %.4f ms (prepare %.4f, carry %.4f, keep %.4f, reverse %.4f, gradients %.4f)  by FLOP %.3f, by bytes %.3f, bytes moved %.3f; FlashQLA on an H200 %.3f, x%.2f\n",
-           name, hk, hv, r.wg, cut, whole, parts[0], carry, parts[1], parts[2], parts[3], r.flops() / 790e9, r.bytes() / bw * 1e3, r.moved() / bw * 1e3, published, published / whole);
+    printf("%-9s %2d/%-2d wg%d cut%-3d %.4f ms (prepare %.4f, carry %.4f, keep %.4f, reverse %.4f, both %.4f, gradients %.4f)  by FLOP %.3f, by bytes %.3f, bytes moved %.3f; FlashQLA on an H200 %.3f, x%.2f\n",
+           name, hk, hv, r.wg, cut, whole, parts[0], carry, parts[1], parts[2], parts[4], parts[3], r.flops() / 790e9, r.bytes() / bw * 1e3, r.moved() / bw * 1e3, published, published / whole);
     finish(name);
     fflush(stdout);
 }

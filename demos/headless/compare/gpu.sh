@@ -16,6 +16,7 @@
 #
 #   HEADLESS   the program (target/release/gatedelta-headless)      PYTHON   python3 with torch and the libraries (python3)
 #   ANSWERS    where float64 answers are kept between runs (a temporary directory)
+#   EACH       seconds to measure each row (0.1)                    WARM     libraries that `warm` compiles (flash_qla fla)
 set -u
 
 if [ $# -lt 2 ]; then
@@ -37,6 +38,7 @@ parts=${*:-machine warm ours flash_qla flashinfer model fla webgpu general start
 python=${PYTHON:-python3}
 headless=${HEADLESS:-$here/../../../target/release/gatedelta-headless}
 answers=${ANSWERS:-$(mktemp -d)}
+each=${EACH:-0.1}
 rows=$here/rows.json
 results=$out/results.jsonl
 log=$out/log.txt
@@ -77,14 +79,14 @@ peers() { "$python" "$here/peers_cuda.py" --rows "$rows" --answers "$answers" "$
 ours() {
     seconds=$1
     shift
-    limited $((seconds + 10)) "$headless" bench --json --rows "$rows" --answers "$answers" --seconds 0.15 \
+    limited $((seconds + 10)) "$headless" bench --json --rows "$rows" --answers "$answers" --seconds "$each" \
         --within "$seconds" "$@"
 }
 
 peer() {
     seconds=$(share "$2")
     limited $((seconds + 15)) "$python" "$here/peers_cuda.py" --rows "$rows" --answers "$answers" --peers "$1" \
-        --seconds "$seconds" --each 0.1 --kinds "$3"
+        --seconds "$seconds" --each "$each" --kinds "$3"
 }
 
 run() {
@@ -97,7 +99,7 @@ run() {
         float64=$!
         heads="16-32 16-64 16-16 2-8 32-32 16-48 4-16 8-32 8-24 8-16 4-8 2-4"
         lengths='(1x8192|1x2048|2048x4|1024x8|4096x8|8k_1seq|8k_8seq|batch.1)$'
-        for library in flash_qla fla; do
+        for library in ${WARM:-flash_qla fla}; do
             for head in $heads; do
                 echo "$library ^[a-z]+/$head/.*$lengths"
             done
@@ -110,12 +112,12 @@ run() {
         # Whole logs are long, and what failed is in the log already.
         tail -c 200000 "$out/warm.log" >"$out/warm.tail" && mv "$out/warm.tail" "$out/warm.log"
         ;;
-    ours) GATEDELTA_HOPPER=1 ours "$(share 18)" --device cuda --store bf16 ;;
-    general) ours "$(share 12)" --device cuda --store bf16 ;;
+    ours) GATEDELTA_HOPPER=1 ours "$(share 28)" --device cuda --store bf16 --scratch 8192 ;;
+    general) ours "$(share 12)" --device cuda --store bf16 --scratch 8192 ;;
     webgpu) ours "$(share 10)" --device nvidia --store bf16 ;;
     # The first rows of each kind compile; those of the other kind shall not use their time up.
-    flash_qla) peer flash_qla 20 forward; peer flash_qla 16 backward ;;
-    flashinfer) peer flashinfer 14 forward,decode ;;
+    flash_qla) peer flash_qla 27 forward; peer flash_qla 8 backward ;;
+    flashinfer) peer flashinfer 26 forward,decode ;;
     fla) peer fla 16 forward,backward,decode ;;
     model)
         limited "$(share 10)" "$python" "$here/model_transformers.py"

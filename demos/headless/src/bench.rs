@@ -108,6 +108,9 @@ pub struct Args {
     /// Carry the whole state over every cut
     #[arg(long)]
     exact: bool,
+    /// MiB of scratch that a call of the operator may take; without it, what the device has for that
+    #[arg(long, value_name = "MIB")]
+    scratch: Option<u64>,
     /// Ids of the prompt that a model reads
     #[arg(long, value_name = "IDS", default_value_t = 512)]
     prompt: usize,
@@ -123,6 +126,19 @@ pub struct Args {
     /// One JSON object a line instead of tables
     #[arg(long)]
     json: bool,
+}
+
+impl Args {
+    /// How the operator is called.
+    fn options(&self) -> Options {
+        Options {
+            store: self.store,
+            cut: self.cut,
+            exact: self.exact,
+            scratch: self.scratch.map(|mib| mib.saturating_mul(1 << 20)),
+            ..Options::default()
+        }
+    }
 }
 
 /// Times what was asked for; true if every answer was right.
@@ -150,7 +166,7 @@ pub fn run(args: &Args) -> Result<bool> {
         return bench_agent::run(&backend, &account, &which(args, "agent"), &asked);
     }
     if let Some(file) = &args.rows {
-        let options = Options { store: args.store, cut: args.cut, exact: args.exact, ..Options::default() };
+        let options = args.options();
         let ask = Ask { answers: args.answers.as_deref(), kinds: &args.kinds, options, seconds, within: args.within };
         return bench_rows::run(&*backend, file, &ask, args.json);
     }
@@ -225,7 +241,7 @@ fn operator(
             notes.push_str(&format!("{name} {size} left out: a run would take about {seconds:.0} s (--longest)\n"));
             continue;
         }
-        let options = Options { store: args.store, cut: args.cut, exact: args.exact, ..Options::default() };
+        let options = args.options();
         match bench_op::row(&**backend, what, heads, options, seconds) {
             Ok(row) => {
                 if args.json {

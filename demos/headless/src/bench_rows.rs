@@ -135,6 +135,7 @@ pub fn run(backend: &dyn Backend, path: &Path, ask: &Ask<'_>, json: bool) -> Res
         "store": ask.options.store.to_string(),
         "cut": ask.options.cut,
         "exact": ask.options.exact,
+        "scratch_bytes": ask.options.scratch,
         "hopper": variable("GATEDELTA_HOPPER").is_some_and(|v| v == "1"),
         "hopper_cut": variable("GATEDELTA_HOPPER_CUT").and_then(|v| v.parse::<u32>().ok()),
     });

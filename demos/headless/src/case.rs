@@ -183,7 +183,7 @@ impl Case {
 
     /// Scale, norm and storage.
     pub fn options(&self, store: Dtype) -> Options {
-        Options { scale: self.scale, qk_l2norm: self.qk_l2norm, store, cut: self.cut, exact: false }
+        Options { scale: self.scale, qk_l2norm: self.qk_l2norm, store, cut: self.cut, exact: false, scratch: None }
     }
 
     /// `[T, Hk, K]`.

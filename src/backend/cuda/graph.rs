@@ -10,7 +10,7 @@ use super::Shared;
 use super::launch::Call;
 use crate::error::Result;
 
-/// Launches from which a graph pays.
+/// Launches from which a graph pays, where none is beside another: queued one by one, those would wait for each other.
 const LEAST: usize = 8;
 /// Passes that are remembered; a model has one for a token and few for pieces of a prompt.
 const MOST: usize = 8;
@@ -22,8 +22,8 @@ pub(super) struct Graphs {
 }
 
 struct Known {
-    /// Kernels and threads, in order.
-    shape: Vec<(usize, u32)>,
+    /// Kernels and threads, in order, and which are beside the one before.
+    shape: Vec<(usize, u32, bool)>,
     graph: Option<Graph>,
 }
 
@@ -47,10 +47,11 @@ impl Graphs {
     /// Launches the calls as a graph, if they came before; false if they must be launched one by one. The device's context is
     /// current.
     pub(super) fn replay(&mut self, shared: &Shared, calls: &[Call]) -> Result<bool> {
-        if calls.len() < LEAST {
+        if calls.len() < LEAST && !calls.iter().any(|call| call.beside) {
             return Ok(false);
         }
-        let shape: Vec<(usize, u32)> = calls.iter().map(|c| (c.variant.function as usize, c.variant.threads)).collect();
+        let of = |c: &Call| (c.variant.function as usize, c.variant.threads, c.beside);
+        let shape: Vec<(usize, u32, bool)> = calls.iter().map(of).collect();
         let Some(at) = self.known.iter().position(|k| k.shape == shape) else {
             if self.known.len() == MOST
                 && let Some(graph) = self.known.remove(0).graph
@@ -93,7 +94,7 @@ impl Graphs {
 }
 
 impl Graph {
-    /// A chain of the calls.
+    /// The calls, stage after stage: a call waits for all of the stage before its own.
     fn new(shared: &Shared, calls: &[Call]) -> Result<Self> {
         let fault = &shared.fault;
         let mut graph = Graph {
@@ -105,13 +106,24 @@ impl Graph {
         // SAFETY: the driver writes to the graph's own fields, and copies what the parameters point to.
         let built = unsafe {
             fault.result("creating a graph", sys::cuGraphCreate(&mut graph.graph, 0)).and_then(|()| {
+                // The stage before, and where the one that grows starts.
+                let (mut before, mut start) = (0..0, 0);
                 for call in calls {
-                    let before = graph.nodes.last().map_or(std::ptr::null(), std::ptr::from_ref);
-                    let count = graph.nodes.len().min(1);
+                    if !call.beside {
+                        before = start..graph.nodes.len();
+                        start = graph.nodes.len();
+                    }
+                    let waits_for = graph.nodes[before.clone()].to_vec();
                     let mut args = call.parameters();
                     let params = params(call, &mut args);
                     let mut node = std::ptr::null_mut();
-                    let code = sys::cuGraphAddKernelNode_v2(&mut node, graph.graph, before, count, &params);
+                    let code = sys::cuGraphAddKernelNode_v2(
+                        &mut node,
+                        graph.graph,
+                        waits_for.as_ptr(),
+                        waits_for.len(),
+                        &params,
+                    );
                     fault.result("adding to a graph", code)?;
                     graph.nodes.push(node);
                     graph.held.push(Held { grid: call.grid, launch: call.launch.clone() });

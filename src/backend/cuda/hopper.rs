@@ -308,7 +308,7 @@ impl Hopper {
         let numbers = pair(special.cut, places as u32);
         let launch = vec![after[4], after[5], chunk_table, segment_table, to_ordered, cut_table, 0, numbers];
         let grid = [sequences as u32, 1, 1];
-        calls.push(Call { kernel: "hopper_tables", variant, grid, launch, second: None });
+        calls.push(Call { kernel: "hopper_tables", variant, grid, launch, second: None, beside: false });
 
         // PrepareArgs of forward.cuh.
         let at16 = |address: u64, name: &str| address + 2 * u64::from(s.get(name));
@@ -328,7 +328,7 @@ impl Hopper {
         ];
         let variant = self.function(shared, &special.prepare, 128, special.prepare_bytes, &[88])?;
         let grid = [launches[0].grid[0] * hk, 1, 1];
-        calls.push(Call { kernel: "hopper_prepare", variant, grid, launch, second: None });
+        calls.push(Call { kernel: "hopper_prepare", variant, grid, launch, second: None, beside: false });
 
         let mut maps = Vec::with_capacity(64);
         let f16 = p.get("qk_type") == Dtype::F16.code();
@@ -346,7 +346,14 @@ impl Hopper {
             let carry = [&[ordered, cut_table, images, warm, after[6], starts, transitions][..], &numbers].concat();
             let variant = self.function(shared, "hopper_warm", 128, 0, &[72])?;
             let grid = [jobs.div_ceil(4), 1, 1];
-            calls.push(Call { kernel: "hopper_warm", variant, grid, launch: carry.clone(), second: None });
+            calls.push(Call {
+                kernel: "hopper_warm",
+                variant,
+                grid,
+                launch: carry.clone(),
+                second: None,
+                beside: false,
+            });
 
             // ScanArgs, then ScanMaps: no outputs, states from zero.
             let args = [ordered, images, 0, starts, transitions, warm, 0, 0];
@@ -354,11 +361,11 @@ impl Hopper {
             let name = format!("hopper_state_{store}_k{k}");
             let variant = self.function(shared, &name, 256, scan_bytes(k, 1, false), &[88, 512])?;
             let grid = [jobs * parts, 1, 1];
-            calls.push(Call { kernel: "hopper_state", variant, grid, launch, second: Some(11) });
+            calls.push(Call { kernel: "hopper_state", variant, grid, launch, second: Some(11), beside: false });
 
             let variant = self.function(shared, &format!("hopper_carry_k{k}"), 2 * k, 0, &[72])?;
             let grid = [sequences as u32 * hv, v / CARRY_COLUMNS, 1];
-            calls.push(Call { kernel: "hopper_carry", variant, grid, launch: carry, second: None });
+            calls.push(Call { kernel: "hopper_carry", variant, grid, launch: carry, second: None, beside: false });
         }
 
         // ScanArgs, then ScanMaps. Without segments states are read and written in place.
@@ -368,7 +375,7 @@ impl Hopper {
         let threads = (special.consumers + 1) * 128;
         let variant = self.function(shared, &special.scan, threads, special.scan_bytes, &[88, 512])?;
         let grid = [places as u32 * hv * (v / 64 / special.consumers), 1, 1];
-        calls.push(Call { kernel: "hopper_scan", variant, grid, launch, second: Some(11) });
+        calls.push(Call { kernel: "hopper_scan", variant, grid, launch, second: Some(11), beside: false });
         Ok(true)
     }
 }

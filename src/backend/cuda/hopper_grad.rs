@@ -28,6 +28,9 @@ pub enum Half {
     Forward,
     /// The gradients.
     Backward,
+    /// Both, where nothing is between them: what the states before the segments need and what their gradients need, and the two scans, are
+    /// independent of each other and run at once.
+    Both,
 }
 
 /// Launches in the place of a half's rows.
@@ -165,13 +168,26 @@ pub fn special_grad(launches: &[Launch], at: usize, multiprocessors: u32, cut: O
         return None;
     }
     let (sequences, heads) = (scan.grid[0] as u64, hv as u64 * (v as u64).div_ceil(128));
-    let cut = cut.unwrap_or_else(|| best_cut(sequences, prepare.grid[0] as u64 / 2, heads, multiprocessors));
+    let both = backward == forward + 2;
+    let at_once = 1 + u64::from(both);
+    let cut = cut.unwrap_or_else(|| best_cut(sequences, prepare.grid[0] as u64 / 2, at_once * heads, multiprocessors));
     let segments = places(sequences, prepare.grid[0] as u64, cut);
     let fits = saved.bytes >= segment_memory(chunks, segments, k, v, hv).1;
     let (cut, segments) = if fits { (cut, segments) } else { (0, sequences) };
-    // Two consumers share the loads of a block; with few blocks, one each fills the device better.
-    let consumers = if v % 128 != 0 || 3 * segments * heads < 2 * multiprocessors as u64 { 1 } else { 2 };
-    let (half, launches) = if at == forward { (Half::Forward, 2) } else { (Half::Backward, 4) };
+    // Two consumers share the loads of a block; with few blocks, one each fills the device better. Of two scans at once on an H200, the second
+    // block of a multiprocessor gains up to there: 8 sequences of 32768 tokens in all take 0.66 ms with one, 0.79 with two at 4/8, 1.14 and
+    // 1.21 at 8/16, and 4 of them the same at 16/32.
+    let few = match (both, cut) {
+        (true, 0) => segments * heads <= multiprocessors as u64,
+        (true, _) => 4 * segments * heads <= multiprocessors as u64,
+        (false, _) => 3 * segments * heads < 2 * multiprocessors as u64,
+    };
+    let consumers = if v % 128 != 0 || few { 1 } else { 2 };
+    let (half, launches) = match at == forward {
+        true if both => (Half::Both, 6),
+        true => (Half::Forward, 2),
+        false => (Half::Backward, 4),
+    };
     let blocks = multiprocessors.min(prepare.grid[0] * p.get("hk"));
     Some(SpecialGrad { half, launches, kind: format!("{name}_k{k}"), consumers, blocks, cut })
 }
@@ -202,8 +218,41 @@ fn gradient_bytes(k: u32, v: u32) -> u32 {
 }
 
 impl Hopper {
-    /// Appends the calls for a half, whose launches' arguments start at `addresses`.
+    /// Appends the calls for a half or both, whose launches' arguments start at `addresses`.
     pub(super) fn grad_calls(
+        &self,
+        shared: &Shared,
+        special: &SpecialGrad,
+        launches: &[Launch],
+        exact: bool,
+        addresses: &[Vec<u64>],
+        calls: &mut Vec<Call>,
+    ) -> Result<()> {
+        if special.half != Half::Both {
+            return self.half_calls(shared, special, launches, exact, addresses, calls);
+        }
+        let half = |half: Half, range: std::ops::Range<usize>| {
+            let (mut calls, special) = (Vec::new(), SpecialGrad { half, ..special.clone() });
+            self.half_calls(shared, &special, &launches[range.clone()], exact, &addresses[range], &mut calls)?;
+            Ok(calls)
+        };
+        let (forward, mut backward) = (half(Half::Forward, 0..2)?, half(Half::Backward, 2..6)?);
+        let last = backward.pop();
+        // The tables are there already; what is left is beside the last ones of the forward half, each beside its like.
+        let mut backward = backward.into_iter().skip(1);
+        let alone = forward.len() - backward.len();
+        for (i, call) in forward.into_iter().enumerate() {
+            calls.push(call);
+            if i >= alone {
+                calls.extend(backward.next().map(|call| Call { beside: true, ..call }));
+            }
+        }
+        calls.extend(last);
+        Ok(())
+    }
+
+    /// Appends the calls for one half.
+    fn half_calls(
         &self,
         shared: &Shared,
         special: &SpecialGrad,
@@ -252,7 +301,14 @@ impl Hopper {
         let variant = self.function(shared, "hopper_tables", 128, 0, &[64])?;
         let [to_ordered, to_back] = if cut == 0 { [0, 0] } else { [ordered, back] };
         let launch = vec![at[4], at[5], tables, own, to_ordered, cuts, to_back, pair(cut, segments)];
-        calls.push(Call { kernel: "hopper_tables", variant, grid: [sequences, 1, 1], launch, second: None });
+        calls.push(Call {
+            kernel: "hopper_tables",
+            variant,
+            grid: [sequences, 1, 1],
+            launch,
+            second: None,
+            beside: false,
+        });
         // CarryArgs of forward.cuh: from the states (or gradients) that a sequence begins with, those that segments begin with.
         let threshold = if exact { f32::NEG_INFINITY } else { FORGOTTEN };
         let carry = |images: u64, from: u64, to: u64| {
@@ -290,6 +346,7 @@ impl Hopper {
                 grid: [places * hk, 1, 1],
                 launch,
                 second: None,
+                beside: false,
             });
 
             // ScanArgs, then ScanMaps, whose maps of q and o are not used.
@@ -305,6 +362,7 @@ impl Hopper {
                     grid: [jobs.div_ceil(4), 1, 1],
                     launch,
                     second: None,
+                    beside: false,
                 });
 
                 let args = [ordered, before[5], 0, starts, transitions, warm, 0, 0];
@@ -312,11 +370,25 @@ impl Hopper {
                 let bytes = state_bytes_of(k);
                 let variant = self.function(shared, &format!("hopper_grad_state_{kind}"), 256, bytes, &[88, 512])?;
                 let grid = [jobs * (v / 64 + k / 64), 1, 1];
-                calls.push(Call { kernel: "hopper_grad_state", variant, grid, launch, second: Some(11) });
+                calls.push(Call {
+                    kernel: "hopper_grad_state",
+                    variant,
+                    grid,
+                    launch,
+                    second: Some(11),
+                    beside: false,
+                });
 
                 let launch = carry(before[5], after[6], starts);
                 let variant = self.function(shared, &format!("hopper_grad_carry_k{k}"), 2 * k, 0, &[72])?;
-                calls.push(Call { kernel: "hopper_grad_carry", variant, grid: carry_grid, launch, second: None });
+                calls.push(Call {
+                    kernel: "hopper_grad_carry",
+                    variant,
+                    grid: carry_grid,
+                    launch,
+                    second: None,
+                    beside: false,
+                });
             }
             // Without segments states are read and written in place.
             let from = if cut > 0 { starts } else { after[6] };
@@ -324,7 +396,14 @@ impl Hopper {
             let launch = [&args[..], &shape, &maps].concat();
             let name = format!("hopper_keep_{kind}_w{consumers}");
             let variant = self.function(shared, &name, threads, keep_bytes(k, consumers), &[88, 512])?;
-            calls.push(Call { kernel: "hopper_keep", variant, grid: scan_grid, launch, second: Some(11) });
+            calls.push(Call {
+                kernel: "hopper_keep",
+                variant,
+                grid: scan_grid,
+                launch,
+                second: Some(11),
+                beside: false,
+            });
             return Ok(());
         }
 
@@ -343,17 +422,31 @@ impl Hopper {
             let name = format!("hopper_reverse_state_{kind}");
             let variant = self.function(shared, &name, 256, reverse_bytes(k, 1), &[88, 384])?;
             let grid = [jobs * (v / 64), 1, 1];
-            calls.push(Call { kernel: "hopper_reverse_state", variant, grid, launch, second: Some(11) });
+            calls.push(Call { kernel: "hopper_reverse_state", variant, grid, launch, second: Some(11), beside: false });
 
             let launch = carry(at[3], at[6], ends);
             let variant = self.function(shared, &format!("hopper_reverse_carry_k{k}"), 2 * k, 0, &[72])?;
-            calls.push(Call { kernel: "hopper_reverse_carry", variant, grid: carry_grid, launch, second: None });
+            calls.push(Call {
+                kernel: "hopper_reverse_carry",
+                variant,
+                grid: carry_grid,
+                launch,
+                second: None,
+                beside: false,
+            });
         }
         // Without segments the gradient of the states is read and written in place.
         let launch = if cut > 0 { reverse(back, ends, at[6], 0) } else { reverse(own, at[6], at[6], 0) };
         let name = format!("hopper_reverse_{kind}_w{consumers}");
         let variant = self.function(shared, &name, threads, reverse_bytes(k, consumers), &[88, 384])?;
-        calls.push(Call { kernel: "hopper_reverse", variant, grid: scan_grid, launch, second: Some(11) });
+        calls.push(Call {
+            kernel: "hopper_reverse",
+            variant,
+            grid: scan_grid,
+            launch,
+            second: Some(11),
+            beside: false,
+        });
 
         // GradientArgs, then GradientMaps.
         let gate_off = 4 * u64::from(gates.get("g_off"));
@@ -380,7 +473,7 @@ impl Hopper {
         let name = format!("hopper_gradients_{kind}_v{v}");
         let variant = self.function(shared, &name, 384, gradient_bytes(k, v), &[120, 512])?;
         let grid = [special.blocks, 1, 1];
-        calls.push(Call { kernel: "hopper_gradients", variant, grid, launch, second: Some(15) });
+        calls.push(Call { kernel: "hopper_gradients", variant, grid, launch, second: Some(15), beside: false });
         Ok(())
     }
 }

@@ -72,6 +72,8 @@ pub(super) struct Call {
     pub(super) launch: Vec<u64>,
     /// Word of `launch` where the second parameter starts, for a kernel that has one.
     pub(super) second: Option<usize>,
+    /// Whether it may run at the same time as the call before it: then it waits for what that one waits for.
+    pub(super) beside: bool,
 }
 
 impl Call {
@@ -142,7 +144,7 @@ fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
                 packed.push(u64::from(low) | u64::from(words.next().unwrap_or(0)) << 32);
             }
             let (variant, grid) = (variant.clone(), block.size);
-            calls.push(Call { kernel: kernel.name, variant, grid, launch: packed, second: None });
+            calls.push(Call { kernel: kernel.name, variant, grid, launch: packed, second: None, beside: false });
         }
     }
     Ok(calls)

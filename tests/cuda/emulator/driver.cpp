@@ -79,8 +79,12 @@ struct KernelNode {
     std::vector<std::vector<char>> params;
 };
 
+// Nodes that wait for the same ones.
+struct Stage {
+    std::vector<void*> after, nodes;
+};
 struct Graph {
-    std::vector<KernelNode*> nodes;
+    std::vector<Stage> stages;
 };
 
 // The driver's CUDA_KERNEL_NODE_PARAMS (v2).
@@ -323,18 +327,25 @@ CU cuGraphCreate(void** g, unsigned) {
     return SUCCESS;
 }
 CU cuGraphDestroy(void* g) {
-    for (KernelNode* n : ((Graph*)g)->nodes) delete n;
+    for (const Stage& stage : ((Graph*)g)->stages)
+        for (void* n : stage.nodes) delete (KernelNode*)n;
     delete (Graph*)g;
     return SUCCESS;
 }
 CU cuGraphAddKernelNode_v2(void** node, void* g, void* const* after, size_t count, const KernelNodeParams* p) {
     Lock lock(device);
     Graph* graph = (Graph*)g;
-    // The backend's graphs are chains: anything else would need an order.
-    if (count != (graph->nodes.empty() ? 0 : 1) || (count == 1 && after[0] != graph->nodes.back())) return INVALID_VALUE;
+    // The backend's graphs are stages, one after the other: a node waits for all of the last stage, or for what its last node waits for. Any
+    // other would need an order of its own.
+    const std::vector<void*> waits(after, after + count);
+    if (graph->stages.empty() || waits != graph->stages.back().after) {
+        if (!graph->stages.empty() && waits != graph->stages.back().nodes) return INVALID_VALUE;
+        if (graph->stages.empty() && count > 0) return INVALID_VALUE;
+        graph->stages.push_back({waits, {}});
+    }
     KernelNode* n = new KernelNode;
     fill(*n, *p);
-    graph->nodes.push_back(n);
+    graph->stages.back().nodes.push_back(n);
     *node = n;
     return SUCCESS;
 }
@@ -350,12 +361,15 @@ CU cuGraphExecKernelNodeSetParams_v2(void*, void* node, const KernelNodeParams* 
 }
 CU cuGraphLaunch(void* g, void*) {
     Lock lock(device);
-    for (KernelNode* n : ((Graph*)g)->nodes) {
-        const uint32_t block[3] = {n->block, 1, 1};
-        std::vector<void*> args;
-        for (std::vector<char>& param : n->params) args.push_back(param.data());
-        if (const int e = launch(n->f, n->grid, block, n->shared, args.data())) return e;
-    }
+    // The nodes of a stage last to first: what the first one leaves cannot be missed by the others.
+    for (const Stage& stage : ((Graph*)g)->stages)
+        for (size_t i = stage.nodes.size(); i-- > 0;) {
+            KernelNode* n = (KernelNode*)stage.nodes[i];
+            const uint32_t block[3] = {n->block, 1, 1};
+            std::vector<void*> args;
+            for (std::vector<char>& param : n->params) args.push_back(param.data());
+            if (const int e = launch(n->f, n->grid, block, n->shared, args.data())) return e;
+        }
     return SUCCESS;
 }
 CU cuGraphExecDestroy(void*) { return SUCCESS; }
