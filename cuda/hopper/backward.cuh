@@ -25,13 +25,19 @@ namespace hopper {
 
 // S of a chunk before it, dS' of it, e: transposed, 16-bit, in panels [64, 64] as they lie in shared memory (roles.cuh).
 //   states, dstates  [chunks, Hv, V / 64] of K / 64 panels [64 of V, 64 of K], then half as many bytes with the next 8 bits
-//                    of the same numbers, as the threads have them, for <dS', S>; bfloat16 only
+//                    of the same numbers, as the threads have them, for <dS', S>; bfloat16 only, and only of a chunk over which
+//                    the head keeps so much of its state that this sum counts (`counts`)
 //   news             [chunks, Hv, V / 64]         panels [64 of V, 64 tokens]
 __host__ __device__ constexpr int kept_bytes(int k) { return k / 64 * (PANEL + PANEL / 2); }
 template <class E>
 constexpr bool KEEPS_LOW = false;
 template <>
 constexpr bool KEEPS_LOW<Bf16> = true;
+
+// Whether <dS', S> is needed to 16 bits: dg has e^(c_C) <dS', S>, beside what the chunk's own tokens add. Below this e^(c_C) the low bits
+// change no error of dg in its second digit (NOTES.md).
+constexpr float COUNTS_FROM = 0.1f;
+__device__ __forceinline__ bool counts(float last) { return last >= COUNTS_FROM; }
 template <class Args>
 __device__ __forceinline__ char* keep_states(const Args& p, int k, int chunk, int h, int part) {
     return (char*)p.transitions + (((long long)chunk * p.hv + h) * (p.v / 64) + part) * kept_bytes(k);

@@ -64,6 +64,9 @@ constexpr int CARRY_STRIDE = 36;   // of the state in shared memory: 4 mod 32, r
 
 // Grid: (cuts x Hv) x V / 32; K / 16 warps, warp w owns rows 16 w of the state. BACK: gradients of states behind the segments, from the last
 // to the first, by transposed transitions: h0 is dht, states those gradients.
+//
+// Segments whose heads have forgotten have their states already; only the others are walked. The chain from one to the next is the product
+// alone: the next one's transition and own state come while a product runs.
 template <int K, bool BACK = false>
 __device__ __forceinline__ void carry(const CarryArgs& p) {
     STATIC_SHARED(float, state, K * CARRY_STRIDE);
@@ -71,67 +74,93 @@ __device__ __forceinline__ void carry(const CarryArgs& p) {
     const Cut cut = p.cuts[blockIdx.x / p.hv];
     const int h = blockIdx.x % p.hv, column = blockIdx.y * CARRY_COLUMNS;
     auto row_of = [&](long long r) { return (r * p.hv + h) * K * p.v + column; };
+    const int row = 16 * warp + i;
 
-    const int begin = BACK ? cut.first + cut.count - 1 : cut.first, end = BACK ? cut.first : cut.first + cut.count - 1, step = BACK ? -1 : 1;
+    // Segments by their number in the order in which they are walked: the state before `at(n)` goes over it to that before `at(n + 1)`.
+    auto at = [&](int n) { return BACK ? cut.first + cut.count - 1 - n : cut.first + n; };
+    const int count = cut.count - 1;
 
-    // The states before the first segment, to memory and into `state`.
-    for (int n = tid; n < K * CARRY_COLUMNS; n += threads) {
-        int row = n / CARRY_COLUMNS, col = n % CARRY_COLUMNS;
-        float x = cut.in >= 0 ? p.h0[row_of(cut.in) + row * p.v + col] : 0.f;
-        state[row * CARRY_STRIDE + col] = x;
-        p.states[row_of(begin) + row * p.v + col] = x;
-    }
-    bool current = true;  // `state` holds the states before segment s
-    for (int s = begin; s != end; s += step) {
-        if (p.warm[s * p.hv + h] >= 0) {
-            current = false;
-            continue;
+    // The next segment from n on that has not forgotten; `count` if there is none. All warps know which of 32 at a time.
+    uint32_t joined = 0;
+    int known = 0;
+    auto next = [&](int n) {
+        for (; n < count; n++) {
+            if (n >= known) {
+                joined = __ballot_sync(~0u, known + lane < count && p.warm[at(known + lane) * p.hv + h] < 0);
+                known += 32;
+            }
+            if (joined >> (n & 31) & 1) return n;
         }
-        float* own = p.states + row_of(s + step);
-        if (!current) {
-            __syncthreads();
-            const float* x = p.states + row_of(s);
-            for (int n = tid; n < K * CARRY_COLUMNS; n += threads)
-                state[n / CARRY_COLUMNS * CARRY_STRIDE + n % CARRY_COLUMNS] = x[n / CARRY_COLUMNS * p.v + n % CARRY_COLUMNS];
-            current = true;
-        }
-        const float* m = p.transitions + ((long long)(s + 1) * p.hv + h) * K * K + (BACK ? 2 * j * K + 16 * warp + i : (16 * warp + i) * K + 2 * j);
-        float acc[4][4];
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-            float2 lo = *(const float2*)(own + (16 * warp + i) * p.v + 8 * n + 2 * j);
-            float2 hi = *(const float2*)(own + (16 * warp + i + 8) * p.v + 8 * n + 2 * j);
-            acc[n][0] = lo.x, acc[n][1] = lo.y, acc[n][2] = hi.x, acc[n][3] = hi.y;
-        }
+        return count;
+    };
+    // M of a segment and the state that it leaves from zeros: rows `row` and `row + 8`, as the product takes and gives them.
+    struct Step {
         float2 lo[K / 8], hi[K / 8];
+        float own[4][4];
+    };
+    auto load = [&](Step& x, int n) {
+        const float* m = p.transitions + ((long long)(at(n) + 1) * p.hv + h) * K * K + (BACK ? 2 * j * K + row : row * K + 2 * j);
 #pragma unroll
-        for (int x = 0; x < K / 8; x++) {
+        for (int y = 0; y < K / 8; y++) {
             if constexpr (BACK) {
-                const float* at = m + 8 * x * K;
-                lo[x] = make_float2(at[0], at[K]), hi[x] = make_float2(at[8], at[K + 8]);
+                const float* from = m + 8 * y * K;
+                x.lo[y] = make_float2(from[0], from[K]), x.hi[y] = make_float2(from[8], from[K + 8]);
             } else {
-                lo[x] = *(const float2*)(m + 8 * x), hi[x] = *(const float2*)(m + 8 * K + 8 * x);
+                x.lo[y] = *(const float2*)(m + 8 * y), x.hi[y] = *(const float2*)(m + 8 * K + 8 * y);
             }
         }
+        const float* own = p.states + row_of(at(n + 1));
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const float2 lo = *(const float2*)(own + row * p.v + 8 * c + 2 * j), hi = *(const float2*)(own + (row + 8) * p.v + 8 * c + 2 * j);
+            x.own[c][0] = lo.x, x.own[c][1] = lo.y, x.own[c][2] = hi.x, x.own[c][3] = hi.y;
+        }
+    };
+    // The state before segment n, from memory into `state`.
+    auto fetch = [&](const float* x) {
+        for (int y = tid; y < K * CARRY_COLUMNS; y += threads)
+            state[y / CARRY_COLUMNS * CARRY_STRIDE + y % CARRY_COLUMNS] = x == nullptr ? 0.f : x[y / CARRY_COLUMNS * p.v + y % CARRY_COLUMNS];
+    };
+
+    Step step;
+    int n = next(0);
+    if (n < count) load(step, n);
+    // The state before the first segment: to memory too.
+    fetch(cut.in >= 0 ? p.h0 + row_of(cut.in) : nullptr);
+    float* begin = p.states + row_of(at(0));
+    for (int y = tid; y < K * CARRY_COLUMNS; y += threads)
+        begin[y / CARRY_COLUMNS * p.v + y % CARRY_COLUMNS] = state[y / CARRY_COLUMNS * CARRY_STRIDE + y % CARRY_COLUMNS];
+    int current = 0;  // the segment before which `state` is
+    while (n < count) {
+        if (current != n) {
+            __syncthreads();
+            fetch(p.states + row_of(at(n)));
+        }
+        const int after = next(n + 1);
+        Step coming;
+        if (after < count) load(coming, after);
         __syncthreads();
 #pragma unroll
         for (int x = 0; x < K / 8; x++) {
-            uint32_t a[4] = {tf32(lo[x].x), tf32(hi[x].x), tf32(lo[x].y), tf32(hi[x].y)};
+            const uint32_t a[4] = {tf32(step.lo[x].x), tf32(step.hi[x].x), tf32(step.lo[x].y), tf32(step.hi[x].y)};
 #pragma unroll
-            for (int n = 0; n < 4; n++) {
-                const float* b = state + (8 * x + 2 * j) * CARRY_STRIDE + 8 * n + i;
-                mma_tf32(acc[n], a, tf32(b[0]), tf32(b[CARRY_STRIDE]));
+            for (int c = 0; c < 4; c++) {
+                const float* b = state + (8 * x + 2 * j) * CARRY_STRIDE + 8 * c + i;
+                mma_tf32(step.own[c], a, tf32(b[0]), tf32(b[CARRY_STRIDE]));
             }
         }
         __syncthreads();
+        float* own = p.states + row_of(at(n + 1));
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
-            int row = 16 * warp + i, col = 8 * n + 2 * j;
-            *(float2*)(state + row * CARRY_STRIDE + col) = make_float2(acc[n][0], acc[n][1]);
-            *(float2*)(state + (row + 8) * CARRY_STRIDE + col) = make_float2(acc[n][2], acc[n][3]);
-            *(float2*)(own + row * p.v + col) = make_float2(acc[n][0], acc[n][1]);
-            *(float2*)(own + (row + 8) * p.v + col) = make_float2(acc[n][2], acc[n][3]);
+        for (int c = 0; c < 4; c++) {
+            const int col = 8 * c + 2 * j;
+            const float2 lo = make_float2(step.own[c][0], step.own[c][1]), hi = make_float2(step.own[c][2], step.own[c][3]);
+            *(float2*)(state + row * CARRY_STRIDE + col) = lo, *(float2*)(state + (row + 8) * CARRY_STRIDE + col) = hi;
+            *(float2*)(own + row * p.v + col) = lo, *(float2*)(own + (row + 8) * p.v + col) = hi;
         }
+        current = n + 1;
+        if (after < count) step = coming;
+        n = after;
     }
 }
 

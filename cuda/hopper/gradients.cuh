@@ -99,12 +99,16 @@ template <class E, int K>
 struct Low {
     static constexpr int STEPS = K / 64;  // of 16 numbers
     uint4 a[STEPS], b[STEPS];
-    __device__ __forceinline__ void load(const char* low_a, const char* low_b, int half, int tid) {
+    // `there`: there are some; else zeros.
+    __device__ __forceinline__ void load(const char* low_a, const char* low_b, int half, int tid, bool there) {
         if constexpr (KEEPS_LOW<E>) {
 #pragma unroll
             for (int n = 0; n < STEPS; n++) {
-                a[n] = *(const uint4*)(low_a + (half * STEPS + n) * 2048 + tid * 16);
-                b[n] = *(const uint4*)(low_b + (half * STEPS + n) * 2048 + tid * 16);
+                a[n] = b[n] = make_uint4(0, 0, 0, 0);
+                if (there) {
+                    a[n] = *(const uint4*)(low_a + (half * STEPS + n) * 2048 + tid * 16);
+                    b[n] = *(const uint4*)(low_b + (half * STEPS + n) * 2048 + tid * 16);
+                }
             }
         }
     }
@@ -232,7 +236,6 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                         take(K / 64 * PANEL);
                         const char* from = p.dstates + (at * PARTS + x) * kept_bytes(K);
                         bulk_load(base + s * M::SLOT, from, K / 64 * PANEL, full + 8 * s);
-                        if constexpr (KEEPS_LOW<E>) bulk_prefetch(from + K / 64 * PANEL, kept_bytes(K) - K / 64 * PANEL);
                         next();
                     }
                     take(PARTS * PANEL);
@@ -242,7 +245,6 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                         take(K / 64 * PANEL);
                         const char* from = p.states + (at * PARTS + x) * kept_bytes(K);
                         bulk_load(base + s * M::SLOT, from, K / 64 * PANEL, full + 8 * s);
-                        if constexpr (KEEPS_LOW<E>) bulk_prefetch(from + K / 64 * PANEL, kept_bytes(K) - K / 64 * PANEL);
                         next();
                     }
                     if (++vec == 3) vec = 0;
@@ -345,7 +347,7 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
             // <dS', S>, half of the columns each; the low bits of the next part are on their way while one is summed.
             const long long kept = ((long long)chunk * p.hv + h) * PARTS * kept_bytes(K) + K / 64 * PANEL;
             Low<E, K> low;
-            auto load_low = [&](int x) { low.load(p.dstates + kept + x * kept_bytes(K), p.states + kept + x * kept_bytes(K), warpgroup, tid); };
+            auto load_low = [&](int x) { low.load(p.dstates + kept + x * kept_bytes(K), p.states + kept + x * kept_bytes(K), warpgroup, tid, counts(vec[VEC_LAST])); };
             auto last_dot = [&] {
                 float dot = 0.f;
 #pragma unroll

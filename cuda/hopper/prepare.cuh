@@ -23,9 +23,6 @@ struct PrepareSmem {
     static constexpr int bytes(int group) { return GATES + group * 512 + 1024; }
 };
 
-// Blocks that run at once on a large device, four a multiprocessor.
-constexpr int AHEAD = 512;
-
 // I is the type of A and P. GRAD: the image of the backward, with C = (I + strictlower(G o K K^T) diag(beta))^-1: A = diag(beta) C.
 template <class E, class I, int K, bool GRAD = false>
 __device__ __forceinline__ void prepare(const PrepareArgs& p) {
@@ -76,16 +73,6 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         }
         *(float2*)(gates + m * 128 + 2 * lane) = sum_gates(make_float2(x[0], x[1]), lane);
         *(float2*)(gates + m * 128 + 64 + 2 * lane) = make_float2(b[0], b[1]);
-    }
-    // While the tiles are on their way: those of the block that comes when the ones that run now are done, a row of Q or K a thread.
-    if (blockIdx.x + AHEAD < gridDim.x) {
-        const int next = blockIdx.x + AHEAD, row = tid & 63;
-        const Chunk c = p.chunks[next / p.hk];
-        const char* rows = (const char*)(tid < 64 ? p.q : p.k) + ((c.token + row) * (tid < 64 ? p.q_stride : p.k_stride) + (long long)(next % p.hk) * K) * 2;
-        if (row < c.len) {
-#pragma unroll
-            for (int n = 0; n < K / 64; n++) prefetch(rows + n * 128);
-        }
     }
     copy_wait();
     fence_proxy();

@@ -81,14 +81,6 @@ __device__ __forceinline__ void bulk_store(void* dst, uint32_t src, uint32_t byt
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
 }
 
-// Brings bytes, a multiple of 16, nearer.
-__device__ __forceinline__ void bulk_prefetch(const void* src, uint32_t bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(bytes) : "memory");
-}
-
-// The 128 bytes at `src` into the L2 cache: an ordinary instruction, each lane its own.
-__device__ __forceinline__ void prefetch(const void* src) { asm volatile("prefetch.global.L2 [%0];" ::"l"(src) : "memory"); }
-
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // The calling thread's stores have read shared memory.

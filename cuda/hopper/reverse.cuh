@@ -211,7 +211,9 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
             wgmma_fence();
             multiply(u, w, at, Int<M::C>{}, 0);
             multiply(u, rest, at, Int<M::C>{}, 1);
-            if constexpr (!CARRY && KEEPS_LOW<E>) keep_low<K>(keep_states(p, K, chunk + n, h, column / 64) + PANELS * PANEL, s, sb, tid);
+            const float last = shared_f32(at + M::VEC + 4 * VEC_LAST);
+            if constexpr (!CARRY && KEEPS_LOW<E>)
+                if (counts(last)) keep_low<K>(keep_states(p, K, chunk + n, h, column / 64) + PANELS * PANEL, s, sb, tid);
             // Behind it dS^T = last dS'^T + (out o dO^T) Q.
 #pragma unroll
             for (int b = 0; b < 8; b++) {
@@ -219,7 +221,6 @@ __device__ __forceinline__ void reverse(const ReverseArgs& p, const ReverseMaps&
                 d_o[2 * b] = E::pack(x.x * E::lo(d_o[2 * b]), x.y * E::hi(d_o[2 * b]));
                 d_o[2 * b + 1] = E::pack(x.x * E::lo(d_o[2 * b + 1]), x.y * E::hi(d_o[2 * b + 1]));
             }
-            const float last = shared_f32(at + M::VEC + 4 * VEC_LAST);
 #pragma unroll
             for (int x = 0; x < K / 2; x++) s[x] *= last;
             hold(s);

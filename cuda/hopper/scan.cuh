@@ -367,7 +367,8 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 cs[b] = shared_f32x2(factors + 4 * (VEC_STATE + 8 * b));
                 if constexpr (OUT) co[b] = shared_f32x2(factors + 4 * (VEC_OUT + 8 * b));
             }
-            if constexpr (KEEPS_LOW<E> && KEEP) keep_low<K>(keep_states(p, K, chunk + n, h, column / 64) + K / 64 * PANEL, s, sb, tid);
+            if constexpr (KEEPS_LOW<E> && KEEP)
+                if (counts(last)) keep_low<K>(keep_states(p, K, chunk + n, h, column / 64) + K / 64 * PANEL, s, sb, tid);
             // Before a branch, or ptxas moves them behind the wait.
 #pragma unroll
             for (int x = 0; x < K / 2; x++) s[x] *= last;

@@ -9,7 +9,8 @@
 //!
 //! - Neither a toolkit nor a compiler is needed on the user's machine: `cuda/*.cu` are compiled beforehand (`cuda/build.sh`) and
 //!   the result is part of this crate. The driver is looked for when devices are listed; a program starts without it.
-//! - Everything goes through one stream, so that calls are ordered. A pass that comes again is replayed as a graph.
+//! - Everything goes through one stream, so that calls are ordered. A pass that comes again is replayed as a graph, in which calls that need
+//!   nothing of each other may run at once.
 //! - A failure that the driver reports late comes back from the next call; one that it cannot recover from loses the device.
 
 mod choose;

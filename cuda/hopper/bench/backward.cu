@@ -74,7 +74,7 @@ static int best_cut(const vector<int>& lens, int heads) {
     for (int x : lens) chunks += (x + CHUNK - 1) / CHUNK;
     if (3 * 2 * (long long)lens.size() * heads > multiprocessors()) return 0;
     const long long length = std::max(16ll, ((chunks * 2 * heads + multiprocessors() - 1) / multiprocessors() + 7) / 8 * 8);
-    return chunks <= length ? 0 : (int)length;
+    return chunks > (lens.size() == 1 ? 2 * length + 64 : length) ? (int)length : 0;
 }
 
 // Two kernels beside each other on `s`, where streams are more than names.

@@ -123,15 +123,18 @@ pub fn special(launches: &[Launch], at: usize, multiprocessors: u32, cut: Option
 }
 
 /// Chunks in a segment, so that segments and heads fill the device once; 0 where whole sequences fill a third of it: measured on an
-/// H100, 32768 tokens with 16 heads take 0.60 of the time in 8 segments, with 32 heads 0.81 in 4, and with 64 heads cutting does
-/// not pay (`cuda/hopper/NOTES.md`).
+/// H200, 32768 tokens with 16 heads take 0.64 of the time in 8 segments, with 32 heads 0.83 in 4, and with 64 heads cutting does
+/// not pay; nor does it with 32 heads and 8192 tokens, or with 2048 tokens, as the passes beside take the time of some 64 chunks and of a
+/// segment (`cuda/hopper/NOTES.md`).
 pub(super) fn best_cut(sequences: u64, chunks: u64, heads: u64, multiprocessors: u32) -> u32 {
     let multiprocessors = multiprocessors as u64;
     if 3 * sequences * heads > multiprocessors {
         return 0;
     }
     let length = (chunks * heads).div_ceil(multiprocessors).next_multiple_of(8).max(SHORTEST);
-    if chunks <= length { 0 } else { length as u32 }
+    // Of several sequences the longest may be most of them.
+    let pays = if sequences == 1 { chunks > 2 * length + 64 } else { chunks > length };
+    if pays { length as u32 } else { 0 }
 }
 
 /// Segments at most of so many sequences that have so many chunks of 32 tokens.

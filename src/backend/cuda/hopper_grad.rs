@@ -1,4 +1,4 @@
-//! The Hopper kernels (`cuda/hopper/backward.cuh`) in the place of a backward pass's rows. Not yet run on a GPU from here:
+//! The Hopper kernels (`cuda/hopper/backward.cuh`) in the place of a backward pass's rows:
 //! see [`super::OpenOptions::hopper`].
 //!
 //! A piece of a [`crate::gdn::Backward`] has two halves in its pass, with those of other pieces between them: `gdn_prepare` and a
@@ -168,6 +168,7 @@ pub fn special_grad(launches: &[Launch], at: usize, multiprocessors: u32, cut: O
         return None;
     }
     let (sequences, heads) = (scan.grid[0] as u64, hv as u64 * (v as u64).div_ceil(128));
+    // dv is not in the memory of v: gdn_grad_chunk has both, and what it writes may not be what it reads.
     let both = backward == forward + 2;
     let at_once = 1 + u64::from(both);
     let cut = cut.unwrap_or_else(|| best_cut(sequences, prepare.grid[0] as u64 / 2, at_once * heads, multiprocessors));

@@ -64,8 +64,6 @@ void tma_load(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t bar);
 inline void tma_prefetch(const CUtensorMap*) {}
 void bulk_load(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar);
 void bulk_store(void* dst, uint32_t src, uint32_t bytes);
-inline void bulk_prefetch(const void*, uint32_t) {}
-inline void prefetch(const void*) {}
 // The box that `tma_load` takes, back into the matrix; of its numbers those that lie in it.
 void tma_store(const CUtensorMap* map, int x, int y, uint32_t src);
 void bulk_commit();
