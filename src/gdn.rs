@@ -53,7 +53,7 @@ pub struct Options {
     pub exact: bool,
     /// Chunks of a segment at most, 0 for sequences that are never cut; the device's own choice ([`crate::tune::Cut`]) if none.
     pub cut: Option<u32>,
-    /// Bytes of scratch that a call may take, about, and at least what a chunk needs; the device's own choice ([`crate::tune::Tile`]) if
+    /// Bytes of scratch that a call may take, about, and at least what a chunk needs; the device's own choice ([`crate::tune`]) if
     /// none. What does not fit goes through in pieces, one after the other; a backward pass of several blocks of pieces walks forward twice. To
     /// do all at once, a backward pass with K = V = 128 takes 6.8 KB a token and value head.
     pub scratch: Option<u64>,

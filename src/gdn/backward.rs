@@ -84,7 +84,7 @@ impl Backward {
     /// # Errors
     /// What the plan refuses, and what [`Backend::alloc`] and [`Backend::write`] report.
     pub fn new(backend: &dyn Backend, shape: &Shape, options: &Options, stride: u64) -> Result<Self> {
-        let tile = tune::tile(backend.caps(), &shape.heads);
+        let tile = tune::grad_tile(backend.caps(), &shape.heads, shape.tokens());
         Self::with_tile(backend, shape, options, stride, tile)
     }
 

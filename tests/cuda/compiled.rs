@@ -146,6 +146,23 @@ fn caps() -> Caps {
     }
 }
 
+/// In proportion to tokens and heads from what 4096 tokens of 16 may take, and a small part of the device.
+#[test]
+fn scratch_of_a_backward_pass_grows_with_its_work() {
+    let caps = Caps { max_buffer: 128 << 30, ..caps() };
+    let of = |tokens: u64, hv: u32| {
+        let tile = tune::grad_tile(&caps, &Heads::new(1, hv, 128, 128, HeadMap::Div).unwrap(), tokens);
+        (tile.grad_scratch, tile.grad_states)
+    };
+    let (scratch, states) = of(4096, 16);
+    assert!(scratch + states < 200_000_000, "{scratch} and {states} bytes");
+    assert_eq!(of(1, 1), (scratch, states), "no less for less");
+    assert_eq!(of(8192, 16), (2 * scratch, 2 * states));
+    assert_eq!(of(8192, 32), (4 * scratch, 4 * states));
+    let (most, _) = of(u64::MAX, 16);
+    assert!(most > 20 * scratch && most <= caps.max_buffer / 32, "{most} bytes");
+}
+
 /// Everything that the builders may ask for is compiled: for all head sizes, types and counts.
 #[test]
 fn every_choice_is_compiled() {
