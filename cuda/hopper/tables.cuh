@@ -1,7 +1,8 @@
 // The tables of these kernels from those of the rows of the kernel table, whose chunks have 32 tokens.
 //
 // A block takes a sequence: its chunks of 64 tokens go to the first places of those that its chunks of 32 have, the others are empty.
-// Its segments follow those of the sequences before; places behind the last sequence's are empty.
+// Its segments follow those of the sequences before; places behind the last sequence's are empty. Whole sequences have their places by length,
+// longest first: blocks start in that order, and what starts last is short.
 #pragma once
 #include "forward.cuh"
 
@@ -18,6 +19,9 @@ struct TablesArgs {
     int cut;               // chunks of 64 in a segment
     int places;
 };
+
+// So many sequences at most are put in order: each looks at all the others.
+constexpr int IN_ORDER = 1024;
 
 // Chunks of 64 of a sequence that has so many of 32, and its segments.
 __device__ __forceinline__ int chunks_of(uint32_t count) { return (int)((count + 1) / 2); }
@@ -43,9 +47,13 @@ __device__ __forceinline__ void tables(const TablesArgs& p) {
     }
 
     int before = at;
-    if (p.to_ordered != nullptr) {
+    const bool whole = p.to_ordered == nullptr;
+    if (!whole || gridDim.x <= IN_ORDER) {
         int sum = 0;
-        for (int n = tid; n < at; n += blockDim.x) sum += segments_of(p, p.sequences[n].y);
+        for (int n = tid; n < (whole ? (int)gridDim.x : at); n += blockDim.x) {
+            const uint32_t other = p.sequences[n].y;
+            sum += whole ? other > count || (other == count && n < at) : segments_of(p, other);
+        }
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) sum += __shfl_xor_sync(~0u, sum, step);
         if (tid % 32 == 0) sums[tid / 32] = sum;
@@ -59,18 +67,18 @@ __device__ __forceinline__ void tables(const TablesArgs& p) {
         const int place = before + m, skip = m * p.cut * CHUNK;
         const bool last = m + 1 == segments;
         const int length = last ? tokens - skip : p.cut * CHUNK;
-        Segment segment = {token + skip, length, (int)first + m * p.cut, p.to_ordered == nullptr ? row : place, last ? row : -1, (int)first, (int)first + chunks, 0};
+        Segment segment = {token + skip, length, (int)first + m * p.cut, whole ? row : place, last ? row : -1, (int)first, (int)first + chunks, 0};
         p.to_segments[place] = segment;
         if (p.to_back != nullptr) {
             segment.out = m == 0 ? row : -1;
             p.to_back[place] = segment;
         }
-        if (p.to_ordered != nullptr) {
+        if (!whole) {
             segment.out = last ? -1 : place + 1;
             p.to_ordered[place] = segment;
         }
     }
-    if (p.to_ordered == nullptr) return;
+    if (whole) return;
     if (tid == 0) p.to_cuts[at] = {before, segments, row, 0};
     if (at + 1 == (int)gridDim.x)
         for (int place = before + segments + tid; place < p.places; place += blockDim.x) {
