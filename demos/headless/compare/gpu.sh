@@ -98,7 +98,7 @@ run() {
         peers --peers float64 --seconds "$seconds" >>"$out/warm.log" 2>&1 &
         float64=$!
         heads="16-32 16-64 16-16 2-8 32-32 16-48 4-16 8-32 8-24 8-16 4-8 2-4"
-        lengths='(1x32768|16384\+16384|1x8192|1x2048|2048x4|1024x8|4096x8|8k_1seq|8k_8seq|batch.1)$'
+        lengths='(1x32768|16384.16384|1x8192|1x2048|2048x4|1024x8|4096x8|8k_1seq|8k_8seq|batch.1)$'
         for library in ${WARM:-flash_qla fla}; do
             for head in $heads; do
                 echo "$library ^[a-z]+/$head/.*$lengths"
