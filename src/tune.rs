@@ -251,8 +251,8 @@ pub fn grad_tile(caps: &Caps, heads: &Heads, tokens: u64) -> Tile {
         return tile;
     }
     // No watchdog bounds a launch, and pieces come one after the other: of 32,768 tokens of 32 heads, 64 MiB are pieces of 680. So what 4096
-    // tokens of 16 heads may take is given to each 4096 of 16, up to a sixteenth of a large device's memory in all. On an H200 such a pass takes 2.3 ms at
-    // once, in 7 GB, and took 20 ms by pieces of 680 tokens.
+    // tokens of 16 heads may take is given to each 4096 of 16, up to a sixteenth of a large device's memory in all. All at once takes 7 GB there;
+    // neither the pieces nor this growth have been timed.
     let (work, unit, most) = (tokens.saturating_mul(heads.hv as u64), 4096 * 16, caps.max_buffer / 40);
     let grow = |bytes: u64| (bytes.saturating_mul(work) / unit).min(most).max(bytes);
     Tile { grad_scratch: grow(tile.grad_scratch), grad_states: grow(tile.grad_states), ..tile }

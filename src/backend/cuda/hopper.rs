@@ -124,8 +124,8 @@ pub fn special(launches: &[Launch], at: usize, multiprocessors: u32, cut: Option
 
 /// Chunks in a segment, so that segments and heads fill the device once; 0 where whole sequences fill a third of it: measured on an
 /// H200, 32768 tokens with 16 heads take 0.64 of the time in 8 segments, with 32 heads 0.83 in 4, and with 64 heads cutting does
-/// not pay; nor does it with 32 heads and 8192 tokens, or with 2048 tokens, as the passes beside take the time of some 64 chunks and of a
-/// segment (`cuda/hopper/NOTES.md`).
+/// not pay; nor does it with 32 heads and 8192 tokens, where the passes beside take the time of 64 chunks. Shorter ones are left whole for
+/// the same reason, which is not measured (`cuda/hopper/NOTES.md`).
 pub(super) fn best_cut(sequences: u64, chunks: u64, heads: u64, multiprocessors: u32) -> u32 {
     let multiprocessors = multiprocessors as u64;
     if 3 * sequences * heads > multiprocessors {
@@ -311,7 +311,7 @@ impl Hopper {
         let numbers = pair(special.cut, places as u32);
         let launch = vec![after[4], after[5], chunk_table, segment_table, to_ordered, cut_table, 0, numbers];
         let grid = [sequences as u32, 1, 1];
-        calls.push(Call { kernel: "hopper_tables", variant, grid, launch, second: None, beside: false });
+        calls.push(Call::new("hopper_tables", variant, grid, launch, None));
 
         // PrepareArgs of forward.cuh.
         let at16 = |address: u64, name: &str| address + 2 * u64::from(s.get(name));
@@ -331,7 +331,7 @@ impl Hopper {
         ];
         let variant = self.function(shared, &special.prepare, 128, special.prepare_bytes, &[88])?;
         let grid = [launches[0].grid[0] * hk, 1, 1];
-        calls.push(Call { kernel: "hopper_prepare", variant, grid, launch, second: None, beside: false });
+        calls.push(Call::new("hopper_prepare", variant, grid, launch, None));
 
         let mut maps = Vec::with_capacity(64);
         let f16 = p.get("qk_type") == Dtype::F16.code();
@@ -349,14 +349,7 @@ impl Hopper {
             let carry = [&[ordered, cut_table, images, warm, after[6], starts, transitions][..], &numbers].concat();
             let variant = self.function(shared, "hopper_warm", 128, 0, &[72])?;
             let grid = [jobs.div_ceil(4), 1, 1];
-            calls.push(Call {
-                kernel: "hopper_warm",
-                variant,
-                grid,
-                launch: carry.clone(),
-                second: None,
-                beside: false,
-            });
+            calls.push(Call::new("hopper_warm", variant, grid, carry.clone(), None));
 
             // ScanArgs, then ScanMaps: no outputs, states from zero.
             let args = [ordered, images, 0, starts, transitions, warm, 0, 0];
@@ -364,11 +357,11 @@ impl Hopper {
             let name = format!("hopper_state_{store}_k{k}");
             let variant = self.function(shared, &name, 256, scan_bytes(k, 1, false), &[88, 512])?;
             let grid = [jobs * parts, 1, 1];
-            calls.push(Call { kernel: "hopper_state", variant, grid, launch, second: Some(11), beside: false });
+            calls.push(Call::new("hopper_state", variant, grid, launch, Some(11)));
 
             let variant = self.function(shared, &format!("hopper_carry_k{k}"), 2 * k, 0, &[72])?;
             let grid = [sequences as u32 * hv, v / CARRY_COLUMNS, 1];
-            calls.push(Call { kernel: "hopper_carry", variant, grid, launch: carry, second: None, beside: false });
+            calls.push(Call::new("hopper_carry", variant, grid, carry, None));
         }
 
         // ScanArgs, then ScanMaps. Without segments states are read and written in place.
@@ -378,7 +371,7 @@ impl Hopper {
         let threads = (special.consumers + 1) * 128;
         let variant = self.function(shared, &special.scan, threads, special.scan_bytes, &[88, 512])?;
         let grid = [places as u32 * hv * (v / 64 / special.consumers), 1, 1];
-        calls.push(Call { kernel: "hopper_scan", variant, grid, launch, second: Some(11), beside: false });
+        calls.push(Call::new("hopper_scan", variant, grid, launch, Some(11)));
         Ok(true)
     }
 }

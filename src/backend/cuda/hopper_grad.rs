@@ -302,14 +302,7 @@ impl Hopper {
         let variant = self.function(shared, "hopper_tables", 128, 0, &[64])?;
         let [to_ordered, to_back] = if cut == 0 { [0, 0] } else { [ordered, back] };
         let launch = vec![at[4], at[5], tables, own, to_ordered, cuts, to_back, pair(cut, segments)];
-        calls.push(Call {
-            kernel: "hopper_tables",
-            variant,
-            grid: [sequences, 1, 1],
-            launch,
-            second: None,
-            beside: false,
-        });
+        calls.push(Call::new("hopper_tables", variant, [sequences, 1, 1], launch, None));
         // CarryArgs of forward.cuh: from the states (or gradients) that a sequence begins with, those that segments begin with.
         let threshold = if exact { f32::NEG_INFINITY } else { FORGOTTEN };
         let carry = |images: u64, from: u64, to: u64| {
@@ -341,14 +334,7 @@ impl Hopper {
             ];
             let bytes = prepare_bytes(k, hv / hk, GRAD_BYTES as u32);
             let variant = self.function(shared, &format!("hopper_grad_prepare_{kind}"), 128, bytes, &[88])?;
-            calls.push(Call {
-                kernel: "hopper_grad_prepare",
-                variant,
-                grid: [places * hk, 1, 1],
-                launch,
-                second: None,
-                beside: false,
-            });
+            calls.push(Call::new("hopper_grad_prepare", variant, [places * hk, 1, 1], launch, None));
 
             // ScanArgs, then ScanMaps, whose maps of q and o are not used.
             let (key, value) = (map(1, 1, "k", hk * k)?, map(1, 2, "v", hv * v)?);
@@ -357,39 +343,18 @@ impl Hopper {
                 // GradWarmArgs of backward.cuh.
                 let launch = [&carry(before[5], after[6], starts)[..], &[warm_back]].concat();
                 let variant = self.function(shared, "hopper_grad_warm", 128, 0, &[80])?;
-                calls.push(Call {
-                    kernel: "hopper_grad_warm",
-                    variant,
-                    grid: [jobs.div_ceil(4), 1, 1],
-                    launch,
-                    second: None,
-                    beside: false,
-                });
+                calls.push(Call::new("hopper_grad_warm", variant, [jobs.div_ceil(4), 1, 1], launch, None));
 
                 let args = [ordered, before[5], 0, starts, transitions, warm, 0, 0];
                 let launch = [&args[..], &shape, &maps].concat();
                 let bytes = state_bytes_of(k);
                 let variant = self.function(shared, &format!("hopper_grad_state_{kind}"), 256, bytes, &[88, 512])?;
                 let grid = [jobs * (v / 64 + k / 64), 1, 1];
-                calls.push(Call {
-                    kernel: "hopper_grad_state",
-                    variant,
-                    grid,
-                    launch,
-                    second: Some(11),
-                    beside: false,
-                });
+                calls.push(Call::new("hopper_grad_state", variant, grid, launch, Some(11)));
 
                 let launch = carry(before[5], after[6], starts);
                 let variant = self.function(shared, &format!("hopper_grad_carry_k{k}"), 2 * k, 0, &[72])?;
-                calls.push(Call {
-                    kernel: "hopper_grad_carry",
-                    variant,
-                    grid: carry_grid,
-                    launch,
-                    second: None,
-                    beside: false,
-                });
+                calls.push(Call::new("hopper_grad_carry", variant, carry_grid, launch, None));
             }
             // Without segments states are read and written in place.
             let from = if cut > 0 { starts } else { after[6] };
@@ -397,14 +362,7 @@ impl Hopper {
             let launch = [&args[..], &shape, &maps].concat();
             let name = format!("hopper_keep_{kind}_w{consumers}");
             let variant = self.function(shared, &name, threads, keep_bytes(k, consumers), &[88, 512])?;
-            calls.push(Call {
-                kernel: "hopper_keep",
-                variant,
-                grid: scan_grid,
-                launch,
-                second: Some(11),
-                beside: false,
-            });
+            calls.push(Call::new("hopper_keep", variant, scan_grid, launch, Some(11)));
             return Ok(());
         }
 
@@ -423,31 +381,17 @@ impl Hopper {
             let name = format!("hopper_reverse_state_{kind}");
             let variant = self.function(shared, &name, 256, reverse_bytes(k, 1), &[88, 384])?;
             let grid = [jobs * (v / 64), 1, 1];
-            calls.push(Call { kernel: "hopper_reverse_state", variant, grid, launch, second: Some(11), beside: false });
+            calls.push(Call::new("hopper_reverse_state", variant, grid, launch, Some(11)));
 
             let launch = carry(at[3], at[6], ends);
             let variant = self.function(shared, &format!("hopper_reverse_carry_k{k}"), 2 * k, 0, &[72])?;
-            calls.push(Call {
-                kernel: "hopper_reverse_carry",
-                variant,
-                grid: carry_grid,
-                launch,
-                second: None,
-                beside: false,
-            });
+            calls.push(Call::new("hopper_reverse_carry", variant, carry_grid, launch, None));
         }
         // Without segments the gradient of the states is read and written in place.
         let launch = if cut > 0 { reverse(back, ends, at[6], 0) } else { reverse(own, at[6], at[6], 0) };
         let name = format!("hopper_reverse_{kind}_w{consumers}");
         let variant = self.function(shared, &name, threads, reverse_bytes(k, consumers), &[88, 384])?;
-        calls.push(Call {
-            kernel: "hopper_reverse",
-            variant,
-            grid: scan_grid,
-            launch,
-            second: Some(11),
-            beside: false,
-        });
+        calls.push(Call::new("hopper_reverse", variant, scan_grid, launch, Some(11)));
 
         // GradientArgs, then GradientMaps.
         let gate_off = 4 * u64::from(gates.get("g_off"));
@@ -474,7 +418,7 @@ impl Hopper {
         let name = format!("hopper_gradients_{kind}_v{v}");
         let variant = self.function(shared, &name, 384, gradient_bytes(k, v), &[120, 512])?;
         let grid = [special.blocks, 1, 1];
-        calls.push(Call { kernel: "hopper_gradients", variant, grid, launch, second: Some(15), beside: false });
+        calls.push(Call::new("hopper_gradients", variant, grid, launch, Some(15)));
         Ok(())
     }
 }

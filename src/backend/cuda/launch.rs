@@ -77,6 +77,17 @@ pub(super) struct Call {
 }
 
 impl Call {
+    /// A call that waits for those before it.
+    pub(super) fn new(
+        kernel: &'static str,
+        variant: Arc<Variant>,
+        grid: [u32; 3],
+        launch: Vec<u64>,
+        second: Option<usize>,
+    ) -> Self {
+        Call { kernel, variant, grid, launch, second, beside: false }
+    }
+
     /// Where the parameters are, as the driver wants to know it. Valid as long as the call is.
     pub(super) fn parameters(&self) -> [*mut c_void; 2] {
         let first = self.launch.as_ptr();
@@ -144,7 +155,7 @@ fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
                 packed.push(u64::from(low) | u64::from(words.next().unwrap_or(0)) << 32);
             }
             let (variant, grid) = (variant.clone(), block.size);
-            calls.push(Call { kernel: kernel.name, variant, grid, launch: packed, second: None, beside: false });
+            calls.push(Call::new(kernel.name, variant, grid, packed, None));
         }
     }
     Ok(calls)

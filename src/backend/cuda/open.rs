@@ -30,9 +30,8 @@ pub struct Devices {
 #[derive(Debug, Clone, Copy)]
 pub struct OpenOptions {
     /// Use the kernels for Hopper in the place of rows, where they apply: sm_90; of a prefill q, k and v of 16 bits and heads of 64 or
-    /// 128, of a backward pass bf16 and a K of 128. Where keys are nearly alike bf16 has errors of 7e-3 to 1e-2 there, and the scan of
-    /// larger grids has not run on a GPU since its last change, so that this is off unless the environment variable
-    /// `GATEDELTA_HOPPER` is 1.
+    /// 128, of a backward pass bf16 and a K of 128. Where keys are nearly alike bf16 has errors of 7e-3 to 1e-2 there, and the last
+    /// changes have not run on a GPU (`cuda/hopper/NOTES.md`), so that this is off unless the environment variable `GATEDELTA_HOPPER` is 1.
     pub hopper: bool,
     /// Chunks of 64 tokens in the segments that they cut sequences into, 0 for never; none: as is best for the device. The
     /// environment variable `GATEDELTA_HOPPER_CUT`.
