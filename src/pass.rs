@@ -37,6 +37,8 @@ pub struct Pass {
     pub launches: Vec<Launch>,
     /// No backend may leave out what a head has forgotten: [`crate::gdn::Options::exact`].
     pub exact: bool,
+    /// Tokens of the longest sequence that a launch walks, by which a backend may judge whether to cut sequences; 0: nobody said.
+    pub longest: u64,
 }
 
 impl Pass {
@@ -75,6 +77,7 @@ impl Pass {
     pub fn extend(&mut self, other: Pass) {
         self.launches.extend(other.launches);
         self.exact |= other.exact;
+        self.longest = self.longest.max(other.longest);
     }
 }
 

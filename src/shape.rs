@@ -172,6 +172,11 @@ impl Shape {
         self.cu_seqlens.last().copied().unwrap_or(0)
     }
 
+    /// Tokens of the longest sequence.
+    pub fn longest(&self) -> u64 {
+        self.cu_seqlens.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0)
+    }
+
     /// The offsets, N + 1 of them.
     pub fn cu_seqlens(&self) -> &[u64] {
         &self.cu_seqlens

@@ -11,68 +11,44 @@ using namespace hopper;
 #define PREPARE(NAME, E, K) ENTRY(NAME, 128, 4, PrepareArgs) { prepare<E, E, K, true>(p); }
 PREPARE(hopper_grad_prepare_bf16_k128, Bf16, 128)
 #ifdef HOPPER_ALL
-PREPARE(hopper_grad_prepare_bf16_k64, Bf16, 64)
 PREPARE(hopper_grad_prepare_f16_k128, F16, 128)
-PREPARE(hopper_grad_prepare_f16_k64, F16, 64)
 #endif
 
 #define KEEP(NAME, E, K, WG) ENTRY_MAPS(NAME, (WG + 1) * 128, 1, ScanArgs, ScanMaps) { scan<E, E, K, WG, 3, false, true, true>(p, maps); }
 KEEP(hopper_keep_bf16_k128_w2, Bf16, 128, 2)
 KEEP(hopper_keep_bf16_k128_w1, Bf16, 128, 1)
 #ifdef HOPPER_ALL
-KEEP(hopper_keep_bf16_k64_w2, Bf16, 64, 2)
-KEEP(hopper_keep_bf16_k64_w1, Bf16, 64, 1)
 KEEP(hopper_keep_f16_k128_w2, F16, 128, 2)
 KEEP(hopper_keep_f16_k128_w1, F16, 128, 1)
-KEEP(hopper_keep_f16_k64_w2, F16, 64, 2)
-KEEP(hopper_keep_f16_k64_w1, F16, 64, 1)
 #endif
 
 #define REVERSE(NAME, E, K, WG) ENTRY_MAPS(NAME, (WG + 1) * 128, 1, ReverseArgs, ReverseMaps) { reverse<E, K, WG, WG == 2 ? 2 : 3>(p, maps); }
 REVERSE(hopper_reverse_bf16_k128_w2, Bf16, 128, 2)
 REVERSE(hopper_reverse_bf16_k128_w1, Bf16, 128, 1)
 #ifdef HOPPER_ALL
-REVERSE(hopper_reverse_bf16_k64_w2, Bf16, 64, 2)
-REVERSE(hopper_reverse_bf16_k64_w1, Bf16, 64, 1)
 REVERSE(hopper_reverse_f16_k128_w2, F16, 128, 2)
 REVERSE(hopper_reverse_f16_k128_w1, F16, 128, 1)
-REVERSE(hopper_reverse_f16_k64_w2, F16, 64, 2)
-REVERSE(hopper_reverse_f16_k64_w1, F16, 64, 1)
 #endif
 
 #define GRADIENTS(NAME, E, K, V) ENTRY_MAPS(NAME, 384, 1, GradientArgs, GradientMaps) { gradients<E, K, V>(p, maps); }
 GRADIENTS(hopper_gradients_bf16_k128_v128, Bf16, 128, 128)
 GRADIENTS(hopper_gradients_bf16_k128_v64, Bf16, 128, 64)
 #ifdef HOPPER_ALL
-GRADIENTS(hopper_gradients_bf16_k64_v128, Bf16, 64, 128)
-GRADIENTS(hopper_gradients_bf16_k64_v64, Bf16, 64, 64)
 GRADIENTS(hopper_gradients_f16_k128_v128, F16, 128, 128)
 GRADIENTS(hopper_gradients_f16_k128_v64, F16, 128, 64)
-GRADIENTS(hopper_gradients_f16_k64_v128, F16, 64, 128)
-GRADIENTS(hopper_gradients_f16_k64_v64, F16, 64, 64)
 #endif
 
 // Where sequences are cut: one consumer a block.
 #define STATE(NAME, E, K) ENTRY_MAPS(NAME, 256, 1, ScanArgs, ScanMaps) { scan<E, E, K, 1, 3, false, true>(p, maps); }
 STATE(hopper_grad_state_bf16_k128, Bf16, 128)
 #ifdef HOPPER_ALL
-STATE(hopper_grad_state_bf16_k64, Bf16, 64)
 STATE(hopper_grad_state_f16_k128, F16, 128)
-STATE(hopper_grad_state_f16_k64, F16, 64)
 #endif
 #define CARRY_BACK(NAME, E, K) ENTRY_MAPS(NAME, 256, 1, ReverseArgs, ReverseMaps) { reverse<E, K, 1, 3, true>(p, maps); }
 CARRY_BACK(hopper_reverse_state_bf16_k128, Bf16, 128)
 #ifdef HOPPER_ALL
-CARRY_BACK(hopper_reverse_state_bf16_k64, Bf16, 64)
 CARRY_BACK(hopper_reverse_state_f16_k128, F16, 128)
-CARRY_BACK(hopper_reverse_state_f16_k64, F16, 64)
 #endif
 ENTRY(hopper_grad_warm, 128, 1, GradWarmArgs) { warm<true>(p.carry, p.back); }
-ENTRY(hopper_grad_carry_k128, 256, 1, CarryArgs) { carry<128>(p); }
-#ifdef HOPPER_ALL
-ENTRY(hopper_grad_carry_k64, 128, 1, CarryArgs) { carry<64>(p); }
-#endif
-ENTRY(hopper_reverse_carry_k128, 256, 1, CarryArgs) { carry<128, true>(p); }
-#ifdef HOPPER_ALL
-ENTRY(hopper_reverse_carry_k64, 128, 1, CarryArgs) { carry<64, true>(p); }
-#endif
+ENTRY(hopper_grad_carry_k128, carry_threads(128), 1, CarryArgs) { carry<128>(p); }
+ENTRY(hopper_reverse_carry_k128, carry_threads(128), 1, CarryArgs) { carry<128, true>(p); }

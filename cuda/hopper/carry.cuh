@@ -3,7 +3,7 @@
 //
 //   warm    per segment and head: how many chunks back the gates' sum falls below the threshold. Nothing grows (|I - beta k k^T|
 //           <= 1) while beta |k|^2 <= 2; where a token of the sequence so far exceeds that, all chunks and M are taken.
-//   state   (scan.cuh) runs those chunks from zeros: S_own; and, where they are all, from the identity: M
+//   state   (scan.cuh) runs those chunks from zeros: S_own; and, where they are all, from the identity: M, rounded to TF32
 //   carry   walks the segments of a sequence and puts the states before them together, in f32 (products in TF32)
 #pragma once
 #include "forward.cuh"
@@ -60,21 +60,42 @@ __device__ __forceinline__ void warm(const CarryArgs& p, int* back = nullptr) {
 }
 
 constexpr int CARRY_COLUMNS = 32;  // of V per block
-constexpr int CARRY_STRIDE = 36;   // of the state in shared memory: 4 mod 32, rows 2j and columns i hit all banks
 
-// Grid: (cuts x Hv) x V / 32; K / 16 warps, warp w owns rows 16 w of the state. BACK: gradients of states behind the segments, from the last
+// Shared memory, in f32.
+//   stage s   the transition over a segment, [K, K + 4], from when it is asked for until it has been multiplied: three, so that the next two are
+//             on their way meanwhile. Rows are padded so that a product's operands hit all banks: rows i and columns j and j + 4, or BACK,
+//             columns i and rows 2j and 2j + 1, which are then the product's
+//   state     before the segment, rounded to TF32, the rows that a lane multiplies at once side by side: k and k + 4 of 8, or BACK, 2k and 2k + 1
+template <int K>
+struct CarrySmem {
+    static constexpr int STAGES = 3;
+    static constexpr int STRIDE = transition_stride(K);
+    static constexpr int STAGE = K * STRIDE;
+    static constexpr int STATE_STRIDE = 2 * CARRY_COLUMNS + 8;
+    static constexpr int STATE = STAGES * STAGE;
+    static constexpr int BARRIERS = STATE + K / 2 * STATE_STRIDE;
+    static constexpr int BYTES = BARRIERS * 4 + 64;
+    static_assert(BYTES <= 232448, "shared memory of a block");
+};
+
+// Grid: (cuts x Hv) x V / 32; K / 32 warps, each of which owns [32, 32] of the state, as shared memory is the bound: with half as many rows, or
+// columns, what is multiplied is read twice (2.5 us a segment on an H200). BACK: gradients of states behind the segments, from the last
 // to the first, by transposed transitions: h0 is dht, states those gradients.
 //
 // Segments whose heads have forgotten have their states already; only the others are walked. The chain from one to the next is the product
-// alone: the next one's transition and own state come while a product runs.
+// alone.
+constexpr int carry_threads(int k) { return k; }
+
 template <int K, bool BACK = false>
 __device__ __forceinline__ void carry(const CarryArgs& p) {
-    STATIC_SHARED(float, state, K * CARRY_STRIDE);
-    const int threads = K * 2, tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, i = lane >> 2, j = lane & 3;
+    DYNAMIC_SHARED(smem_raw);
+    using M = CarrySmem<K>;
+    float *smem = (float*)smem_raw, *state = smem + M::STATE;
+    const uint32_t base = smem_addr(smem_raw), full = base + M::BARRIERS * 4;
+    const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, i = lane >> 2, j = lane & 3;
     const Cut cut = p.cuts[blockIdx.x / p.hv];
     const int h = blockIdx.x % p.hv, column = blockIdx.y * CARRY_COLUMNS;
     auto row_of = [&](long long r) { return (r * p.hv + h) * K * p.v + column; };
-    const int row = 16 * warp + i;
 
     // Segments by their number in the order in which they are walked: the state before `at(n)` goes over it to that before `at(n + 1)`.
     auto at = [&](int n) { return BACK ? cut.first + cut.count - 1 - n : cut.first + n; };
@@ -93,74 +114,105 @@ __device__ __forceinline__ void carry(const CarryArgs& p) {
         }
         return count;
     };
-    // M of a segment and the state that it leaves from zeros: rows `row` and `row + 8`, as the product takes and gives them.
-    struct Step {
-        float2 lo[K / 8], hi[K / 8];
-        float own[4][4];
+
+    // The transition over a segment, into a stage that everybody has read.
+    auto ask = [&](uint32_t stage, int n) {
+        if (tid != 0 || n >= count) return;
+        mbar_expect(full + 8 * stage, M::STAGE * 4);
+        bulk_load(base + stage * M::STAGE * 4, p.transitions + ((long long)(at(n) + 1) * p.hv + h) * M::STAGE, M::STAGE * 4, full + 8 * stage);
     };
-    auto load = [&](Step& x, int n) {
-        const float* m = p.transitions + ((long long)(at(n) + 1) * p.hv + h) * K * K + (BACK ? 2 * j * K + row : row * K + 2 * j);
+    if (tid == 0) {
+        for (int s = 0; s < M::STAGES; s++) mbar_init(full + 8 * s, 1);
+        mbar_init_fence();
+    }
+    __syncthreads();
+
+    // The thread's share of the state: rows `row`, + 8, + 16, + 24, columns 8 c + 2j and + 1.
+    const int row = warp * 32 + i;
+    const long long step = (long long)p.hv * K * p.v * (BACK ? -1 : 1);  // from a segment's state to the next one's
+    float* const own = p.states + row_of(at(0)) + (long long)row * p.v + 2 * j;
+    float* const put = state + (warp * 16 + (BACK ? i / 2 : i % 4)) * M::STATE_STRIDE + 4 * j + (BACK ? i % 2 : i / 4);
+    // The nearest TF32 number; of an infinite one, none. cvt.rna minds those, four instructions instead of two.
+    auto rounded = [](float x) { return __uint_as_float((__float_as_uint(x) + 0x1000) & 0xffffe000u); };
+    // A state of memory, as products give it, and to shared memory: x[m][c], of rows 16 m on.
+    auto load = [&](float (&x)[2][4][4], const float* from) {
 #pragma unroll
-        for (int y = 0; y < K / 8; y++) {
-            if constexpr (BACK) {
-                const float* from = m + 8 * y * K;
-                x.lo[y] = make_float2(from[0], from[K]), x.hi[y] = make_float2(from[8], from[K + 8]);
-            } else {
-                x.lo[y] = *(const float2*)(m + 8 * y), x.hi[y] = *(const float2*)(m + 8 * K + 8 * y);
+        for (int m = 0; m < 2; m++, from += 16 * p.v)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                const float2 lo = *(const float2*)(from + 8 * c), hi = *(const float2*)(from + 8 * p.v + 8 * c);
+                x[m][c][0] = lo.x, x[m][c][1] = lo.y, x[m][c][2] = hi.x, x[m][c][3] = hi.y;
             }
-        }
-        const float* own = p.states + row_of(at(n + 1));
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            const float2 lo = *(const float2*)(own + row * p.v + 8 * c + 2 * j), hi = *(const float2*)(own + (row + 8) * p.v + 8 * c + 2 * j);
-            x.own[c][0] = lo.x, x.own[c][1] = lo.y, x.own[c][2] = hi.x, x.own[c][3] = hi.y;
-        }
     };
-    // The state before segment n, from memory into `state`.
-    auto fetch = [&](const float* x) {
-        for (int y = tid; y < K * CARRY_COLUMNS; y += threads)
-            state[y / CARRY_COLUMNS * CARRY_STRIDE + y % CARRY_COLUMNS] = x == nullptr ? 0.f : x[y / CARRY_COLUMNS * p.v + y % CARRY_COLUMNS];
+    auto store = [&](const float (&x)[2][4][4], float* to) {
+#pragma unroll
+        for (int m = 0; m < 2; m++, to += 16 * p.v)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                *(float2*)(to + 8 * c) = make_float2(x[m][c][0], x[m][c][1]);
+                *(float2*)(to + 8 * p.v + 8 * c) = make_float2(x[m][c][2], x[m][c][3]);
+            }
+    };
+    auto share = [&](const float (&x)[2][4][4]) {
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) put[(2 * m + e / 2) * 4 * M::STATE_STRIDE + 2 * (8 * c + e % 2)] = rounded(x[m][c][e]);
     };
 
-    Step step;
-    int n = next(0);
-    if (n < count) load(step, n);
+    float sum[2][4][4], before[2][4][4] = {};
+    int n = next(0), after = next(n + 1);
+    uint32_t stage = 0, phase = 0;
+    ask(0, n), ask(1, after);
+    if (n < count) load(sum, own + (n + 1) * step);
     // The state before the first segment: to memory too.
-    fetch(cut.in >= 0 ? p.h0 + row_of(cut.in) : nullptr);
-    float* begin = p.states + row_of(at(0));
-    for (int y = tid; y < K * CARRY_COLUMNS; y += threads)
-        begin[y / CARRY_COLUMNS * p.v + y % CARRY_COLUMNS] = state[y / CARRY_COLUMNS * CARRY_STRIDE + y % CARRY_COLUMNS];
+    if (cut.in >= 0) load(before, p.h0 + row_of(cut.in) + (long long)row * p.v + 2 * j);
+    store(before, own);
+    share(before);
     int current = 0;  // the segment before which `state` is
     while (n < count) {
         if (current != n) {
-            __syncthreads();
-            fetch(p.states + row_of(at(n)));
+            // Written by `state`, and by nobody here.
+            load(before, own + n * step);
+            share(before);
         }
-        const int after = next(n + 1);
-        Step coming;
-        if (after < count) load(coming, after);
+        const int last = next(after + 1);
+        if (after < count) load(before, own + (after + 1) * step);
         __syncthreads();
+        ask(stage == 0 ? 2 : stage - 1, last);
+        mbar_wait(full + 8 * stage, phase, nullptr, 0);
+        const float* m = smem + stage * M::STAGE + (BACK ? 2 * j * M::STRIDE + row : row * M::STRIDE + j);
+        const float* right = state + j * M::STATE_STRIDE + 2 * i;
 #pragma unroll
         for (int x = 0; x < K / 8; x++) {
-            const uint32_t a[4] = {tf32(step.lo[x].x), tf32(step.hi[x].x), tf32(step.lo[x].y), tf32(step.hi[x].y)};
+            uint32_t a[2][4];
+#pragma unroll
+            for (int y = 0; y < 2; y++) {
+                const float* from = BACK ? m + 8 * x * M::STRIDE + 16 * y : m + 8 * x + 16 * y * M::STRIDE;
+                constexpr int COLUMN = BACK ? M::STRIDE : 4, ROW = BACK ? 8 : 8 * M::STRIDE;
+                a[y][0] = __float_as_uint(from[0]), a[y][1] = __float_as_uint(from[ROW]);
+                a[y][2] = __float_as_uint(from[COLUMN]), a[y][3] = __float_as_uint(from[ROW + COLUMN]);
+            }
 #pragma unroll
             for (int c = 0; c < 4; c++) {
-                const float* b = state + (8 * x + 2 * j) * CARRY_STRIDE + 8 * c + i;
-                mma_tf32(step.own[c], a, tf32(b[0]), tf32(b[CARRY_STRIDE]));
+                const float2 b = *(const float2*)(right + 4 * x * M::STATE_STRIDE + 16 * c);
+#pragma unroll
+                for (int y = 0; y < 2; y++) mma_tf32(sum[y][c], a[y], __float_as_uint(b.x), __float_as_uint(b.y));
             }
         }
         __syncthreads();
-        float* own = p.states + row_of(at(n + 1));
+        share(sum);
+        store(sum, own + (n + 1) * step);
 #pragma unroll
-        for (int c = 0; c < 4; c++) {
-            const int col = 8 * c + 2 * j;
-            const float2 lo = make_float2(step.own[c][0], step.own[c][1]), hi = make_float2(step.own[c][2], step.own[c][3]);
-            *(float2*)(state + row * CARRY_STRIDE + col) = lo, *(float2*)(state + (row + 8) * CARRY_STRIDE + col) = hi;
-            *(float2*)(own + row * p.v + col) = lo, *(float2*)(own + (row + 8) * p.v + col) = hi;
-        }
-        current = n + 1;
-        if (after < count) step = coming;
-        n = after;
+        for (int y = 0; y < 2; y++)
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) sum[y][c][e] = before[y][c][e];
+        current = n + 1, n = after, after = last;
+        if (++stage == M::STAGES) stage = 0, phase ^= 1;
     }
 }
 

@@ -34,6 +34,6 @@ SCAN(hopper_state_f16_k128, F16, F16, 128, 1, false)
 SCAN(hopper_state_f16_k64, F16, F16, 64, 1, false)
 
 ENTRY(hopper_warm, 128, 1, CarryArgs) { warm(p); }
-ENTRY(hopper_carry_k128, 256, 1, CarryArgs) { carry<128>(p); }
-ENTRY(hopper_carry_k64, 128, 1, CarryArgs) { carry<64>(p); }
+ENTRY(hopper_carry_k128, carry_threads(128), 1, CarryArgs) { carry<128>(p); }
+ENTRY(hopper_carry_k64, carry_threads(64), 1, CarryArgs) { carry<64>(p); }
 ENTRY(hopper_tables, 128, 1, TablesArgs) { tables(p); }

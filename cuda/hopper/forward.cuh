@@ -38,8 +38,11 @@ constexpr int GRAD_C = 0;
 constexpr int GRAD_P = PANEL;
 constexpr int GRAD_VEC = 2 * PANEL;
 constexpr int GRAD_BYTES = 2 * PANEL + 2048;
-constexpr int VEC_C = 256;  // c log2(e) [64], then beta, rk, rq
-constexpr int VEC_BETA = 320, VEC_RK = 384, VEC_RQ = 448;
+// Norms are in the exponents, so that e^(c_i - c_j) r_i r_j is one power: [64] each, in powers of two
+constexpr int VEC_C = 256;     // c - rk, of columns
+constexpr int VEC_BETA = 320;  // (beta itself)
+constexpr int VEC_CK = 384;    // c + rk, of rows of K K^T
+constexpr int VEC_CQ = 448;    // c + rq + s, of rows of Q K^T
 
 // A log decay below this is as good as none: sums of larger ones lose digits.
 constexpr float G_MIN = -30.f;
@@ -90,7 +93,7 @@ struct ScanArgs {
     const char* images;      // [chunks, Hv, IMAGE_BYTES]
     const float* states_in;  // [.., Hv, K, V]
     float* states_out;       // [.., Hv, K, V]
-    float* transitions;      // [.., Hv, K, K], for `state`; for `keep` see keep_states of backward.cuh
+    float* transitions;      // [.., Hv, K, K + 4], for `state`; for `keep` see keep_states of backward.cuh
     const int* warm;         // [segments, Hv], for `state`: see `warm`
     void* o;                 // [T, o_stride]; for `keep` see keep_news of backward.cuh
     long long o_stride;
@@ -107,10 +110,13 @@ struct CarryArgs {
     int* warm;           // [segments, Hv]: chunks that the state behind a segment remembers, -1: more than there are
     const float* h0;     // [.., Hv, K, V]
     float* states;       // [segments, Hv, K, V]: before each segment
-    const float* transitions;  // [segments, Hv, K, K]: over the segment before
+    const float* transitions;  // [segments, Hv, K, K + 4]: over the segment before
     float threshold;     // sum of log decays behind which nothing is remembered
     int segment_count, hv, v;
 };
+
+// Numbers from one row of a transition to the next: as `carry` has them in shared memory, where they come as they are.
+__host__ __device__ constexpr int transition_stride(int k) { return k + 4; }
 
 __device__ __forceinline__ int key_head(int h, int hk, int hv, int mod) { return mod ? h % hk : h / (hv / hk); }
 

@@ -74,7 +74,8 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         *(float2*)(gates + m * 128 + 2 * lane) = sum_gates(make_float2(x[0], x[1]), lane);
         *(float2*)(gates + m * 128 + 64 + 2 * lane) = make_float2(b[0], b[1]);
     }
-    copy_wait();
+    copies_end();
+    copies_wait<0>();
     fence_proxy();
     __syncthreads();
 
@@ -133,7 +134,9 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
             row_factors(vec, c, row, len, rk[row], p.scale * rq[row]);
             if constexpr (GRAD) {
                 vec[VEC_STATE + row] *= beta[row];
-                vec[VEC_C + row] = c[row], vec[VEC_BETA + row] = beta[row], vec[VEC_RK + row] = rk[row], vec[VEC_RQ + row] = rq[row];
+                const float power = log2f(rk[row]);
+                vec[VEC_C + row] = c[row] - power, vec[VEC_CK + row] = c[row] + power, vec[VEC_CQ + row] = c[row] + log2f(p.scale * rq[row]);
+                vec[VEC_BETA + row] = beta[row];
             }
             bool grows = __any_sync(~0u, beta[row] * square[row] > 2.001f);
             if (lane == 0) vec[VEC_GROWS + row / 32] = grows;

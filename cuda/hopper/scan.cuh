@@ -452,11 +452,12 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         }
         const int out = GRAD && transition ? at_seg + 1 : seg.out;
         if (out >= 0 && (!KEEP || p.states_out != nullptr)) {
-            float* x = (transition ? p.transitions : p.states_out) + ((long long)out * p.hv + h) * K * width + v0;
+            const int stride = transition ? transition_stride(K) : p.v;
+            float* x = (transition ? p.transitions : p.states_out) + ((long long)out * p.hv + h) * K * stride + v0;
 #pragma unroll
             for (int b = 0; b < K / 8; b++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) x[(8 * b + 2 * j + e % 2) * width + (e / 2) * 8] = s[4 * b + e];
+                for (int e = 0; e < 4; e++) x[(8 * b + 2 * j + e % 2) * stride + (e / 2) * 8] = transition ? __uint_as_float(tf32(s[4 * b + e])) : s[4 * b + e];
         }
     }
 }

@@ -154,6 +154,8 @@ impl Backward {
     pub fn record(&self, pass: &mut Pass, io: &GradIo) -> Result<()> {
         self.check(io)?;
         let Some((last, before)) = self.blocks.split_last() else { return Ok(()) };
+        pass.exact |= self.options.exact;
+        pass.longest = pass.longest.max(self.shape.longest());
         for (i, block) in before.iter().enumerate() {
             self.checkpoint(pass, i)?;
             for piece in &self.plan.pieces[block.clone()] {

@@ -86,6 +86,7 @@ impl Prefill {
         let gates = |view: &View| Rows::packed(view.clone(), heads.hv as u64);
         let rows = ChunkRows::new(&self.shape, &self.options, &self.tile, &self.caps)?;
         pass.exact |= self.options.exact;
+        pass.longest = pass.longest.max(self.shape.longest());
         for piece in &self.plan.pieces {
             let caps = &self.caps;
             let q = window(caps, "q", &io.q, &piece.tokens, qk, size)?;

@@ -82,7 +82,7 @@ fn prefills_of_16_bits_and_released_heads_are_replaced() {
     for (k, v, consumers) in [(128, 128, 1), (64, 64, 1), (64, 128, 1), (128, 64, 1)] {
         for (store, name) in [(Dtype::Bf16, "bf16"), (Dtype::F16, "f16")] {
             let pass = launches(k, v, store, 8);
-            let found = special(&pass.launches, 0, 132, None).unwrap();
+            let found = special(&pass, 0, 132, None).unwrap();
             assert_eq!(found.launches, pass.launches.len());
             assert_eq!(found.prepare, format!("hopper_prepare_{name}_k{k}"));
             assert_eq!(found.scan, format!("hopper_scan_{name}_k{k}_w{consumers}"));
@@ -97,32 +97,36 @@ fn prefills_of_16_bits_and_released_heads_are_replaced() {
     }
     // Few blocks take one consumer each, many two.
     let pass = launches(128, 128, Dtype::Bf16, 0);
-    assert_eq!(special(&pass.launches, 0, 132, None).unwrap().consumers, 1);
-    assert_eq!(special(&pass.launches, 0, 4, None).unwrap().consumers, 2);
+    assert_eq!(special(&pass, 0, 132, None).unwrap().consumers, 1);
+    assert_eq!(special(&pass, 0, 4, None).unwrap().consumers, 2);
     // 100 tokens are not worth cutting, unless it is asked for.
-    assert_eq!(special(&pass.launches, 0, 132, None).unwrap().cut, 0);
-    assert_eq!(special(&pass.launches, 0, 132, Some(1)).unwrap().cut, 1);
-    // One sequence of 32768 tokens: as measured, see `cuda/hopper/NOTES.md`.
-    for (hv, cut) in [(16, 64), (32, 128), (64, 0)] {
+    assert_eq!(special(&pass, 0, 132, None).unwrap().cut, 0);
+    assert_eq!(special(&pass, 0, 132, Some(1)).unwrap().cut, 1);
+    // 32768 tokens, in one sequence or in two: as measured, see `cuda/hopper/NOTES.md`.
+    for (hv, sequences, longest, cut) in
+        [(16, 1, 32768, 64), (32, 1, 32768, 128), (64, 1, 32768, 0), (32, 2, 16384, 0), (16, 2, 28672, 64)]
+    {
         let mut long = launches(128, 128, Dtype::Bf16, 0);
         long.launches[0].grid[0] = 1024;
-        long.launches[1].grid = [1, hv, 1];
-        assert_eq!(special(&long.launches, 0, 132, None).unwrap().cut, cut, "{hv} heads");
+        long.launches[1].grid = [sequences, hv, 1];
+        long.longest = longest;
+        assert_eq!(special(&long, 0, 132, None).unwrap().cut, cut, "{hv} heads, {sequences} sequences");
     }
 }
 
 #[test]
 fn others_are_not() {
-    assert_eq!(special(&launches(128, 128, Dtype::F32, 0).launches, 0, 132, None), None, "f32");
-    assert_eq!(special(&launches(96, 128, Dtype::Bf16, 0).launches, 0, 132, None), None, "K = 96");
-    assert_eq!(special(&launches(128, 256, Dtype::Bf16, 0).launches, 0, 132, None), None, "V = 256");
-    assert_eq!(special(&launches(128, 128, Dtype::Bf16, 2).launches, 0, 132, None), None, "rows that start at 4 bytes");
+    assert_eq!(special(&launches(128, 128, Dtype::F32, 0), 0, 132, None), None, "f32");
+    assert_eq!(special(&launches(96, 128, Dtype::Bf16, 0), 0, 132, None), None, "K = 96");
+    assert_eq!(special(&launches(128, 256, Dtype::Bf16, 0), 0, 132, None), None, "V = 256");
+    assert_eq!(special(&launches(128, 128, Dtype::Bf16, 2), 0, 132, None), None, "rows that start at 4 bytes");
     let pass = launches(128, 128, Dtype::Bf16, 0);
-    assert_eq!(special(&pass.launches, 1, 132, None), None, "a scan alone");
-    assert_eq!(special(&pass.launches[..1], 0, 132, None), None, "chunks alone");
+    assert_eq!(special(&pass, 1, 132, None), None, "a scan alone");
+    let alone = Pass { launches: pass.launches[..1].to_vec(), ..pass.clone() };
+    assert_eq!(special(&alone, 0, 132, None), None, "chunks alone");
     // Somebody else reads what lies between the two.
     let mut seen = pass.clone();
     seen.launches.push(pass.launches[1].clone());
     seen.launches[2].args[2] = pass.launches[0].args[5].clone();
-    assert_eq!(special(&seen.launches, 0, 132, None), None, "scratch that is seen");
+    assert_eq!(special(&seen, 0, 132, None), None, "scratch that is seen");
 }

@@ -35,25 +35,17 @@ using namespace hopper;
 #define CUT(NAME, K)                                                                                                    \
     DECLARE(hopper_grad_state_##NAME##_##K, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)         \
     DECLARE(hopper_reverse_state_##NAME##_##K, const __grid_constant__ ReverseArgs, const __grid_constant__ ReverseMaps)
-CUT(bf16, k64)
 CUT(bf16, k128)
-CUT(f16, k64)
 CUT(f16, k128)
 DECLARE(hopper_grad_warm, const __grid_constant__ GradWarmArgs)
-DECLARE(hopper_grad_carry_k64, const __grid_constant__ CarryArgs)
 DECLARE(hopper_grad_carry_k128, const __grid_constant__ CarryArgs)
-DECLARE(hopper_reverse_carry_k64, const __grid_constant__ CarryArgs)
 DECLARE(hopper_reverse_carry_k128, const __grid_constant__ CarryArgs)
-OF_K(bf16, k64)
 OF_K(bf16, k128)
-OF_K(f16, k64)
 OF_K(f16, k128)
 
 typedef const void* Kernel;
-// The kernel for a case: by type and K, then by what follows.
-#define BY_TYPE(F16, K, HEAD, TAIL)                                                                                             \
-    ((F16) ? (K) == 128 ? (Kernel)HEAD##_f16_k128##TAIL : (Kernel)HEAD##_f16_k64##TAIL                                          \
-           : (K) == 128 ? (Kernel)HEAD##_bf16_k128##TAIL : (Kernel)HEAD##_bf16_k64##TAIL)
+// The kernel for a case: by type, then by what follows. K is 128: what else there is, the backend leaves to the general kernels.
+#define BY_TYPE(F16, HEAD, TAIL) ((F16) ? (Kernel)HEAD##_f16_k128##TAIL : (Kernel)HEAD##_bf16_k128##TAIL)
 
 struct Case {
     const char* name;
@@ -68,13 +60,19 @@ struct Case {
     int cut = 0;               // chunks in a segment; 0: sequences stay whole
 };
 
-// Chunks in a segment, as the backend chooses them: `keep` and `reverse` run at once.
+// Chunks in a segment, as the backend chooses them (Costs::best_cut of hopper.rs): `keep` and `reverse` run at once.
 static int best_cut(const vector<int>& lens, int heads) {
-    long long chunks = 0;
-    for (int x : lens) chunks += (x + CHUNK - 1) / CHUNK;
-    if (3 * 2 * (long long)lens.size() * heads > multiprocessors()) return 0;
-    const long long length = std::max(16ll, ((chunks * 2 * heads + multiprocessors() - 1) / multiprocessors() + 7) / 8 * 8);
-    return chunks > (lens.size() == 1 ? 2 * length + 64 : length) ? (int)length : 0;
+    double chunks = 0, longest = 0;
+    for (int x : lens) chunks += (x + CHUNK - 1) / CHUNK, longest = std::max(longest, (double)((x + CHUNK - 1) / CHUNK));
+    const double full = 2.1 * chunks * 2 * heads / multiprocessors();
+    double least = 0.95 * std::max(full, longest);
+    int best = 0;
+    for (int length : {16, 32, 64, 128, 256}) {
+        const double filled = full * (1 + 2.0 / length);
+        const double time = 7 + std::max(0.7 * length, (0.32 + 1.6 / length) * filled) + 0.6 * longest / length + std::max(filled, (double)length);
+        if (length < longest && time < least) best = length, least = time;
+    }
+    return best;
 }
 
 // Two kernels beside each other on `s`, where streams are more than names.
@@ -166,7 +164,7 @@ struct Run {
         if (c.cut) {
             const size_t jobs = ordered.size() * c.hv;
             warm.make(jobs * 4), warm_back.make(jobs * 4), starts.make(jobs * c.k * c.v * 4), ends.make(jobs * c.k * c.v * 4);
-            transitions.make((jobs + c.hv) * c.k * c.k * 4);
+            transitions.make((jobs + c.hv) * c.k * transition_stride(c.k) * 4);
         }
         for (Buffer* b : {&q, &k, &v, &d_o, &g, &beta}) CHECK(cudaMemset(b->p, 0xff, b->bytes));
         make_rows(q.p, tokens * c.hk, c.k, c.f16, seed + 1, !c.l2norm, c.l2norm ? 3.f : 1.f, 0.f);
@@ -186,6 +184,7 @@ struct Run {
         km.q = map_q, km.k = map_k, km.v = km.o = tensor_map(v.p, rows, c.hv * c.v, c.f16);
         rm.q = map_q, rm.k = map_k, rm.d_o = tensor_map(d_o.p, rows, c.hv * c.v, c.f16);
         gm.q = map_q, gm.k = map_k, gm.d_o = rm.d_o, gm.dv = tensor_map(dv.p, rows, c.hv * c.v, c.f16);
+        gm.dq = tensor_map(dq.p, rows, c.hk * c.k, c.f16), gm.dk = tensor_map(dk.p, rows, c.hk * c.k, c.f16);
         const float scale = 1.f / sqrtf((float)c.k);
         pa = {q.p, k.p, (float*)g.p, (float*)beta.p, (Chunk*)d_chunks.p, (char*)images.p, c.hk * c.k, c.hk * c.k, scale, c.hk, c.hv, c.mod, c.l2norm};
         ka = {(Segment*)d_segments.p, (char*)images.p, (float*)(c.cut ? starts.p : h0.p), nullptr, (float*)states.p, nullptr, news.p, 0, c.hk, c.hv, c.mod, c.v, hung_device()};
@@ -197,7 +196,7 @@ struct Run {
         ga = {(Chunk*)d_chunks.p, (char*)images.p, (char*)states.p, (char*)dstates.p, (char*)news.p, dq.p, dk.p, (float*)dg.p, (float*)dbeta.p,
               c.hk * c.k, c.hk * c.k, scale, (int)chunks.size(), c.hk, c.hv, c.mod, c.l2norm, hung_device()};
         // Two consumers share the loads of a block; with few blocks, one each fills the chip better. As the backend has it.
-        wg = c.wg ? c.wg : c.v % 128 != 0 || (int)segments.size() * c.hv * (c.v / 128) * (c.cut ? 4 : 1) <= multiprocessors() ? 1 : 2;
+        wg = c.wg ? c.wg : c.v % 128 != 0 || (c.cut ? 4 : 3) * (c.cut ? ((int)chunks.size() + c.cut - 1) / c.cut : n) * c.hv <= 3 * multiprocessors() ? 1 : 2;
     }
 
     vector<Buffer*> outputs() { return {&dq, &dk, &dv, &dg, &dbeta, &dh0}; }
@@ -209,46 +208,48 @@ struct Run {
     }
 
     void prepare(cudaStream_t s) {
-        const int bytes = c.k == 128 ? PrepareSmem<128, true>::bytes(c.hv / c.hk) : PrepareSmem<64, true>::bytes(c.hv / c.hk);
-        LAUNCH(BY_TYPE(c.f16, c.k, hopper_grad_prepare, ), chunks.size() * c.hk, 128, bytes, s, &pa);
+        const int bytes = PrepareSmem<128, true>::bytes(c.hv / c.hk);
+        LAUNCH(BY_TYPE(c.f16, hopper_grad_prepare, ), chunks.size() * c.hk, 128, bytes, s, &pa);
     }
     // The states before the segments, and the gradients of those behind them.
     void carry(cudaStream_t s) {
-        if (!c.cut) return;
+        if (c.cut) carry_states(s), join(s);
+    }
+    void carry_states(cudaStream_t s) {
         const unsigned jobs = (unsigned)(ordered.size() * c.hv);
         LAUNCH(hopper_grad_warm, (jobs + 3) / 4, 128, 0, s, &wa);
         ScanArgs state = ka;
         state.segments = (Segment*)d_ordered.p, state.states_out = (float*)starts.p, state.transitions = (float*)transitions.p, state.warm = (int*)warm.p;
         ReverseArgs back = ra;
         back.segments = (Segment*)d_ordered.p, back.dstates_out = (float*)ends.p, back.warm = (int*)warm_back.p;
-        const int bytes = c.k == 128 ? ScanSmem<128, 1, 3, false, true>::BYTES : ScanSmem<64, 1, 3, false, true>::BYTES;
-        const int back_bytes = c.k == 128 ? ReverseSmem<128, 1, 3>::BYTES : ReverseSmem<64, 1, 3>::BYTES;
+        const int bytes = ScanSmem<128, 1, 3, false, true>::BYTES;
+        const int back_bytes = ReverseSmem<128, 1, 3>::BYTES;
         beside(
-            s, [&](cudaStream_t s) { LAUNCH(BY_TYPE(c.f16, c.k, hopper_grad_state, ), jobs * (c.v / 64 + c.k / 64), 256, bytes, s, &state, &km); },
-            [&](cudaStream_t s) { LAUNCH(BY_TYPE(c.f16, c.k, hopper_reverse_state, ), jobs * (c.v / 64), 256, back_bytes, s, &back, &rm); });
-        const unsigned x = (unsigned)(cuts.size() * c.hv), y = c.v / CARRY_COLUMNS, threads = c.k * 2;
+            s, [&](cudaStream_t s) { LAUNCH(BY_TYPE(c.f16, hopper_grad_state, ), jobs * (c.v / 64 + c.k / 64), 256, bytes, s, &state, &km); },
+            [&](cudaStream_t s) { LAUNCH(BY_TYPE(c.f16, hopper_reverse_state, ), jobs * (c.v / 64), 256, back_bytes, s, &back, &rm); });
+    }
+    void join(cudaStream_t s) {
+        const unsigned x = (unsigned)(cuts.size() * c.hv), y = c.v / CARRY_COLUMNS;
         beside(
-            s, [&](cudaStream_t s) { LAUNCH2(c.k == 128 ? (Kernel)hopper_grad_carry_k128 : (Kernel)hopper_grad_carry_k64, x, y, threads, 0, s, &ca); },
-            [&](cudaStream_t s) { LAUNCH2(c.k == 128 ? (Kernel)hopper_reverse_carry_k128 : (Kernel)hopper_reverse_carry_k64, x, y, threads, 0, s, &cb); });
+            s, [&](cudaStream_t s) { LAUNCH2((Kernel)hopper_grad_carry_k128, x, y, carry_threads(128), (CarrySmem<128>::BYTES), s, &ca); },
+            [&](cudaStream_t s) { LAUNCH2((Kernel)hopper_reverse_carry_k128, x, y, carry_threads(128), (CarrySmem<128>::BYTES), s, &cb); });
     }
     unsigned scan_blocks() const { return (unsigned)(segments.size() * c.hv * (c.v / 64 / wg)); }
     void keep(cudaStream_t s) {
-        const int bytes = c.k == 128 ? wg == 2 ? ScanSmem<128, 2, 3, false, true, true>::BYTES : ScanSmem<128, 1, 3, false, true, true>::BYTES
-                                     : wg == 2 ? ScanSmem<64, 2, 3, false, true, true>::BYTES : ScanSmem<64, 1, 3, false, true, true>::BYTES;
-        const Kernel kernel = wg == 2 ? BY_TYPE(c.f16, c.k, hopper_keep, _w2) : BY_TYPE(c.f16, c.k, hopper_keep, _w1);
+        const int bytes = wg == 2 ? ScanSmem<128, 2, 3, false, true, true>::BYTES : ScanSmem<128, 1, 3, false, true, true>::BYTES;
+        const Kernel kernel = wg == 2 ? BY_TYPE(c.f16, hopper_keep, _w2) : BY_TYPE(c.f16, hopper_keep, _w1);
         ScanArgs args = ka;
         LAUNCH(kernel, scan_blocks(), (wg + 1) * 128, bytes, s, &args, &km);
     }
     void reverse(cudaStream_t s) {
-        const int bytes = c.k == 128 ? wg == 2 ? ReverseSmem<128, 2, 2>::BYTES : ReverseSmem<128, 1, 3>::BYTES
-                                     : wg == 2 ? ReverseSmem<64, 2, 2>::BYTES : ReverseSmem<64, 1, 3>::BYTES;
-        const Kernel kernel = wg == 2 ? BY_TYPE(c.f16, c.k, hopper_reverse, _w2) : BY_TYPE(c.f16, c.k, hopper_reverse, _w1);
+        const int bytes = wg == 2 ? ReverseSmem<128, 2, 2>::BYTES : ReverseSmem<128, 1, 3>::BYTES;
+        const Kernel kernel = wg == 2 ? BY_TYPE(c.f16, hopper_reverse, _w2) : BY_TYPE(c.f16, hopper_reverse, _w1);
         LAUNCH(kernel, scan_blocks(), (wg + 1) * 128, bytes, s, &ra, &rm);
     }
     void gradients(cudaStream_t s) {
-        const int bytes = c.k == 128 ? c.v == 128 ? GradientSmem<128, 128>::BYTES : GradientSmem<128, 64>::BYTES
-                                     : c.v == 128 ? GradientSmem<64, 128>::BYTES : GradientSmem<64, 64>::BYTES;
-        const Kernel kernel = c.v == 128 ? BY_TYPE(c.f16, c.k, hopper_gradients, _v128) : BY_TYPE(c.f16, c.k, hopper_gradients, _v64);
+        const int bytes = c.v == 128 ? GradientSmem<128, 128>::BYTES : GradientSmem<128, 64>::BYTES;
+        const Kernel kernel = c.f16 ? c.v == 128 ? (Kernel)hopper_gradients_f16_k128_v128 : (Kernel)hopper_gradients_f16_k128_v64
+                                    : c.v == 128 ? (Kernel)hopper_gradients_bf16_k128_v128 : (Kernel)hopper_gradients_bf16_k128_v64;
         LAUNCH(kernel, std::min<size_t>(multiprocessors(), chunks.size() * c.hk), 384, bytes, s, &ga, &gm);
     }
     void scans(cudaStream_t s) { beside(s, [&](cudaStream_t s) { keep(s); }, [&](cudaStream_t s) { reverse(s); }); }
@@ -458,14 +459,10 @@ static vector<Case> cases() {
         add("one token", {1}, 8, 16, 128, 128, false, Decay::Slow, true, false, false, 3, 0, wg);
         add("ragged", {37, 0, 64, 65, 1, 300}, 2, 4, 128, 128, false, Decay::Mixed, true, false, false, 15, 0, wg);
         add("f16", {37, 64, 300}, 2, 4, 128, 128, true, Decay::Mixed, true, false, false, 15, 0, wg);
-        add("K 64", {200, 64}, 2, 4, 64, 128, false, Decay::Mixed, true, false, false, 0, 0, wg);
     }
     add("V 64", {200, 64}, 2, 4, 128, 64, false, Decay::Mixed);
-    add("K 64, V 64", {200, 64}, 2, 4, 64, 64, false, Decay::Mixed);
-    add("K 64, V 64, f16", {200, 64}, 2, 4, 64, 64, true, Decay::Mixed);
     add("l2norm", {300, 77}, 2, 4, 128, 128, false, Decay::Mixed, true, true);
     add("l2norm, f16", {300, 77}, 2, 4, 128, 128, true, Decay::Slow, true, true);
-    add("l2norm, K 64", {200, 77}, 1, 2, 64, 64, false, Decay::Mixed, true, true);
     add("head map mod", {200, 77}, 2, 8, 128, 128, false, Decay::Mixed, true, false, true);
     add("cliffs, -inf", {400}, 2, 4, 128, 128, false, Decay::Cliffs);
     add("cliffs, -inf, f16", {400}, 2, 4, 128, 128, true, Decay::Cliffs);
@@ -475,15 +472,12 @@ static vector<Case> cases() {
     // One head, no decay: dg is a sum of K V products that mostly cancel, and no other head's hides it.
     for (bool f16 : {false, true}) {
         add("one head, no decay", {500}, 1, 1, 128, 128, f16, Decay::None);
-        add("one head, K 64, V 64", {256}, 1, 1, 64, 64, f16, Decay::None);
         add("one head, cut", {1100}, 1, 1, 128, 128, f16, Decay::None, true, true, false, 0, 0, 0, 4);
     }
     add("keys alike", {300}, 1, 2, 128, 128, false, Decay::Slow, true, false, false, 0, 0.5f);
     for (Decay d : {Decay::Mixed, Decay::None, Decay::Slow, Decay::Bench, Decay::Cliffs}) add("cut", {700, 64, 1, 129}, 2, 8, 128, 128, false, d, true, false, false, 5, 0, 0, 2);
     add("cut, f16", {700, 64, 0, 129}, 2, 8, 128, 128, true, Decay::Bench, true, false, false, 5, 0, 2, 2);
     add("cut, no states", {700, 64, 1, 129}, 2, 8, 128, 128, false, Decay::Bench, false, true, false, 5, 0, 0, 3);
-    add("cut, K 64, V 64, f16", {700, 64, 1, 129}, 2, 4, 64, 64, true, Decay::Bench, true, false, false, 0, 0, 0, 2);
-    add("cut, K 64", {400, 129}, 2, 4, 64, 128, false, Decay::Bench, true, false, false, 0, 0, 0, 2);
     add("cut, V 64", {400, 129}, 2, 4, 128, 64, false, Decay::Bench, true, true, true, 0, 0, 0, 2);
     add("2048 bench", {2048}, 1, 2, 128, 128, false, Decay::Bench);
     add("4096 no decay", {4096}, 1, 2, 128, 128, false, Decay::None);
@@ -503,10 +497,10 @@ static void time_case(const char* name, const vector<int>& lens, int hk, int hv,
     const double parts[5] = {time_of([&](cudaStream_t s) { r.prepare(s); }, repeats), time_of([&](cudaStream_t s) { r.keep(s); }, repeats),
                              time_of([&](cudaStream_t s) { r.reverse(s); }, repeats), time_of([&](cudaStream_t s) { r.gradients(s); }, repeats),
                              time_of([&](cudaStream_t s) { r.scans(s); }, repeats)};
-    const double carry = cut ? time_of([&](cudaStream_t s) { r.carry(s); }, repeats) : 0;
+    const double carry = cut ? time_of([&](cudaStream_t s) { r.carry(s); }, repeats) : 0, join = cut ? time_of([&](cudaStream_t s) { r.join(s); }, repeats) : 0;
     const double bw = bandwidth();
-    printf("%-9s %2d/%-2d wg%d cut%-3d %.4f ms (prepare %.4f, carry %.4f, keep %.4f, reverse %.4f, both %.4f, gradients %.4f)  by FLOP %.3f, by bytes %.3f, bytes moved %.3f; FlashQLA on an H200 %.3f, x%.2f\n",
-           name, hk, hv, r.wg, cut, whole, parts[0], carry, parts[1], parts[2], parts[4], parts[3], r.flops() / 790e9, r.bytes() / bw * 1e3, r.moved() / bw * 1e3, published, published / whole);
+    printf("%-9s %2d/%-2d wg%d cut%-3d %.4f ms (prepare %.4f, carry %.4f with %.4f to join, keep %.4f, reverse %.4f, both %.4f, gradients %.4f)  by FLOP %.3f, by bytes %.3f, bytes moved %.3f; FlashQLA on an H200 %.3f, x%.2f\n",
+           name, hk, hv, r.wg, cut, whole, parts[0], carry, join, parts[1], parts[2], parts[4], parts[3], r.flops() / 790e9, r.bytes() / bw * 1e3, r.moved() / bw * 1e3, published, published / whole);
     finish(name);
     fflush(stdout);
 }
@@ -552,8 +546,8 @@ int main(int argc, char** argv) {
 #ifndef GATEDELTA_EMULATOR
     if (what == "time") return time_all(argc > 2 ? atoi(argv[2]) : 0, argc > 3 ? atoi(argv[3]) : -1), 0;
 #endif
-    if (what == "one" && argc > 6) {  // length, sequences, Hk, Hv, consumers: one pass, for a profiler
-        Case c{"one", vector<int>(atoi(argv[3]), atoi(argv[2])), atoi(argv[4]), atoi(argv[5]), 128, 128, false, Decay::Bench, true, false, false, 0, 0, atoi(argv[6])};
+    if (what == "one" && argc > 6) {  // length, sequences, Hk, Hv, consumers, chunks of a segment: one pass, for a profiler
+        Case c{"one", vector<int>(atoi(argv[3]), atoi(argv[2])), atoi(argv[4]), atoi(argv[5]), 128, 128, false, Decay::Bench, true, false, false, 0, 0, atoi(argv[6]), argc > 7 ? atoi(argv[7]) : 0};
         Run r(c, 99);
         r.all(0);
         finish("one");

@@ -116,7 +116,7 @@ struct Run {
         CHECK(cudaMemcpy(d_segments.p, segments.data(), segments.size() * sizeof(Segment), cudaMemcpyHostToDevice));
         if (c.cut) {
             size_t n = ordered.size() * c.hv;
-            warm.make(n * 4), starts.make(n * c.k * c.v * 4), transitions.make(n * c.k * c.k * 4);
+            warm.make(n * 4), starts.make(n * c.k * c.v * 4), transitions.make(n * c.k * transition_stride(c.k) * 4);
             d_ordered.make(ordered.size() * sizeof(Segment)), d_cuts.make(cuts.size() * sizeof(Cut));
             CHECK(cudaMemcpy(d_ordered.p, ordered.data(), d_ordered.bytes, cudaMemcpyHostToDevice));
             CHECK(cudaMemcpy(d_cuts.p, cuts.data(), d_cuts.bytes, cudaMemcpyHostToDevice));
@@ -162,7 +162,11 @@ struct Run {
         LAUNCH(hopper_warm, (jobs + 3) / 4, 128, 0, s, &ca);
         int bytes = c.k == 128 ? ScanSmem<128, 1, 3, false>::BYTES : ScanSmem<64, 1, 3, false>::BYTES;
         LAUNCH(OF_CASE(hopper_state, ), jobs * (c.v / 64 + c.k / 64), 256, bytes, s, &sta, &maps);
-        LAUNCH2(c.k == 128 ? (Kernel)hopper_carry_k128 : (Kernel)hopper_carry_k64, cuts.size() * c.hv, c.v / CARRY_COLUMNS, c.k * 2, 0, s, &ca);
+        join(s);
+    }
+    void join(cudaStream_t s) {
+        const int bytes = c.k == 128 ? CarrySmem<128>::BYTES : CarrySmem<64>::BYTES;
+        LAUNCH2(c.k == 128 ? (Kernel)hopper_carry_k128 : (Kernel)hopper_carry_k64, cuts.size() * c.hv, c.v / CARRY_COLUMNS, carry_threads(c.k), bytes, s, &ca);
     }
 
     // Everything with outputs, behind what it needs.
@@ -442,12 +446,12 @@ static void time_case(const char* name, vector<int> lens, int hk, int hv, int wg
     Run r(c, 99);
     double whole = time_of([&](cudaStream_t s) { r.forward(s); }, repeats);
     double first = time_of([&](cudaStream_t s) { r.prepare(s); }, repeats), second = time_of([&](cudaStream_t s) { r.scan(s); }, repeats);
-    double middle = cut ? time_of([&](cudaStream_t s) { r.carry(s); }, repeats) : 0;
+    double middle = cut ? time_of([&](cudaStream_t s) { r.carry(s); }, repeats) : 0, join = cut ? time_of([&](cudaStream_t s) { r.join(s); }, repeats) : 0;
     double bw = bandwidth(), roof = std::max(r.flops() / 790e12, r.bytes() / bw) * 1e3;
     long long longest = 0;
     for (int x : lens) longest = std::max<long long>(longest, (x + CHUNK - 1) / CHUNK);
     auto per_chunk = [&](double ms) { return ms * 1e3 / (cut ? std::min<long long>(cut, longest) : longest); };
-    printf("%-12s %2d/%2d wg%d cut%-3d %.4f ms (prepare %.4f, carry %.4f, scan %.4f; %.2f us a chunk)  roof %.4f  x%.2f  %.0f TF/s\n", name, hk, hv, r.wg, cut, whole, first, middle,
+    printf("%-12s %2d/%2d wg%d cut%-3d %.4f ms (prepare %.4f, carry %.4f with %.4f to join, scan %.4f; %.2f us a chunk)  roof %.4f  x%.2f  %.0f TF/s\n", name, hk, hv, r.wg, cut, whole, first, middle, join,
            second, per_chunk(second), roof, whole / roof, r.flops() / whole / 1e9);
     finish(name);
     fflush(stdout);
@@ -487,8 +491,8 @@ int main(int argc, char** argv) {
         return 0;
     }
 #endif
-    if (what == "one" && argc > 6) {  // length, sequences, Hk, Hv, consumers: one forward pass, for a profiler
-        Case c{"one", vector<int>(atoi(argv[3]), atoi(argv[2])), atoi(argv[4]), atoi(argv[5]), 128, 128, false, Decay::Bench, true, false, false, 0, 0, atoi(argv[6]), 0};
+    if (what == "one" && argc > 6) {  // length, sequences, Hk, Hv, consumers, chunks of a segment: one forward pass, for a profiler
+        Case c{"one", vector<int>(atoi(argv[3]), atoi(argv[2])), atoi(argv[4]), atoi(argv[5]), 128, 128, false, Decay::Bench, true, false, false, 0, 0, atoi(argv[6]), argc > 7 ? atoi(argv[7]) : 0};
         Run r(c, 99);
         r.forward(0);
         finish("one");

@@ -121,7 +121,8 @@ impl Observed {
             place = named(&notes.places, launch).unwrap_or(place);
             match parts.last_mut() {
                 Some((last, part)) if *last == place => part.launches.push(launch.clone()),
-                _ => parts.push((place, Pass { launches: vec![launch.clone()], exact: pass.exact })),
+                _ => parts
+                    .push((place, Pass { launches: vec![launch.clone()], exact: pass.exact, longest: pass.longest })),
             }
         }
         let kind = |place: Option<usize>| self.layers.get(place?).copied();

@@ -17,7 +17,7 @@ use super::launch::{Call, Variant};
 use super::{Shared, lock};
 use crate::error::{Error, Result};
 use crate::kernel::gdn;
-use crate::pass::Launch;
+use crate::pass::{Launch, Pass};
 use crate::shape::Dtype;
 
 /// Bytes that `prepare` leaves per chunk and value head: IMAGE_BYTES of forward.cuh.
@@ -32,8 +32,6 @@ pub(super) const CUT_BYTES: u64 = 16;
 pub(super) const CARRY_COLUMNS: u32 = 32;
 /// A head that has decayed by e to this has forgotten, for numbers of 16 bits.
 pub(super) const FORGOTTEN: f32 = -12.0;
-/// Fewer chunks in a segment than this are not worth the passes beside.
-const SHORTEST: u64 = 16;
 
 /// Launches in the place of rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,7 +66,8 @@ impl Numbers<'_> {
 /// The launches that replace those from `at` on, if there are any: those of a prefill with 16-bit q, k and v, K and V of 64 or 128,
 /// and rows that start at multiples of 16 bytes. `multiprocessors` are those of the device; `cut` is how long segments shall be
 /// instead of what is best there.
-pub fn special(launches: &[Launch], at: usize, multiprocessors: u32, cut: Option<u32>) -> Option<Special> {
+pub fn special(pass: &Pass, at: usize, multiprocessors: u32, cut: Option<u32>) -> Option<Special> {
+    let launches = &pass.launches;
     let [prepare, scan, ..] = launches.get(at..)? else { return None };
     if *prepare.kernel != gdn::PREPARE || *scan.kernel != gdn::SCAN {
         return None;
@@ -107,7 +106,8 @@ pub fn special(launches: &[Launch], at: usize, multiprocessors: u32, cut: Option
     let (sequences, chunks) = (scan.grid[0] as u64, prepare.grid[0] as u64 / 2);
     // Of a head: blocks with two consumers.
     let heads = scan.grid[1] as u64 * (v as u64).div_ceil(128);
-    let cut = cut.unwrap_or_else(|| best_cut(sequences, chunks, heads, multiprocessors));
+    let cut =
+        cut.unwrap_or_else(|| FORWARD.best_cut(longest(pass, sequences, chunks), chunks * heads, multiprocessors));
     let segments = places(sequences, prepare.grid[0] as u64, cut);
     // Two consumers share the loads of a block; with few blocks, one each fills the device better.
     let consumers = if v % 128 != 0 || 3 * segments * heads < 2 * multiprocessors as u64 { 1 } else { 2 };
@@ -122,19 +122,52 @@ pub fn special(launches: &[Launch], at: usize, multiprocessors: u32, cut: Option
     })
 }
 
-/// Chunks in a segment, so that segments and heads fill the device once; 0 where whole sequences fill a third of it: measured on an
-/// H200, 32768 tokens with 16 heads take 0.64 of the time in 8 segments, with 32 heads 0.83 in 4, and with 64 heads cutting does
-/// not pay; nor does it with 32 heads and 8192 tokens, where the passes beside take the time of 64 chunks. Shorter ones are left whole for
-/// the same reason, which is not measured (`cuda/hopper/NOTES.md`).
-pub(super) fn best_cut(sequences: u64, chunks: u64, heads: u64, multiprocessors: u32) -> u32 {
-    let multiprocessors = multiprocessors as u64;
-    if 3 * sequences * heads > multiprocessors {
-        return 0;
+/// What segments cost, in chunks: the time in which a scan with one consumer, alone, goes over a chunk. Measured on an H200 with 8 to
+/// 64 heads and 1 to 8 sequences of 32768 and of 8192 tokens in all, a quarter of the heads without decay (`cuda/hopper/NOTES.md`).
+pub(super) struct Costs {
+    /// The passes before the scans, however short: their launches, and the gates.
+    begin: f64,
+    /// The states of a segment, per chunk of it, where the device is not full of them.
+    serial: f64,
+    /// Blocks that begin, in chunks of each segment.
+    block: f64,
+    /// Where the device is full: the states of heads that do not forget, as a part of the scans' work.
+    joined: f64,
+    /// And those of heads that do, per segment, in chunks.
+    warm: f64,
+    /// From one segment to the next, where a head does not forget.
+    join: f64,
+}
+
+/// Of the forward: 0.95 us a chunk.
+pub(super) const FORWARD: Costs = Costs { begin: 10.0, serial: 1.0, block: 4.0, joined: 0.25, warm: 12.0, join: 1.0 };
+
+/// Of the backward, both scans at once: 1.75 us a chunk.
+pub(super) const BACKWARD: Costs = Costs { begin: 7.0, serial: 0.7, block: 2.0, joined: 0.32, warm: 1.6, join: 0.6 };
+
+impl Costs {
+    /// Chunks in a segment; 0: sequences stay whole. `longest` are the chunks of the longest sequence, `work` those of all heads and scans, in
+    /// blocks with two consumers. A full device takes twice the time of its share of them, as then memory is the bound. Heads are powers of two or
+    /// three times that, and so are lengths: a round of blocks then fills the device nearly or not much more than half.
+    pub(super) fn best_cut(&self, longest: u64, work: u64, multiprocessors: u32) -> u32 {
+        let (longest, full) = (longest as f64, 2.1 * work as f64 / f64::from(multiprocessors));
+        let time = |length: u32| {
+            let length = f64::from(length);
+            let filled = full * (1.0 + self.block / length);
+            let states = (self.serial * length).max((self.joined + self.warm / length) * filled);
+            self.begin + states + self.join * longest / length + filled.max(length)
+        };
+        let best = [16, 32, 64, 128, 256].into_iter().min_by(|&a, &b| time(a).total_cmp(&time(b)));
+        best.filter(|&length| f64::from(length) < longest && time(length) < 0.95 * full.max(longest)).unwrap_or(0)
     }
-    let length = (chunks * heads).div_ceil(multiprocessors).next_multiple_of(8).max(SHORTEST);
-    // Of several sequences the longest may be most of them.
-    let pays = if sequences == 1 { chunks > 2 * length + 64 } else { chunks > length };
-    if pays { length as u32 } else { 0 }
+}
+
+/// Chunks of 64 tokens of the longest sequence of so many with so many chunks in all; where nobody says, they are equal.
+pub(super) fn longest(pass: &Pass, sequences: u64, chunks: u64) -> u64 {
+    match pass.longest {
+        0 => chunks.div_ceil(sequences.max(1)),
+        tokens => tokens.div_ceil(64).min(chunks),
+    }
 }
 
 /// Segments at most of so many sequences that have so many chunks of 32 tokens.
@@ -156,6 +189,22 @@ fn scan_bytes(k: u32, consumers: u32, outputs: bool) -> u32 {
     let (tiles, triangles) = if outputs { (2, 2) } else { (1, 1) };
     let stage = tiles * (k / 64) * PANEL + consumers * PANEL + triangles * PANEL + 1024;
     3 * stage + if outputs { consumers * PANEL } else { 0 } + 128 + 1024
+}
+
+/// Appends the call that makes the tables: beside one that puts states in their place, which has nothing to do with them.
+pub(super) fn push_tables(calls: &mut Vec<Call>, call: Call) {
+    let beside = calls.last().is_some_and(|last| last.kernel == "copy" && !last.beside);
+    calls.push(Call { beside, ..call });
+}
+
+/// Bytes of the transition over a segment: `[K, transition_stride]` of forward.cuh.
+pub(super) fn transition_bytes(k: u64) -> u64 {
+    4 * k * (k + 4)
+}
+
+/// CarrySmem::BYTES of carry.cuh.
+pub(super) fn carry_bytes(k: u32) -> u32 {
+    3 * transition_bytes(k.into()) as u32 + 4 * (k / 2 * (2 * CARRY_COLUMNS + 8)) + 64
 }
 
 /// What the Hopper kernels need beside a launch.
@@ -292,7 +341,7 @@ impl Hopper {
             cuts * CUT_BYTES,
             4 * rows,
             4 * rows * k as u64 * v as u64,
-            4 * rows * k as u64 * k as u64,
+            rows * transition_bytes(k.into()),
         ];
         let mut offsets = [0; 8];
         let mut end = 0;
@@ -311,7 +360,7 @@ impl Hopper {
         let numbers = pair(special.cut, places as u32);
         let launch = vec![after[4], after[5], chunk_table, segment_table, to_ordered, cut_table, 0, numbers];
         let grid = [sequences as u32, 1, 1];
-        calls.push(Call::new("hopper_tables", variant, grid, launch, None));
+        push_tables(calls, Call::new("hopper_tables", variant, grid, launch, None));
 
         // PrepareArgs of forward.cuh.
         let at16 = |address: u64, name: &str| address + 2 * u64::from(s.get(name));
@@ -359,7 +408,8 @@ impl Hopper {
             let grid = [jobs * parts, 1, 1];
             calls.push(Call::new("hopper_state", variant, grid, launch, Some(11)));
 
-            let variant = self.function(shared, &format!("hopper_carry_k{k}"), 2 * k, 0, &[72])?;
+            let name = format!("hopper_carry_k{k}");
+            let variant = self.function(shared, &name, k, carry_bytes(k), &[72])?;
             let grid = [sequences as u32 * hv, v / CARRY_COLUMNS, 1];
             calls.push(Call::new("hopper_carry", variant, grid, carry, None));
         }

@@ -8,14 +8,14 @@
 
 use super::Shared;
 use super::hopper::{
-    CARRY_COLUMNS, CHUNK_BYTES, CUT_BYTES, FORGOTTEN, Hopper, Numbers, PANEL, SEGMENT_BYTES, best_cut, map_of, places,
-    prepare_bytes,
+    BACKWARD, CARRY_COLUMNS, CHUNK_BYTES, CUT_BYTES, FORGOTTEN, Hopper, Numbers, PANEL, SEGMENT_BYTES, carry_bytes,
+    longest, map_of, places, prepare_bytes, push_tables, transition_bytes,
 };
 use super::launch::Call;
 use crate::backend::View;
 use crate::error::{Error, Result};
 use crate::kernel::{gdn, gdn_grad};
-use crate::pass::Launch;
+use crate::pass::{Launch, Pass};
 use crate::shape::Dtype;
 
 /// Bytes that `prepare` leaves per chunk and value head: GRAD_BYTES of forward.cuh.
@@ -55,7 +55,7 @@ pub struct SpecialGrad {
 /// transition over the segment before.
 fn segment_memory(chunks: u64, segments: u64, k: u32, v: u32, hv: u32) -> ([u64; 5], u64) {
     let (k, v, hv) = (k as u64, v as u64, hv as u64);
-    let sizes = [4, 4, 4 * k * v, 4 * k * v, 4 * k * k].map(|bytes| bytes * (segments + 1) * hv);
+    let sizes = [4, 4, 4 * k * v, 4 * k * v, transition_bytes(k)].map(|bytes| bytes * (segments + 1) * hv);
     let mut end = kept_bytes(chunks, k, v).next_multiple_of(256);
     let offsets = sizes.map(|size| {
         let offset = end;
@@ -110,7 +110,8 @@ fn halves(launches: &[Launch], at: usize) -> Option<[usize; 2]> {
 /// The launches that replace those from `at` on, if there are any: those of a backward pass with bf16 q, k, v and d_o, a K of 128, a V
 /// of 64 or 128, and rows that start at multiples of 16 bytes, whose sequences are not cut. `multiprocessors` are those of the device; `cut` is
 /// how long segments shall be instead of what is best there.
-pub fn special_grad(launches: &[Launch], at: usize, multiprocessors: u32, cut: Option<u32>) -> Option<SpecialGrad> {
+pub fn special_grad(pass: &Pass, at: usize, multiprocessors: u32, cut: Option<u32>) -> Option<SpecialGrad> {
+    let launches = &pass.launches;
     let [forward, backward] = halves(launches, at)?;
     let [prepare, scan] = &launches[forward..forward + 2] else { return None };
     let [grad_scan, grad_chunk, grad_qk, grad_gates] = launches.get(backward..backward + 4)? else { return None };
@@ -171,16 +172,19 @@ pub fn special_grad(launches: &[Launch], at: usize, multiprocessors: u32, cut: O
     // dv is not in the memory of v: gdn_grad_chunk has both, and what it writes may not be what it reads.
     let both = backward == forward + 2;
     let at_once = 1 + u64::from(both);
-    let cut = cut.unwrap_or_else(|| best_cut(sequences, prepare.grid[0] as u64 / 2, at_once * heads, multiprocessors));
+    let places_64 = prepare.grid[0] as u64 / 2;
+    let cut = cut.unwrap_or_else(|| {
+        BACKWARD.best_cut(longest(pass, sequences, places_64), places_64 * at_once * heads, multiprocessors)
+    });
     let segments = places(sequences, prepare.grid[0] as u64, cut);
     let fits = saved.bytes >= segment_memory(chunks, segments, k, v, hv).1;
     let (cut, segments) = if fits { (cut, segments) } else { (0, sequences) };
     // Two consumers share the loads of a block; with few blocks, one each fills the device better. Of two scans at once on an H200, the second
     // block of a multiprocessor gains up to there: 8 sequences of 32768 tokens in all take 0.66 ms with one, 0.79 with two at 4/8, 1.14 and
-    // 1.21 at 8/16, and 4 of them the same at 16/32.
+    // 1.21 at 8/16, and 4 of them the same at 16/32; cut, 8 sequences at 2/4 0.356 and 0.364, but one at 8/16 1.169 and 1.148.
     let few = match (both, cut) {
-        (true, 0) => segments * heads <= multiprocessors as u64,
-        (true, _) => 4 * segments * heads <= multiprocessors as u64,
+        (true, 0) => sequences * heads <= multiprocessors as u64,
+        (true, _) => 4 * places_64.div_ceil(cut.into()) * heads <= 3 * multiprocessors as u64,
         (false, _) => 3 * segments * heads < 2 * multiprocessors as u64,
     };
     let consumers = if v % 128 != 0 || few { 1 } else { 2 };
@@ -212,10 +216,9 @@ fn reverse_bytes(k: u32, consumers: u32) -> u32 {
 }
 
 /// GradientSmem::BYTES of gradients.cuh.
-fn gradient_bytes(k: u32, v: u32) -> u32 {
-    let tiles = 3 + 2 * (v / 64);
-    let slots = if tiles == 7 { 10 } else { 2 * tiles };
-    slots * (k.max(v) / 64) * PANEL + 2 * (k / 64) * PANEL + 2 * PANEL + 3 * 2048 + 2 * 4096 + slots * 16 + 32 + 1024
+fn gradient_bytes(k: u32) -> u32 {
+    let (slots, slot) = (8, k / 64 * PANEL);
+    slots * slot + 2 * 2 * slot + 2 * PANEL + 4 * 2048 + 2 * 4160 + 1024 + slots * 16 + 128 + 1024
 }
 
 impl Hopper {
@@ -243,7 +246,11 @@ impl Hopper {
         let mut backward = backward.into_iter().skip(1);
         let alone = forward.len() - backward.len();
         for (i, call) in forward.into_iter().enumerate() {
-            calls.push(call);
+            if i == 0 {
+                push_tables(calls, call);
+            } else {
+                calls.push(call);
+            }
             if i >= alone {
                 calls.extend(backward.next().map(|call| Call { beside: true, ..call }));
             }
@@ -302,7 +309,7 @@ impl Hopper {
         let variant = self.function(shared, "hopper_tables", 128, 0, &[64])?;
         let [to_ordered, to_back] = if cut == 0 { [0, 0] } else { [ordered, back] };
         let launch = vec![at[4], at[5], tables, own, to_ordered, cuts, to_back, pair(cut, segments)];
-        calls.push(Call::new("hopper_tables", variant, [sequences, 1, 1], launch, None));
+        push_tables(calls, Call::new("hopper_tables", variant, [sequences, 1, 1], launch, None));
         // CarryArgs of forward.cuh: from the states (or gradients) that a sequence begins with, those that segments begin with.
         let threshold = if exact { f32::NEG_INFINITY } else { FORGOTTEN };
         let carry = |images: u64, from: u64, to: u64| {
@@ -353,7 +360,8 @@ impl Hopper {
                 calls.push(Call::new("hopper_grad_state", variant, grid, launch, Some(11)));
 
                 let launch = carry(before[5], after[6], starts);
-                let variant = self.function(shared, &format!("hopper_grad_carry_k{k}"), 2 * k, 0, &[72])?;
+                let name = format!("hopper_grad_carry_k{k}");
+                let variant = self.function(shared, &name, k, carry_bytes(k), &[72])?;
                 calls.push(Call::new("hopper_grad_carry", variant, carry_grid, launch, None));
             }
             // Without segments states are read and written in place.
@@ -384,7 +392,8 @@ impl Hopper {
             calls.push(Call::new("hopper_reverse_state", variant, grid, launch, Some(11)));
 
             let launch = carry(at[3], at[6], ends);
-            let variant = self.function(shared, &format!("hopper_reverse_carry_k{k}"), 2 * k, 0, &[72])?;
+            let name = format!("hopper_reverse_carry_k{k}");
+            let variant = self.function(shared, &name, k, carry_bytes(k), &[72])?;
             calls.push(Call::new("hopper_reverse_carry", variant, carry_grid, launch, None));
         }
         // Without segments the gradient of the states is read and written in place.
@@ -412,11 +421,12 @@ impl Hopper {
             pair(head_map, x.get("l2norm")),
             0,
         ];
-        let maps = [&qk.concat()[..], &d_o, &map(1, 6, "dv", hv * v)?].concat();
+        let of_qk_maps = [map(2, 6, "dq", hk * k)?, map(2, 7, "dk", hk * k)?].concat();
+        let maps = [&qk.concat()[..], &d_o, &map(1, 6, "dv", hv * v)?, &of_qk_maps].concat();
         // The maps are aligned to 64 bytes from the start of the parameters, not of the vector: the driver copies each by itself.
         let launch = [&args[..], &maps].concat();
         let name = format!("hopper_gradients_{kind}_v{v}");
-        let variant = self.function(shared, &name, 384, gradient_bytes(k, v), &[120, 512])?;
+        let variant = self.function(shared, &name, 384, gradient_bytes(k), &[120, 768])?;
         let grid = [special.blocks, 1, 1];
         calls.push(Call::new("hopper_gradients", variant, grid, launch, Some(15)));
         Ok(())

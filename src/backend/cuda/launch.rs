@@ -125,7 +125,7 @@ fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
         }
         let addresses = addresses(shared, launch)?;
         if shared.hopper.is_on()
-            && let Some(special) = hopper::special(&pass.launches, i, shared.multiprocessors, shared.hopper.cut)
+            && let Some(special) = hopper::special(pass, i, shared.multiprocessors, shared.hopper.cut)
         {
             let after = self::addresses(shared, &pass.launches[i + 1])?;
             let own = &pass.launches[i..];
@@ -135,8 +135,7 @@ fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
             }
         }
         if shared.hopper.is_on()
-            && let Some(special) =
-                hopper_grad::special_grad(&pass.launches, i, shared.multiprocessors, shared.hopper.cut)
+            && let Some(special) = hopper_grad::special_grad(pass, i, shared.multiprocessors, shared.hopper.cut)
         {
             let own = &pass.launches[i..i + special.launches];
             let addresses = own.iter().map(|launch| self::addresses(shared, launch)).collect::<Result<Vec<_>>>()?;

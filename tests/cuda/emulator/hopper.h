@@ -69,12 +69,12 @@ void tma_store(const CUtensorMap* map, int x, int y, uint32_t src);
 void bulk_commit();
 void bulk_wait_read();
 inline void bulk_wait() { bulk_wait_read(); }
-inline void copy16(uint32_t dst, const void* src, bool live) {
-    char* to = emulator::shared_base() + dst;
-    if (live) memcpy(to, src, 16);
-    else memset(to, 0, 16);
+inline void copy16(uint32_t dst, const void* src, bool live) { emulator::copy_later(emulator::shared_base() + dst, src, 16, live); }
+inline void copies_end() { emulator::copies_end(); }
+template <int N>
+void copies_wait() {
+    emulator::copies_wait(N);
 }
-inline void copy_wait() {}
 
 inline float shared_f32(uint32_t at) { return *(const float*)(emulator::shared_base() + at); }
 inline float2 shared_f32x2(uint32_t at) { return *(const float2*)(emulator::shared_base() + at); }
