@@ -212,16 +212,17 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
     const uint32_t qk_full = empty + SLOTS * 8, qk_empty = qk_full + 16, tiles = qk_empty + 16, done = tiles + 8, sums_free = done + 16;
     const int group = p.hv / p.hk;
     auto head = [&](int kh, int m) { return p.mod ? kh + m * p.hk : kh * group + m; };
-    // The block's share, for each role: `work` of a chunk that is not empty and of a key head; the next chunk's place is on its way meanwhile.
+    // The block's share, for each role: `work` of a chunk and of a key head; the next chunk's place is on its way meanwhile. Empty places are behind
+    // all others.
     auto walk = [&](auto work) {
         const int chunks_on = gridDim.x / p.hk, heads_on = gridDim.x % p.hk;
         int chunk = blockIdx.x / p.hk, kh = blockIdx.x % p.hk;
         Chunk c = chunk < p.chunk_count ? p.chunks[chunk] : Chunk{0, 0};
-        while (chunk < p.chunk_count) {
+        while (c.len != 0) {
             int after = chunk + chunks_on, kh_after = kh + heads_on;
             if (kh_after >= p.hk) kh_after -= p.hk, after++;
             const Chunk coming = after < p.chunk_count ? p.chunks[after] : Chunk{0, 0};
-            if (c.len != 0) work(chunk, kh, c);
+            work(chunk, kh, c);
             chunk = after, kh = kh_after, c = coming;
         }
     };
