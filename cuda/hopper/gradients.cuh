@@ -130,8 +130,9 @@ __device__ __forceinline__ float kept_dot(const char* a, const char* b, uint32_t
 template <class E>
 __device__ __forceinline__ float panel_dot(uint32_t a, uint32_t b, int tid) {
     float sum = 0.f;
-    // All at once take registers that are not there.
-#pragma unroll 4
+    // Half, unpacked, takes registers that are not there.
+    constexpr int AT_ONCE = KEEPS_LOW<E> ? 4 : 1;
+#pragma unroll AT_ONCE
     for (int n = 0; n < PANEL / 2048; n++) {
         const uint4 x = shared_16(a + n * 2048 + tid * 16), y = shared_16(b + n * 2048 + tid * 16);
         const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
