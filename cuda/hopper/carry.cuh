@@ -60,6 +60,7 @@ __device__ __forceinline__ void warm(const CarryArgs& p, int* back = nullptr) {
 }
 
 constexpr int CARRY_COLUMNS = 32;  // of V per block
+constexpr int carry_threads(int k) { return k; }
 
 // Shared memory, in f32.
 //   stage s   the transition over a segment, [K, K + 4], from when it is asked for until it has been multiplied: three, so that the next two are
@@ -84,8 +85,6 @@ struct CarrySmem {
 //
 // Segments whose heads have forgotten have their states already; only the others are walked. The chain from one to the next is the product
 // alone.
-constexpr int carry_threads(int k) { return k; }
-
 template <int K, bool BACK = false>
 __device__ __forceinline__ void carry(const CarryArgs& p) {
     DYNAMIC_SHARED(smem_raw);

@@ -245,6 +245,7 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
     __syncthreads();
 
     if (warpgroup == 2) {
+        // As where K is 64: the warp of the sums needs 40.
         regs_down<Registers<64>::SERVER>();
         if (uniform(warp) == 0 && elect()) {
             tma_prefetch(&maps.q);

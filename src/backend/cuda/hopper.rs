@@ -122,7 +122,7 @@ pub fn special(pass: &Pass, at: usize, multiprocessors: u32, cut: Option<u32>) -
     })
 }
 
-/// What segments cost, in chunks: the time in which a scan with one consumer, alone, goes over a chunk. Measured on an H200 with 8 to
+/// What segments cost, in chunks: the time in which a scan with one consumer, alone, goes over a chunk. Measured on an H200 with 4 to
 /// 64 heads and 1 to 8 sequences of 32768 and of 8192 tokens in all, a quarter of the heads without decay (`cuda/hopper/NOTES.md`).
 pub(super) struct Costs {
     /// The passes before the scans, however short: their launches, and the gates.
