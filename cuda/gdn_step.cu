@@ -5,9 +5,8 @@
 // With S the state before the token and e = exp(g): d = beta (v - e S^T k) and o = s (e S^T q + (k . q) d), so that one pass over S
 // and one exchange between threads serve both. The state is in registers (state.cuh).
 //
-// A step moves the state once each way and computes next to nothing: what counts is how many bytes are on their way at once. Blocks of
-// 144 registers left room for three; five keep 80 KB of a K of 128 on their way to a multiprocessor.
-#define STATE_BLOCKS(KP) (KP > 128 ? 3 : KP > 64 ? 5 : 6)
+// A step moves the state once each way and computes next to nothing: what counts is how many bytes are on their way at once, and how long
+// the rows that they lie in are. Three blocks with 64 columns of a K of 128 keep 96 KB on their way to a multiprocessor.
 #include "state.cuh"
 
 // Blocks in the order of the states in memory, columns first: those that run at the same time read the same pages.
@@ -16,18 +15,18 @@ __device__ __forceinline__ uint3 cell_in_order(const row::gdn_step::Launch& l) {
     return make_uint3(rest / gridDim.y + l.base[0], rest % gridDim.y + l.base[1], i % gridDim.z + l.base[2]);
 }
 
-template <u32 VT>
+template <u32 VT, u32 G>
 struct Shared {
-    float4 sk[GROUPS * VT / 4];  // parts of S^T k [GROUPS, VT]
-    float4 sq[GROUPS * VT / 4];  // parts of S^T q
-    float4 dots[GROUPS];         // parts of k . k, q . q, k . q
+    float4 sk[G * VT / 4];  // parts of S^T k [G, VT]
+    float4 sq[G * VT / 4];  // parts of S^T q
+    float4 dots[G];         // parts of k . k, q . q, k . q
 };
 
-template <class T, u32 KP, u32 VT>
+template <class T, u32 KP, u32 VT, u32 G>
 __device__ __forceinline__ void step(const row::gdn_step::Launch& l) {
-    typedef Slice<KP, VT> State;
+    typedef Slice<KP, VT, G> State;
     constexpr u32 QUADS = State::QUADS, ROWS = State::ROWS;
-    typedef Shared<VT> Parts;
+    typedef Shared<VT, G> Parts;
     SHARED(Parts, part);
     const uint3 cell = cell_in_order(l);
     const u32 lane = threadIdx.x, tx = lane % QUADS, ty = lane / QUADS;
@@ -45,6 +44,9 @@ __device__ __forceinline__ void step(const row::gdn_step::Launch& l) {
         const size_t t = (size_t)seq.x + i, gate = l.p.g_off + t * hv + head;
         const size_t q0 = l.p.q_off + t * l.p.q_stride + (size_t)head_k * dk + row0;
         const size_t k0 = l.p.k_off + t * l.p.k_stride + (size_t)head_k * dk + row0;
+        // Asked for before the state is waited for.
+        const float log_decay = g[gate], b = beta[gate];
+        const float4 v = load4<T>(l.m.v, l.p.v_off + t * l.p.v_stride + (size_t)head * dv + column);
         float4 keys[ROWS / 4], sk = four(0.f), sq = four(0.f), dots = four(0.f);
 #pragma unroll
         for (u32 r = 0; r < ROWS / 4; r++) {
@@ -62,14 +64,11 @@ __device__ __forceinline__ void step(const row::gdn_step::Launch& l) {
         part.sk[lane] = sk;
         part.sq[lane] = sq;
         if (tx == 0) part.dots[ty] = dots;
-        // Asked for before the others are waited for.
-        const float log_decay = g[gate], b = beta[gate];
-        const float4 v = load4<T>(l.m.v, l.p.v_off + t * l.p.v_stride + (size_t)head * dv + column);
         __syncthreads();
         sk = sq = dots = four(0.f);
         // Unrolled it would hold so many numbers that a block less fits.
 #pragma unroll 1
-        for (u32 r = 0; r < GROUPS; r++) {
+        for (u32 r = 0; r < G; r++) {
             sk = sk + part.sk[r * QUADS + tx];
             sq = sq + part.sq[r * QUADS + tx];
             dots = dots + part.dots[r];
@@ -95,4 +94,15 @@ __device__ __forceinline__ void step(const row::gdn_step::Launch& l) {
     if (l.c.store) State::store(s, state, row0, dk, stride);
 }
 
-STATE_KERNELS(gdn_step, gdn_step, step)
+// Blocks at once on a multiprocessor: as many as there are registers for.
+#define STEP_KERNEL(T, NAME, KP, VT, G, BLOCKS) \
+    KERNEL_AT_ONCE(gdn_step_##NAME##_k##KP##_v##VT, gdn_step, (Slice<KP, VT, G>::THREADS), BLOCKS) { step<T, KP, VT, G>(l); }
+// A V that 64 does not divide, or a K above 128: for the largest K alone.
+#define STEP_KERNELS(T, NAME)           \
+    STEP_KERNEL(T, NAME, 64, 64, 8, 5)   \
+    STEP_KERNEL(T, NAME, 128, 64, 8, 3)  \
+    STEP_KERNEL(T, NAME, 256, 32, 16, 3) \
+    STEP_KERNEL(T, NAME, 256, 16, 16, 3)
+STEP_KERNELS(F32, f32)
+STEP_KERNELS(F16, f16)
+STEP_KERNELS(Bf16, bf16)

@@ -1,17 +1,17 @@
 // A slice of a head's state in registers, as the scans and the step hold it.
 //
-// Threads form a grid of GROUPS x QUADS; thread (ty, tx) holds rows ty * ROWS to ty * ROWS + ROWS - 1 of columns 4 tx to 4 tx + 3.
+// Threads form a grid of G x QUADS; thread (ty, tx) holds rows ty * ROWS to ty * ROWS + ROWS - 1 of columns 4 tx to 4 tx + 3.
 // KP is K rounded up to what the kernel is compiled for; rows from K on are 0.
 #pragma once
 #include "common.cuh"
 
 constexpr u32 GROUPS = 16;
 
-template <u32 KP, u32 VT>
+template <u32 KP, u32 VT, u32 G = GROUPS>
 struct Slice {
     static constexpr u32 QUADS = VT / 4;
-    static constexpr u32 THREADS = GROUPS * QUADS;
-    static constexpr u32 ROWS = KP / GROUPS;
+    static constexpr u32 THREADS = G * QUADS;
+    static constexpr u32 ROWS = KP / G;
     static_assert(VT % 16 == 0 && ROWS % 4 == 0, "rows and columns in fours");
 
     // state [K, V], from this thread's first row and column on
@@ -42,12 +42,7 @@ __device__ __forceinline__ void add_rows(float4& sum, float4 x, float4 s0, float
     add(sum, x.w, s3);
 }
 
-// The models' columns for each K; those of a V that 32 does not divide for the largest alone.
-#define STATE_KERNELS(NAME, ROW, BODY)               \
-    SCAN_KERNELS(NAME, ROW, BODY)                    \
-    STATE_KERNEL(NAME##_f16, ROW, BODY, F16, 64, 32) \
-    STATE_KERNEL(NAME##_bf16, ROW, BODY, Bf16, 64, 32)
-// The scans' K of 64 is left to the matrix units (state_mma.cuh) with 16 bits; a smaller one is rare enough to be taken for 128.
+// The models' columns for each K; those of a V that 32 does not divide for the largest alone. The scans' K of 64 is left to the matrix units (state_mma.cuh) with 16 bits; a smaller one is rare enough to be taken for 128.
 #define SCAN_KERNELS(NAME, ROW, BODY)                \
     STATE_KERNEL(NAME##_f32, ROW, BODY, F32, 64, 32) \
     STATE_KERNELS_OF(NAME##_f32, ROW, BODY, F32)     \
@@ -57,8 +52,5 @@ __device__ __forceinline__ void add_rows(float4& sum, float4 x, float4 s0, float
     STATE_KERNEL(NAME, ROW, BODY, T, 128, 32)     \
     STATE_KERNEL(NAME, ROW, BODY, T, 256, 32)     \
     STATE_KERNEL(NAME, ROW, BODY, T, 256, 16)
-#ifndef STATE_BLOCKS
-#define STATE_BLOCKS(KP) 1
-#endif
 #define STATE_KERNEL(NAME, ROW, BODY, T, KP, VT) \
-    KERNEL_AT_ONCE(NAME##_k##KP##_v##VT, ROW, (Slice<KP, VT>::THREADS), STATE_BLOCKS(KP)) { BODY<T, KP, VT>(l); }
+    KERNEL(NAME##_k##KP##_v##VT, ROW, (Slice<KP, VT>::THREADS)) { BODY<T, KP, VT>(l); }

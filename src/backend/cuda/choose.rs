@@ -144,7 +144,7 @@ pub fn choose(kernel: &'static Kernel, consts: &[u32]) -> Result<Choice> {
                 false => Err(c.refuse("lanes", lanes, "1 to 256")),
             }
         }
-        "gdn_step" => state(&c, &[64, 128, 256]),
+        "gdn_step" => step(&c),
         "gdn_mix_step" => {
             c.padded("dk", 16, &[256])?;
             c.padded("dv", 16, &[256])?;
@@ -228,6 +228,17 @@ fn state(c: &Consts, sizes: &[u32]) -> Result<Choice> {
     let (dk, columns) = (c.padded("dk", 16, sizes)?, c.one_of("dv_tile", &[16, 32])?);
     let dk = if columns == 16 { 256 } else { dk };
     choice(name, format!("{name}_{}_k{dk}_v{columns}", c.one_dtype()?), c.exactly(4 * columns)?)
+}
+
+/// Decode: 64 columns of a K up to 128, 8 groups of rows; else as a scan of the largest K.
+fn step(c: &Consts) -> Result<Choice> {
+    match c.one_of("dv_tile", &[16, 32, 64])? {
+        64 => {
+            let (dk, dtype) = (c.padded("dk", 16, &[64, 128])?, c.one_dtype()?);
+            choice("gdn_step", format!("gdn_step_{dtype}_k{dk}_v64"), c.exactly(128)?)
+        }
+        _ => state(c, &[256]),
+    }
 }
 
 /// A thread of the gradients of q and k has four columns and a share of the rows that it is compiled for.
