@@ -12,6 +12,10 @@ PREPARE(hopper_prepare_bf16_k128, Bf16, Bf16, 128)
 PREPARE(hopper_prepare_bf16_k64, Bf16, Bf16, 64)
 PREPARE(hopper_prepare_f16_k128, F16, F16, 128)
 PREPARE(hopper_prepare_f16_k64, F16, F16, 64)
+// A value head for each key head: nothing is kept from head to head, and registers are left for a block more.
+#define PREPARE_ONE(NAME, E, K) ENTRY(NAME, 128, 5, PrepareArgs) { prepare<E, E, K, false, true>(p); }
+PREPARE_ONE(hopper_prepare_one_bf16_k128, Bf16, 128)
+PREPARE_ONE(hopper_prepare_one_f16_k128, F16, 128)
 
 #define SCAN(NAME, E, I, K, WG, OUT) ENTRY_MAPS(NAME, (WG + 1) * 128, 1, ScanArgs, ScanMaps) { scan<E, I, K, WG, 3, OUT>(p, maps); }
 SCAN(hopper_scan_bf16_k128_w2, Bf16, Bf16, 128, 2, true)

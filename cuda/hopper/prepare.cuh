@@ -20,19 +20,20 @@ struct PrepareSmem {
     static constexpr int IMAGE = ((TILES > END_LD ? TILES : END_LD) + 1023) / 1024 * 1024;
     static constexpr int NORMS = IMAGE + (GRAD ? GRAD_BYTES : IMAGE_BYTES);  // f32: rk [64], rq [64], |k|^2 [64]
     static constexpr int GATES = NORMS + 768;          // f32, per value head: c log2(e) [64], beta [64]
-    static constexpr int bytes(int group) { return GATES + group * 512 + 1024; }
+    static constexpr int bytes(int group) { return GATES + group * 512; }
 };
 
 // I is the type of A and P. GRAD: the image of the backward, with C = (I + strictlower(G o K K^T) diag(beta))^-1: A = diag(beta) C.
-template <class E, class I, int K, bool GRAD = false>
+template <class E, class I, int K, bool GRAD = false, bool ONE = false>
 __device__ __forceinline__ void prepare(const PrepareArgs& p) {
     DYNAMIC_SHARED(smem_raw);
+    // Where it is without static shared memory, behind the 1024 bytes that the system has; said for the code that comes of it.
     char* smem = align_1024(smem_raw);
     using M = PrepareSmem<K, GRAD>;
     constexpr int PANELS = K / 64;
     constexpr Lie LIE = GRAD ? Lie::PANEL : Lie::IMAGE;
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, i = lane >> 2, j = lane & 3;
-    const int group = p.hv / p.hk;
+    const int group = ONE ? 1 : p.hv / p.hk;
     const int chunk = blockIdx.x / p.hk, kh = blockIdx.x % p.hk;
     const int token = p.chunks[chunk].token, len = p.chunks[chunk].len;
     if (len == 0) return;  // an empty place of the table

@@ -12,9 +12,14 @@ use gatedelta::tune::{Caps, Class, Kind};
 
 /// The launches of a prefill of 100 tokens as the CUDA backend gets them, with rows that start `off` numbers into their views.
 fn launches(k: u32, v: u32, store: Dtype, off: u64) -> Pass {
+    launches_of(2, k, v, store, off)
+}
+
+/// The same with so many value heads for each key head.
+fn launches_of(group: u32, k: u32, v: u32, store: Dtype, off: u64) -> Pass {
     let backend = Cpu::new(Some(1)).unwrap();
     let caps = Caps { kind: Kind::Cuda, class: Class::Discrete, align: 256, ..backend.caps().clone() };
-    let heads = Heads::new(2, 4, k, v, HeadMap::Div).unwrap();
+    let heads = Heads::new(4 / group, 4, k, v, HeadMap::Div).unwrap();
     let (shape, options) = (Shape::one(heads, 100), Options { store, ..Options::default() });
     let backend = As { backend, caps };
     let prefill = Prefill::new(&backend, &shape, &options, 8192).unwrap();
@@ -24,8 +29,8 @@ fn launches(k: u32, v: u32, store: Dtype, off: u64) -> Pass {
     };
     let gates = || backend.alloc("gates", 100 * 4 * 4).unwrap().view();
     let io = Io {
-        q: rows(2 * k as u64),
-        k: rows(2 * k as u64),
+        q: rows((4 / group * k) as u64),
+        k: rows((4 / group * k) as u64),
         v: rows(4 * v as u64),
         g: gates(),
         beta: gates(),
@@ -94,6 +99,13 @@ fn prefills_of_16_bits_and_released_heads_are_replaced() {
             // What a block of an H100 may have.
             assert!(found.prepare_bytes.max(found.scan_bytes) <= 227 << 10, "{found:?}");
         }
+    }
+    // A value head for each key head: the kernel with a block more at once.
+    for (k, prepare) in [(128, "hopper_prepare_one_f16_k128"), (64, "hopper_prepare_f16_k64")] {
+        let found = special(&launches_of(1, k, 64, Dtype::F16, 0), 0, 132, None).unwrap();
+        assert_eq!(found.prepare, prepare);
+        // What five blocks of an H100 may have, with the 1024 bytes that the system takes of each.
+        assert!(5 * (found.prepare_bytes + 1024) <= 228 << 10, "{found:?}");
     }
     // Few blocks take one consumer each, many two.
     let pass = launches(128, 128, Dtype::Bf16, 0);

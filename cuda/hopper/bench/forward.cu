@@ -39,6 +39,8 @@ OF_K(bf16_k64)
 OF_K(f16_k128)
 OF_K(f16_k64)
 OF_K(mix_k128)
+DECLARE(hopper_prepare_one_bf16_k128, const __grid_constant__ PrepareArgs)
+DECLARE(hopper_prepare_one_f16_k128, const __grid_constant__ PrepareArgs)
 DECLARE(hopper_warm, const __grid_constant__ CarryArgs)
 DECLARE(hopper_carry_k128, const __grid_constant__ CarryArgs)
 DECLARE(hopper_carry_k64, const __grid_constant__ CarryArgs)
@@ -152,7 +154,9 @@ struct Run {
     void prepare(cudaStream_t s) {
         if (chunks.empty()) return;
         int bytes = c.k == 128 ? PrepareSmem<128>::bytes(c.hv / c.hk) : PrepareSmem<64>::bytes(c.hv / c.hk);
-        LAUNCH(OF_CASE(hopper_prepare, ), chunks.size() * c.hk, 128, bytes, s, &pa);
+        const bool one = c.hk == c.hv && c.k == 128 && !mix;
+        Kernel kernel = !one ? OF_CASE(hopper_prepare, ) : c.f16 ? (Kernel)hopper_prepare_one_f16_k128 : (Kernel)hopper_prepare_one_bf16_k128;
+        LAUNCH(kernel, chunks.size() * c.hk, 128, bytes, s, &pa);
     }
 
     // The states before the segments.

@@ -113,7 +113,7 @@ pub fn special(pass: &Pass, at: usize, multiprocessors: u32, cut: Option<u32>) -
     let consumers = if v % 128 != 0 || 3 * segments * heads < 2 * multiprocessors as u64 { 1 } else { 2 };
     Some(Special {
         launches: 2,
-        prepare: format!("hopper_prepare_{name}_k{k}"),
+        prepare: format!("hopper_prepare_{}{name}_k{k}", if (group, k) == (1, 128) { "one_" } else { "" }),
         prepare_bytes: prepare_bytes(k, group, IMAGE_BYTES as u32),
         scan: format!("hopper_scan_{name}_k{k}_w{consumers}"),
         scan_bytes: scan_bytes(k, consumers, true),
@@ -181,7 +181,7 @@ pub(super) fn prepare_bytes(k: u32, group: u32, image_bytes: u32) -> u32 {
     let inverse = 64 * 72 * 4 + 4 * (16 * 24 + 16) * 4;
     let tiles = 2 * 64 * k * 2;
     let image = tiles.max(inverse).div_ceil(1024) * 1024;
-    image + image_bytes + 768 + group * 512 + 1024
+    image + image_bytes + 768 + group * 512
 }
 
 /// ScanSmem::BYTES of scan.cuh, with 3 stages.
@@ -212,7 +212,8 @@ pub(super) struct Hopper {
     on: bool,
     /// See [`special`].
     pub(super) cut: Option<u32>,
-    functions: Mutex<HashMap<String, Arc<Variant>>>,
+    /// By name and bytes of shared memory.
+    functions: Mutex<HashMap<(String, u32), Arc<Variant>>>,
     scratch: Mutex<Scratch>,
 }
 
@@ -286,9 +287,12 @@ impl Hopper {
         sizes: &[usize],
     ) -> Result<Arc<Variant>> {
         let mut functions = lock(&self.functions);
-        if let Some(found) = functions.get(name) {
+        // How much a block shares may depend on more than the kernel: on the heads that it takes.
+        let key = (name.to_string(), bytes);
+        if let Some(found) = functions.get(&key) {
             return Ok(found.clone());
         }
+        let most = functions.keys().filter(|(other, _)| other == name).map(|(_, bytes)| *bytes).max();
         let grad = ["hopper_grad", "hopper_keep", "hopper_reverse"].iter().any(|start| name.starts_with(start));
         let family = if grad { "hopper_grad" } else { "hopper" };
         let function = shared.images.function(&shared.fault, &shared.caps.name, family, name)?;
@@ -302,14 +306,15 @@ impl Hopper {
                 return Err(Error::Compile { kernel: name.into(), device: shared.caps.name.clone(), log });
             }
         }
-        if bytes > 0 {
+        // The most that any launch of it has.
+        if bytes > most.unwrap_or(0) {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: the function is loaded.
             let code = unsafe { sys::cuFuncSetAttribute(function, attribute, bytes as i32) };
             shared.fault.result(&format!("shared memory of {name}"), code)?;
         }
         let variant = Arc::new(Variant { function, threads, shared_bytes: bytes });
-        functions.insert(name.into(), variant.clone());
+        functions.insert(key, variant.clone());
         Ok(variant)
     }
 

@@ -1,6 +1,7 @@
 // Runs the blocks of a launch: a fiber per thread, all of a block on one host thread.
 #include "fibers.h"
 
+#include <algorithm>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -22,6 +23,8 @@ namespace {
 
 constexpr size_t STACK = 128 << 10;
 constexpr size_t SHARED_BYTES = 228 << 10;
+// So many bytes behind what a block shares are looked at.
+constexpr size_t BEHIND = 4096;
 constexpr size_t WARP_BYTES = 4096;
 
 #if defined(__x86_64__)
@@ -200,6 +203,13 @@ bool Host::run(uint32_t threads, size_t dynamic) {
         if (!moved) return false;
     }
     used_before = used;
+    // What lies behind the block's shared memory is nobody's.
+    for (size_t i = used; i < std::min(used + BEHIND, SHARED_BYTES); i++)
+        if (shared[i] != (char)0xff) {
+            fprintf(stderr, "emulator: a block wrote behind its %zu bytes of shared memory\n", used);
+            used_before = SHARED_BYTES;
+            return false;
+        }
     return true;
 }
 
