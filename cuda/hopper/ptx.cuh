@@ -190,13 +190,6 @@ __device__ __forceinline__ bool elect() {
     return one != 0;
 }
 
-// threadIdx.x, read where it is called: what is reckoned from it is not put before a loop, nor kept.
-__device__ __forceinline__ int thread_anew() {
-    int x;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
-    return x;
-}
-
 // Registers of a thread, from here on: for all warps of a warpgroup.
 template <int N>
 __device__ __forceinline__ void regs_up() {

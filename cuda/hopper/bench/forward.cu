@@ -490,18 +490,20 @@ static vector<Case> cases() {
 }
 
 #ifndef GATEDELTA_EMULATOR
-static void time_case(const char* name, vector<int> lens, int hk, int hv, int wg, int cut, Decay d, int repeats) {
-    Case c{name, lens, hk, hv, 128, 128, false, d, true, false, false, 0, 0, wg, cut};
+static void time_case(const char* name, vector<int> lens, int hk, int hv, int wg, int cut, Decay d, int repeats, float spread = 0) {
+    Case c{name, lens, hk, hv, 128, 128, false, d, true, false, false, 0, spread, wg, cut};
     Run r(c, 99);
     double whole = time_of([&](cudaStream_t s) { r.forward(s); }, repeats);
     double first = time_of([&](cudaStream_t s) { r.prepare(s); }, repeats), second = time_of([&](cudaStream_t s) { r.scan(s); }, repeats);
     double middle = cut ? time_of([&](cudaStream_t s) { r.carry(s); }, repeats) : 0, join = cut ? time_of([&](cudaStream_t s) { r.join(s); }, repeats) : 0;
+    // The usual scan alone, and the careful one, which has nothing to do where nothing cancels.
+    double usual = time_of([&](cudaStream_t s) { r.usual(s); }, repeats), careful = time_of([&](cudaStream_t s) { r.careful(s); }, repeats);
     double bw = bandwidth(), roof = std::max(r.flops() / 790e12, r.bytes() / bw) * 1e3;
     long long longest = 0;
     for (int x : lens) longest = std::max<long long>(longest, (x + CHUNK - 1) / CHUNK);
     auto per_chunk = [&](double ms) { return ms * 1e3 / (cut ? std::min<long long>(cut, longest) : longest); };
-    printf("%-12s %2d/%2d wg%d cut%-3d %.4f ms (prepare %.4f, carry %.4f with %.4f to join, scan %.4f; %.2f us a chunk)  roof %.4f  x%.2f  %.0f TF/s\n", name, hk, hv, r.wg, cut, whole, first, middle, join,
-           second, per_chunk(second), roof, whole / roof, r.flops() / whole / 1e9);
+    printf("%-12s %2d/%2d wg%d cut%-3d %.4f ms (prepare %.4f, carry %.4f with %.4f to join, scan %.4f of usual %.4f and careful %.4f; %.2f us a chunk)  roof %.4f  x%.2f  %.0f TF/s\n", name, hk, hv, r.wg, cut, whole, first, middle, join,
+           second, usual, careful, per_chunk(second), roof, whole / roof, r.flops() / whole / 1e9);
     finish(name);
     fflush(stdout);
 }
@@ -532,6 +534,9 @@ int main(int argc, char** argv) {
         for (int hv : {16, 32, 64}) time_case("1x32768", {32768}, 16, hv, wg, cut, Decay::Bench, n);
         time_case("1x32768", {32768}, 2, 8, wg, cut, Decay::Bench, n);
         time_case("1x8192", {8192}, 16, 32, wg, cut, Decay::Bench, n);
+        // Keys alike: all segments are for the careful scan.
+        time_case("1x32768 alike", {32768}, 16, 32, wg, cut, Decay::Bench, n, 0.8f);
+        time_case("8192x4 alike", {8192, 8192, 8192, 8192}, 16, 32, wg, cut, Decay::Bench, n, 0.8f);
         if (cut) return 0;
         for (int hv : {16, 32, 64}) time_case("8192x4", {8192, 8192, 8192, 8192}, 16, hv, wg, cut, Decay::Bench, n);
         for (int hv : {16, 64}) time_case("4096x8", vector<int>(8, 4096), 16, hv, wg, cut, Decay::Bench, n);
