@@ -37,7 +37,9 @@ fn prefills() {
         (heads(1, 1, 64, 64), &[1; 1030]),
     ];
     for cut in [0, 1, 2] {
-        let cuda = Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_cut: Some(cut) }).unwrap();
+        let cuda =
+            Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_grad: true, hopper_cut: Some(cut) })
+                .unwrap();
         for (i, (heads, lens)) in shapes.iter().enumerate() {
             for (store, exact) in [(Dtype::F16, false), (Dtype::Bf16, false), (Dtype::F16, true)] {
                 if exact && (cut != 1 || i < 4) || i == 6 && cut > 0 {
@@ -101,7 +103,9 @@ fn keys_that_are_alike() {
         (heads(1, 4, 128, 64), &[40, 257]),
     ];
     for cut in [0, 2] {
-        let cuda = Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_cut: Some(cut) }).unwrap();
+        let cuda =
+            Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_grad: true, hopper_cut: Some(cut) })
+                .unwrap();
         for (i, (heads, lens)) in shapes.iter().enumerate() {
             for (j, cosine) in [0.0, 0.2, 0.5, 0.8, 0.9, 0.94, 0.98, 1.0].into_iter().enumerate() {
                 let batch = alike(*heads, lens, cosine, (i + j) % 3 == 0, 300 + (i + j) as u64);
@@ -143,7 +147,9 @@ fn gradients() {
         other => panic!("GATEDELTA_TEST_STORE {other:?}: expected f16 or bf16"),
     };
     let devices = Cuda::enumerate();
-    let open = |cut| Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_cut: Some(cut) }).unwrap();
+    let open = |cut| {
+        Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_grad: true, hopper_cut: Some(cut) }).unwrap()
+    };
     let (cuda, cuts) = (open(0), open(8));
     let mod_heads = Heads::new(2, 4, 64, 64, HeadMap::Mod).unwrap();
     // Those that are to be cut are long enough for segments that are warmed up, and joined by transitions.
@@ -216,6 +222,30 @@ fn gradients() {
         println!("{segments} segments: {name} {error:.1e}");
         assert!(error <= bound(store), "{segments} segments: {name} {error:.1e}");
     }
+}
+
+/// Run by the tests below: a prefill and a backward pass as a device is opened where nobody says how.
+#[test]
+#[ignore = "run by other tests, in a process of its own"]
+fn as_opened() {
+    let cuda = Cuda::open(&Cuda::enumerate().found[0], &OpenOptions::default()).unwrap();
+    let mut batch = Batch::random(heads(1, 2, 128, 64), &[70], true, 5);
+    batch.options.store = Dtype::Bf16;
+    let (d_o, dht) = (batch.v.clone(), batch.h0.clone());
+    gdn::prefill(&cuda, &batch.inputs()).unwrap();
+    gdn::backward(&cuda, &batch.inputs(), &Cotangents { d_o: &d_o, dht: dht.as_deref() }).unwrap();
+}
+
+#[test]
+fn prefills_take_the_kernels_by_default_and_backward_passes_when_asked() {
+    for (value, prefills, backwards) in [(None, true, false), (Some("0"), false, false), (Some("1"), true, true)] {
+        let env: Vec<(&str, &str)> = value.iter().map(|value| ("GATEDELTA_HOPPER", *value)).collect();
+        let Some(text) = super::child("hopper::as_opened", "arch=90,tell=1", &env) else { return };
+        assert_eq!(text.contains("kernel hopper_scan_bf16_k128_w1\n"), prefills, "{value:?}: {text}");
+        assert_eq!(text.contains("kernel hopper_keep_bf16_k128_w1\n"), backwards, "{value:?}: {text}");
+    }
+    let Some(text) = super::child("hopper::as_opened", "arch=80,tell=1", &[("GATEDELTA_HOPPER", "1")]) else { return };
+    assert!(!text.contains("kernel hopper_"), "another architecture: {text}");
 }
 
 #[test]

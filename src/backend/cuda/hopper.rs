@@ -218,6 +218,7 @@ pub(super) fn carry_bytes(k: u32) -> u32 {
 /// What the Hopper kernels need beside a launch.
 pub(super) struct Hopper {
     on: bool,
+    grad: bool,
     /// See [`special`].
     pub(super) cut: Option<u32>,
     functions: Mutex<HashMap<String, Arc<Variant>>>,
@@ -233,13 +234,18 @@ struct Scratch {
 }
 
 impl Hopper {
-    pub(super) fn new(on: bool, cut: Option<u32>) -> Self {
-        Hopper { on, cut, functions: Mutex::default(), scratch: Mutex::default() }
+    pub(super) fn new(on: bool, grad: bool, cut: Option<u32>) -> Self {
+        Hopper { on, grad, cut, functions: Mutex::default(), scratch: Mutex::default() }
     }
 
-    /// Whether the kernels are used where they apply.
+    /// Whether the kernels are used where they apply, for a prefill.
     pub(super) fn is_on(&self) -> bool {
         self.on
+    }
+
+    /// The same for a backward pass.
+    pub(super) fn grad_is_on(&self) -> bool {
+        self.grad
     }
 
     /// Gives the scratch back. The device's context is current, and nothing is queued.
