@@ -80,6 +80,7 @@ pub fn child(name: &str, like: &str, env: &[(&str, &str)]) -> Option<String> {
         .env("LD_LIBRARY_PATH", dir)
         .env("GATEDELTA_EMULATE", like)
         .env_remove("GATEDELTA_DEVICE")
+        .env_remove("GATEDELTA_HOPPER")
         .envs(env.iter().copied())
         .output()
         .unwrap();

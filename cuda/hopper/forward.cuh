@@ -25,6 +25,10 @@ constexpr int IMAGE_A = 0;
 constexpr int IMAGE_P = 5120;
 constexpr int IMAGE_VEC = 2 * 5120;  // f32: [64] e^c rk, [64] e^(c_C - c) rk, [64] s e^c rq, then the numbers below
 constexpr int IMAGE_BYTES = 2 * 5120 + 1024;
+// What rounding A and P to bf16 leaves, of a chunk and value head in which sums cancel (`CANCELS`): both as in the image.
+constexpr int LOW_A = 0;
+constexpr int LOW_P = 5120;
+constexpr int LOW_BYTES = 2 * 5120;  // the first is of zeros, for chunks where nothing cancels; then those of chunks and heads
 // Where columns 16 x begin.
 __host__ __device__ constexpr int image_columns(int x) { return 256 * (8 * x - x * (x - 1)); }
 constexpr int VEC_IN = 0, VEC_STATE = 64, VEC_OUT = 128;
@@ -47,6 +51,19 @@ constexpr int VEC_CQ = 448;    // c + rq + s, of rows of Q K^T
 // A log decay below this is as good as none: sums of larger ones lose digits.
 constexpr float G_MIN = -30.f;
 constexpr float LOG2E = 1.4426950408889634f;
+
+// Where keys of a chunk are alike and gates hardly forget, S and O are small sums of large N, and rounding A, P and N to bf16 shows. A chunk
+// and value head counts as such where
+//   sum over j < i of (G_ij k_i.k_j)^2 > CANCELS sum over i of |k_i|^4
+// Without decay the sums have the ratio 0.25 for random keys of K = 128, 0.5 of K = 64, 31.5 for equal ones. Where it is less than CANCELS, errors
+// stay below 4.8e-3; above, they go up to 7e-2 (NOTES.md).
+constexpr float CANCELS = 0.75f;
+
+// Types stored and multiplied for which that is asked. (Those of f16 have 8 times the digits.)
+template <class E, class I>
+constexpr bool ASKS_CANCELS = false;
+template <>
+constexpr bool ASKS_CANCELS<Bf16, Bf16> = true;
 
 // Up to C tokens of one sequence.
 struct Chunk {
@@ -86,6 +103,9 @@ struct PrepareArgs {
     int hk, hv;
     int mod;     // value head h has key head h mod Hk; else h / (Hv / Hk)
     int l2norm;  // divide q and k by sqrt(sum of squares + 1e-6)
+    int places;  // chunks, empty ones too
+    char* lows;              // [1 + chunks x Hv, LOW_BYTES]; this one and the next for bf16
+    unsigned char* cancels;  // [Hv, places]: 1 where sums of the chunk cancel, and its place in `lows` is written
 };
 
 struct ScanArgs {
@@ -101,6 +121,10 @@ struct ScanArgs {
     int mod;
     int v;           // V
     uint32_t* hung;  // host memory, or null: see mbar_wait
+    const char* lows;              // as for `prepare`; not for the backward
+    const unsigned char* cancels;  // [Hv, places]
+    int places;
+    int pad;
 };
 
 struct CarryArgs {

@@ -100,6 +100,70 @@ __device__ __forceinline__ void form(const float (&kk)[32], const float (&qk)[32
     }
 }
 
+// The thread's share of the sum over j < i of (G_ij kk_ij)^2, less CANCELS times that over i of kk_ii^2; G only if GATED.
+template <bool GATED>
+__device__ __forceinline__ float excess(const float (&kk)[32], const float* c, int warp, int lane) {
+    const int i = lane >> 2, j = lane & 3, row0 = 16 * warp + i, row1 = row0 + 8;
+    float sum = 0.f;
+#pragma unroll
+    for (int x = 0; x < 4; x++) {
+        if (x > warp) continue;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const int col = 16 * x + 8 * n + 2 * j;
+            const float2 cc = GATED ? *(const float2*)(c + col) : make_float2(0.f, 0.f);
+            auto add = [&](int row, int column, float y, float cj) {
+                if (GATED) y *= exp2_fast(c[row] - cj);
+                // Above the diagonal y may be infinite.
+                if (row > column) sum = fmaf(y, y, sum);
+                if (row == column) sum = fmaf(y, -CANCELS * y, sum);
+            };
+            const float* y = kk + 8 * x + 4 * n;
+            add(row0, col, y[0], cc.x), add(row0, col + 1, y[1], cc.y), add(row1, col, y[2], cc.x), add(row1, col + 1, y[3], cc.y);
+        }
+    }
+    return sum;
+}
+
+// The sum of a warp's threads to `to` [4 warps].
+__device__ __forceinline__ void share_sum(float x, float* to, int warp, int lane) {
+#pragma unroll
+    for (int off = 16; off; off /= 2) x += __shfl_xor_sync(~0u, x, off);
+    if (lane == 0) to[warp] = x;
+}
+
+// What rounding two numbers to I, or one to TF32, leaves, rounded.
+template <class I>
+__device__ __forceinline__ uint32_t pack_rest(float x, float y) {
+    const uint32_t high = I::pack(x, y);
+    return I::pack(x - I::lo(high), y - I::hi(high));
+}
+
+__device__ __forceinline__ uint32_t rest_tf32(float x) { return tf32(x - __uint_as_float(tf32(x))); }
+
+// What rounding P leaves to `low` in memory, laid out as in the image: P anew, as few chunks come here.
+template <class I>
+__device__ __forceinline__ void form_rest(const float (&qk)[32], const float* c, char* low, int warp, int lane) {
+    const int i = lane >> 2, j = lane & 3, row0 = 16 * warp + i, row1 = row0 + 8;
+#pragma unroll
+    for (int x = 0; x < 4; x++) {
+        if (x > warp) continue;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            const int col = 16 * x + 8 * n + 2 * j;
+            const float2 cc = *(const float2*)(c + col);
+            const float* z = qk + 8 * x + 4 * n;
+            auto part = [&](int row, float a, float b) {
+                return pack_rest<I>(row >= col ? exp2_fast(c[row] - cc.x) * a : 0.f, row > col ? exp2_fast(c[row] - cc.y) * b : 0.f);
+            };
+            // Row i of the blocks of rows 16 warp and + 8, columns 8 n.
+            char* to = low + image_columns(x) + 2 * (warp - x) * 256 + n * 128 + i * 16 + j * 4;
+            *(uint32_t*)to = part(row0, z[0], z[1]);
+            *(uint32_t*)(to + 256) = part(row1, z[2], z[3]);
+        }
+    }
+}
+
 // Column t % 16 of D_b, b = t / 16: x_r = [r = column] - sum_(m < r) L_rm x_m. 64 threads, t from 0.
 __device__ __forceinline__ void substitute(const float* l, float* d, int t) {
     const int b = t >> 4, column = t & 15;
@@ -130,9 +194,11 @@ __device__ __forceinline__ void row_factors(float* vec, const float* c, int row,
     if (row == 0) vec[VEC_LAST] = exp2_fast(last), vec[VEC_TOTAL] = last;
 }
 
-// Block column `warp` of A = X diag(beta) to `a_at`; for the backward of X, with zeros above it.
+// Block column `warp` of A = X diag(beta) to `a_at`; for the backward of X, with zeros above it. `low`, unless null: what rounding A leaves, in
+// memory, laid out as in the image. L X is then a small sum of large terms, and what rounding X to TF32 leaves is multiplied, too: without,
+// 5.4e-3 were seen in o, with 3.1e-3 (all keys equal, beta 1). That of L, whose numbers are then nearly the same, and rounded alike, is not.
 template <class I, Lie LIE>
-__device__ __forceinline__ void invert(const float* l, const float* d, const float* beta, uint32_t a_at, int warp, int lane) {
+__device__ __forceinline__ void invert(const float* l, const float* d, const float* beta, uint32_t a_at, char* low, int warp, int lane) {
     constexpr bool GRAD = LIE == Lie::PANEL;
     const int i = lane >> 2, j = lane & 3;
     const float b0 = GRAD ? 1.f : beta[16 * warp + i], b1 = GRAD ? 1.f : beta[16 * warp + i + 8];
@@ -149,6 +215,14 @@ __device__ __forceinline__ void invert(const float* l, const float* d, const flo
             for (int n = 0; n < 2; n++) {
                 float2 x = *(const float2*)(src + (8 * n + i) * stride + 8 * s + 2 * j);
                 mma_tf32(dst[n], left, tf32(x.x), tf32(x.y));
+            }
+            if (!GRAD && low != nullptr) {
+                const uint32_t rest[4] = {rest_tf32(a[s][0]), rest_tf32(a[s][2]), rest_tf32(a[s][1]), rest_tf32(a[s][3])};
+#pragma unroll
+                for (int n = 0; n < 2; n++) {
+                    const float2 x = *(const float2*)(src + (8 * n + i) * stride + 8 * s + 2 * j);
+                    mma_tf32(dst[n], rest, tf32(x.x), tf32(x.y));
+                }
             }
         }
     };
@@ -181,6 +255,18 @@ __device__ __forceinline__ void invert(const float* l, const float* d, const flo
         }
         stsm_trans(to, I::pack(y[b][0][0] * b0, y[b][0][1] * b0), I::pack(y[b][0][2] * b1, y[b][0][3] * b1), I::pack(y[b][1][0] * b0, y[b][1][1] * b0),
                    I::pack(y[b][1][2] * b1, y[b][1][3] * b1));
+        if (!GRAD && low != nullptr) {
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    // Rows 8 n + 2j and + 1 of the block, column 8 half + i.
+                    const float by = half ? b1 : b0;
+                    const uint32_t rest = pack_rest<I>(y[b][n][2 * half] * by, y[b][n][2 * half + 1] * by);
+                    char* to = low + image_columns(warp) + (2 * (b - warp) + n) * 256 + half * 128 + 2 * j * 16 + i * 2;
+                    *(uint16_t*)to = (uint16_t)rest, *(uint16_t*)(to + 16) = (uint16_t)(rest >> 16);
+                }
+        }
     };
     step(Int<0>{}), step(Int<1>{}), step(Int<2>{}), step(Int<3>{});
 }

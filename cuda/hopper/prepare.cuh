@@ -1,7 +1,7 @@
 // `prepare`: A, P and the vectors of one chunk for all value heads of one key head.
 //
 // One warpgroup per (chunk, key head): K K^T and Q K^T once by wgmma, kept in registers; then per value head the gates, the
-// inverse and the image. Grid: chunks x Hk. Blocks overlap each other (4 per SM); there are no roles.
+// inverse and the image. Grid: chunks x Hk. Blocks overlap each other (4 or 5 per SM); there are no roles.
 #pragma once
 #include "image.cuh"
 
@@ -11,6 +11,7 @@ namespace hopper {
 //   K, Q    loads .. the end of K K^T, Q K^T and the norms
 //   L, D    the value heads; over K and Q
 //   image   the value heads; each is stored before the next overwrites it
+//   sums    of the four warps: of the key head, before the first value head .. behind its L; of a value head, behind its L
 template <int K, bool GRAD = false>
 struct PrepareSmem {
     static constexpr int L = 0;
@@ -19,11 +20,13 @@ struct PrepareSmem {
     static constexpr int TILES = 2 * CHUNK * K * 2;
     static constexpr int IMAGE = ((TILES > END_LD ? TILES : END_LD) + 1023) / 1024 * 1024;
     static constexpr int NORMS = IMAGE + (GRAD ? GRAD_BYTES : IMAGE_BYTES);  // f32: rk [64], rq [64], |k|^2 [64]
-    static constexpr int GATES = NORMS + 768;          // f32, per value head: c log2(e) [64], beta [64]
+    static constexpr int SUMS = NORMS + 768;           // f32: [4] of the key head, [4] of a value head
+    static constexpr int GATES = SUMS + 32;            // f32, per value head: c log2(e) [64], beta [64]
     static constexpr int bytes(int group) { return GATES + group * 512; }
 };
 
 // I is the type of A and P. GRAD: the image of the backward, with C = (I + strictlower(G o K K^T) diag(beta))^-1: A = diag(beta) C.
+// ONE: as many key heads as value heads.
 template <class E, class I, int K, bool GRAD = false, bool ONE = false>
 __device__ __forceinline__ void prepare(const PrepareArgs& p) {
     DYNAMIC_SHARED(smem_raw);
@@ -36,6 +39,11 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
     const int group = ONE ? 1 : p.hv / p.hk;
     const int chunk = blockIdx.x / p.hk, kh = blockIdx.x % p.hk;
     const int token = p.chunks[chunk].token, len = p.chunks[chunk].len;
+    constexpr bool ASKS = !GRAD && ASKS_CANCELS<E, I>;
+    if constexpr (ASKS) {
+        if (blockIdx.x == 0)
+            for (int n = tid; n < LOW_BYTES / 16; n += 128) *(uint4*)(p.lows + n * 16) = make_uint4(0, 0, 0, 0);
+    }
     if (len == 0) return;  // an empty place of the table
 
     const uint32_t sk = smem_addr(smem), sq = sk + PANELS * PANEL, image = smem_addr(smem + M::IMAGE);
@@ -115,9 +123,14 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         if (row1 == col) square[row1] = kk[4 * b + 2];
         if (row1 == col + 1) square[row1] = kk[4 * b + 3];
     }
+    // As G <= 1, no value head's sums cancel where those without gates do not: mostly none do, and nothing more is asked.
+    // Of a single value head, with the gates at once.
+    float* sums = (float*)(smem + M::SUMS);
+    auto positive = [](const float* x) { return x[0] + x[1] + x[2] + x[3] > 0.f; };
+    if constexpr (ASKS) share_sum(excess<ONE>(kk, gates, warp, lane), sums, warp, lane);
 
     for (int m = 0; m < group; m++) {
-        const int h = p.mod ? kh + m * p.hk : kh * group + m;
+        const int h = ONE ? kh : p.mod ? kh + m * p.hk : kh * group + m;
         const float* c = gates + m * 128;
         const float* beta = c + 64;
         // The image before has been read; all warps are past L and D.
@@ -127,6 +140,20 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         }
         form<I, LIE>(kk, qk, c, beta, l, image + (GRAD ? GRAD_P : IMAGE_P), warp, lane);
         __syncthreads();
+        char* low = nullptr;
+        if constexpr (ASKS) {
+            bool cancels = positive(sums);
+            if (!ONE && cancels) {
+                share_sum(excess<true>(kk, c, warp, lane), sums + 4, warp, lane);
+                __syncthreads();
+                cancels = positive(sums + 4);
+            }
+            if (tid == 0) p.cancels[(long long)h * p.places + chunk] = cancels;
+            if (cancels) {
+                low = p.lows + (1 + (long long)chunk * p.hv + h) * LOW_BYTES;
+                form_rest<I>(qk, c, low + LOW_P, warp, lane);
+            }
+        }
         if (tid < 64) {
             substitute(l, d, tid);
         } else {
@@ -143,7 +170,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
             if (lane == 0) vec[VEC_GROWS + row / 32] = grows;
         }
         __syncthreads();
-        invert<I, LIE>(l, d, beta, image + (GRAD ? GRAD_C : IMAGE_A), warp, lane);
+        invert<I, LIE>(l, d, beta, image + (GRAD ? GRAD_C : IMAGE_A), low == nullptr ? nullptr : low + LOW_A, warp, lane);
         fence_proxy();
         __syncthreads();
         if (tid == 0) {

@@ -13,6 +13,13 @@
 // Products complete in the order in which they are issued, so what waits for one of them leaves those behind it in flight: each
 // step of S and of U, between which registers are rounded, is a group of its own, for ptxas makes it one whatever is said.
 //
+// CAREFUL, bf16: for segments in some chunk of which the sums cancel (CANCELS of forward.cuh). S and O are then small sums of large N, and
+// what rounding A, P and N leaves shows in them (up to 7e-2 where 4.4e-3 is left otherwise), so that it is multiplied, too:
+//   N^T = W^T (A + A_lo)^T     S^T += (M + M_lo) K, M = vec_state o N^T     O^T += (N + N_lo)^T P^T + N^T P_lo^T
+// W and S for U and S Q^T stay as they are: what is rounded there is like another V, or o, and does not grow. With outputs that is a kernel
+// of its own, beside the usual one: each leaves the other's segments alone as it begins. In one kernel ptxas has too few registers for both.
+// `state` has them, and goes on as the careful one.
+//
 // E is the stored type, I the one in which A, P, W and N are multiplied: the same, or half inside bf16. Half there leaves
 // errors of 3e-3 where bf16 leaves 4.4e-3 (keys alike, cos 0.94: 4.9e-3 for 7.8e-3), for numbers of v below 65504.
 //
@@ -27,23 +34,28 @@ namespace hopper {
 // Shared memory, in bytes from a base on 1024.
 //   stage s   [Q,] K [64, K], V [64, 64 WG], A, [P,] vectors: from the producer's loads (empty[s] taken) until all consumers
 //             arrived on empty[s], after their last product of that chunk; ring of STAGES. The blocks of A and P above the
-//             diagonal are zeroed once: no load touches them.
+//             diagonal are zeroed once: no load touches them. CAREFUL: A_lo, P_lo behind them, the same
 //   staging   per consumer, O [64 tokens, 64] of a chunk as a panel: from the consumer's stores (o_free[w] taken) until the storing warp
 //             has read it. KEEP: per consumer warp, S^T [16, K], e^T [16, 64], read by the copies that one lane asks for
-template <int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false>
+template <int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false, bool CAREFUL = false>
 struct ScanSmem {
     static constexpr int KT = 0;
     static constexpr int V = KT + (K / 64) * PANEL;
     static constexpr int Q = V + WG * PANEL;
     static constexpr int A = Q + (OUT ? (K / 64) * PANEL : 0);
     static constexpr int P = A + PANEL;
-    static constexpr int VEC = P + (OUT ? PANEL : 0);
+    static constexpr int A_LO = P + (OUT ? PANEL : 0);
+    static constexpr int P_LO = A_LO + (CAREFUL ? PANEL : 0);
+    static constexpr int VEC = P_LO + (CAREFUL && OUT ? PANEL : 0);
     static constexpr int STAGE = VEC + 1024;
     static constexpr int STAGING = STAGES * STAGE;
     static constexpr int BARRIERS = STAGING + (OUT ? WG * PANEL : KEEP ? WG * (K / 64 + 1) * PANEL : 0);
     static constexpr int BYTES = BARRIERS + 128 + 1024;
-    static constexpr int LOADED = STAGE - (GRAD ? 0 : OUT ? 2 : 1) * (PANEL - 5120);
+    static constexpr int LOADED = STAGE - (GRAD ? 0 : (OUT ? 2 : 1) * (CAREFUL ? 2 : 1)) * (PANEL - 5120);
 };
+
+// Stages of the careful scan with outputs.
+constexpr int CAREFUL_STAGES = 2;
 
 // Codes in `hung`.
 enum : uint32_t { HUNG_PRODUCER = 0x100, HUNG_CONSUMER = 0x200, HUNG_STORE = 0x300, HUNG_TAIL = 0x400 };
@@ -76,11 +88,12 @@ __device__ __forceinline__ void load_low(uint32_t to, const char* from, uint32_t
     for (int x = 0; x < 4; x++) bulk_load(to + x * 2048 + x * 512, from + image_columns(x), 2048 - x * 512, bar);
 }
 
-template <class E, class I, int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false>
+template <class E, class I, int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false, bool CAREFUL = false>
 __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     DYNAMIC_SHARED(smem_raw);
-    using M = ScanSmem<K, WG, STAGES, OUT, GRAD, KEEP>;
+    using M = ScanSmem<K, WG, STAGES, OUT, GRAD, KEEP, CAREFUL>;
     static_assert(GRAD ? !OUT : !KEEP, "the image of the backward is for passes without outputs");
+    constexpr bool ASKS = !GRAD && (OUT || !CAREFUL) && ASKS_CANCELS<E, I>;
     constexpr long long IMAGE = GRAD ? GRAD_BYTES : IMAGE_BYTES;
     constexpr int PANELS = K / 64;
     const int warpgroup = uniform(threadIdx.x / WARPGROUP), tid = threadIdx.x % WARPGROUP, warp = tid >> 5, lane = tid & 31;
@@ -107,9 +120,12 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     }
     token = uniform(token), tokens = uniform(tokens);
     const int chunks = (tokens + CHUNK - 1) / CHUNK;
-    const int width = OUT || !transition ? p.v : K;                       // columns of the state
     const int first = 64 * WG * (transition ? part - parts_v : part);     // the block's first
 
+    // Asked for before all that follows, and there behind it.
+    bool cancels = false;
+    if constexpr (ASKS)
+        for (int n = threadIdx.x; n < chunks; n += (WG + 1) * WARPGROUP) cancels |= p.cancels[(long long)h * p.places + chunk + n] != 0;
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             mbar_init(full + 8 * s, 1);
@@ -128,13 +144,30 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         if (!GRAD && row16 < x) {
             shared_zero_16(at + M::A);
             if constexpr (OUT) shared_zero_16(at + M::P);
+            if constexpr (CAREFUL) shared_zero_16(at + M::A_LO);
+            if constexpr (CAREFUL && OUT) shared_zero_16(at + M::P_LO);
         }
         if constexpr (!OUT)
             if (transition)  // V of the transition is zero
                 for (int y = 0; y < WG; y++) shared_zero_16(at + M::V + y * PANEL);
     }
     fence_proxy();
-    __syncthreads();
+    if constexpr (ASKS) {
+        // ptxas must know that all threads are told the same, or it serialises the products behind it (C7518).
+        if ((uniform(__syncthreads_or(cancels)) != 0) != CAREFUL) {
+            if constexpr (!OUT) {
+                if (threadIdx.x == 0)
+                    for (uint32_t bar = full; bar < o_free + WG * 8; bar += 8) mbar_inval(bar);
+                __syncthreads();
+                // What is left of A takes the place of a stage.
+                static_assert(ScanSmem<K, WG, STAGES - 1, OUT, false, false, true>::BYTES <= M::BYTES, "shared memory of the launch");
+                scan<E, I, K, WG, STAGES - 1, OUT, false, false, true>(p, maps);
+            }
+            return;
+        }
+    } else {
+        __syncthreads();
+    }
 
     if (warpgroup == WG) {
         if constexpr (WG > 1) regs_down<Registers<K>::SERVER>();
@@ -146,6 +179,8 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             int s = 0;
             uint32_t phase = 1;
             for (int n = 0; n < chunks; n++) {
+                // What is left of A and P, by its number: two registers less than its address. Asked for before the wait.
+                const int low_at = CAREFUL && p.cancels[(long long)h * p.places + chunk + n] != 0 ? 1 + (chunk + n) * p.hv + h : 0;
                 mbar_wait(empty + 8 * s, phase, p.hung, HUNG_PRODUCER + s);
                 const uint32_t bar = full + 8 * s, to = base + s * M::STAGE;
                 const int row = token + n * CHUNK;
@@ -160,11 +195,13 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                     bulk_load(to + M::A, image + GRAD_C, PANEL, bar);
                 else
                     load_low(to + M::A, image + IMAGE_A, bar);
+                if constexpr (CAREFUL) load_low(to + M::A_LO, p.lows + (long long)low_at * LOW_BYTES + LOW_A, bar);
                 bulk_load(to + M::VEC, image + (GRAD ? GRAD_VEC : IMAGE_VEC), 1024, bar);
                 if constexpr (OUT) {
 #pragma unroll
                     for (int x = 0; x < PANELS; x++) tma_load(to + M::Q + x * PANEL, &maps.q, kh * K + 64 * x, row, bar);
                     load_low(to + M::P, image + IMAGE_P, bar);
+                    if constexpr (CAREFUL) load_low(to + M::P_LO, p.lows + (long long)low_at * LOW_BYTES + LOW_P, bar);
                 }
                 image += p.hv * IMAGE;
                 if (++s == STAGES) s = 0, phase ^= 1;
@@ -230,7 +267,8 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         float o[32], u[32];
         // GRAD: what the rounding of W and of N for the state leaves is multiplied, too: dg of a head without decay is <dS', S> of K V
         // numbers that mostly cancel, and the state's errors stay in it (NOTES.md).
-        uint32_t sb[K / 4], w[16], rest[GRAD ? 16 : 1];
+        constexpr bool TWO = GRAD || CAREFUL;
+        uint32_t sb[K / 4], w[16], rest[TWO ? 16 : 1];
 
         // What says that the tiles of chunk n are in stage `st`, and zeroed behind the sequence's end; and the phase of it.
         auto whole = [&](int n) { return tokens - n * CHUNK >= CHUNK; };
@@ -244,12 +282,11 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 E::template mma_rs<0>(o, sb + 4 * x, desc_step(tile, (x / 4) * PANEL + (x % 4) * 32), x > 0);
             wgmma_commit();
         };
-        // d^T (+)= a^T X^T for the lower triangular X, A or P of the stage at `at`.
+        // d^T (+)= a^T X^T for the lower triangular X, A or P, or what is left of them, of the stage at `at`.
         auto multiply_low = [&](float (&d)[32], const uint32_t (&a)[16], uint32_t at, auto x_at, int add) {
             const uint64_t tile = desc_step(GRAD ? desc_k_major(x_at) : desc_blocks(x_at), at);
 #pragma unroll
             for (int x = 0; x < 4; x++) I::template mma_rs<0>(d, a + 4 * x, desc_step(tile, x * (GRAD ? 32 : 2048)), x > 0 || add);
-            wgmma_commit();
         };
         // U^T = S^T K^T for the tiles of the stage at `at`, S^T rounded step by step, each step a group.
         auto multiply_state = [&](uint32_t at) {
@@ -347,9 +384,12 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             hold(w);
             wgmma_fence();
             multiply_low(u, w, at, Int<M::A>{}, 0);
+            if constexpr (CAREFUL) multiply_low(u, w, at, Int<M::A_LO>{}, 1);
+            wgmma_commit();
             if constexpr (GRAD) {
                 hold(rest);
                 multiply_low(u, rest, at, Int<M::A>{}, 1);
+                wgmma_commit();
             }
             if constexpr (OUT) multiply_q(at, HALF, ALL);
             // While that runs: whether the next chunk is there is asked, O of the chunk before handed over, S^T <- e^(c_C) S^T. Behind the
@@ -378,7 +418,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             if (__builtin_expect(!there, 0)) mbar_wait(bar, parity, p.hung, code + next);
             wgmma_wait<OUT>();
             hold(u);
-            uint32_t nb[16], ns[16];
+            uint32_t nb[16], ns[16], nb_rest[CAREFUL ? 16 : 1];
             // S^T <- e^(c_C) S^T + (vec_state o N^T) K, each step a group; behind it N^T P^T.
             hold(s);
             const uint64_t rows = desc_step(desc_mn_major(M::KT, PANEL), at);
@@ -388,7 +428,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 for (int b = 2 * x; b < 2 * x + 2; b++) {
                     const float y[4] = {cs[b].x * u[4 * b], cs[b].y * u[4 * b + 1], cs[b].x * u[4 * b + 2], cs[b].y * u[4 * b + 3]};
                     ns[2 * b] = E::pack(y[0], y[1]), ns[2 * b + 1] = E::pack(y[2], y[3]);
-                    if constexpr (GRAD) {
+                    if constexpr (TWO) {
                         rest[2 * b] = E::pack(y[0] - E::lo(ns[2 * b]), y[1] - E::hi(ns[2 * b]));
                         rest[2 * b + 1] = E::pack(y[2] - E::lo(ns[2 * b + 1]), y[3] - E::hi(ns[2 * b + 1]));
                     }
@@ -396,11 +436,11 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
 #pragma unroll
                 for (int b = 4 * x; b < 4 * x + 4; b++) {
                     hold(ns[b]);
-                    if constexpr (GRAD) hold(rest[b]);
+                    if constexpr (TWO) hold(rest[b]);
                 }
                 wgmma_fence();
                 E::template mma_rs<1>(s, ns + 4 * x, desc_step(rows, x * 2048), 1);
-                if constexpr (GRAD) E::template mma_rs<1>(s, rest + 4 * x, desc_step(rows, x * 2048), 1);
+                if constexpr (TWO) E::template mma_rs<1>(s, rest + 4 * x, desc_step(rows, x * 2048), 1);
                 wgmma_commit();
             }
             // O^T = vec_out o (S^T Q^T) + N^T P^T, while S runs.
@@ -408,20 +448,35 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             bool place = true;
             if constexpr (OUT) {
 #pragma unroll
-                for (int x = 0; x < 16; x++) nb[x] = I::pack(u[2 * x], u[2 * x + 1]);
+                for (int x = 0; x < 16; x++) {
+                    nb[x] = I::pack(u[2 * x], u[2 * x + 1]);
+                    if constexpr (CAREFUL) nb_rest[x] = I::pack(u[2 * x] - I::lo(nb[x]), u[2 * x + 1] - I::hi(nb[x]));
+                }
                 wgmma_wait<4>();
                 hold(o);
 #pragma unroll
                 for (int b = 0; b < 8; b++) o[4 * b] *= co[b].x, o[4 * b + 1] *= co[b].y, o[4 * b + 2] *= co[b].x, o[4 * b + 3] *= co[b].y;
                 hold(o);
                 hold(nb);
+                if constexpr (CAREFUL) hold(nb_rest);
                 wgmma_fence();
                 multiply_low(o, nb, at, Int<M::P>{}, 1);
+                if constexpr (CAREFUL) {
+                    multiply_low(o, nb, at, Int<M::P_LO>{}, 1);
+                    multiply_low(o, nb_rest, at, Int<M::P>{}, 1);
+                }
+                wgmma_commit();
                 place = mbar_try(free, free_parity);
             } else {
                 keep_news_of(n);
             }
-            load_v(at_next);
+            // CAREFUL: for O too, as its registers are needed.
+            if constexpr (CAREFUL) {
+                wgmma_wait<0>();
+                hold(o);
+            } else {
+                load_v(at_next);
+            }
             wgmma_wait<OUT>();
             hold(s);
 
@@ -441,6 +496,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 multiply_q(at_next, Z, HALF);
             }
             if (n + 1 < chunks) keep_state(n + 1);
+            if constexpr (CAREFUL) load_v(at_next);
             make_w();
             st = next, phase = next_phase, at = at_next;
         }

@@ -37,7 +37,9 @@ fn prefills() {
         (heads(1, 1, 64, 64), &[1; 1030]),
     ];
     for cut in [0, 1, 2] {
-        let cuda = Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_cut: Some(cut) }).unwrap();
+        let cuda =
+            Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_grad: true, hopper_cut: Some(cut) })
+                .unwrap();
         for (i, (heads, lens)) in shapes.iter().enumerate() {
             for (store, exact) in [(Dtype::F16, false), (Dtype::Bf16, false), (Dtype::F16, true)] {
                 if exact && (cut != 1 || i < 4) || i == 6 && cut > 0 {
@@ -63,6 +65,78 @@ fn prefills() {
     }
 }
 
+/// Keys with this cosine between any two of a sequence, or of all sequences; every number as bf16 stores it. Value heads do not forget, hardly, a
+/// little, or at once, one after the other; beta is 1, 0.3, random.
+fn alike(heads: Heads, lens: &[u64], cosine: f32, norms: bool, seed: u64) -> Batch {
+    let mut batch = Batch::random(heads, lens, seed % 2 == 1, seed);
+    let (k, hv) = (heads.k as usize, heads.hv as usize);
+    let shared = Random::new(seed + 1).normals(k);
+    for key in batch.k.iter_mut().enumerate() {
+        *key.1 = cosine.sqrt() * shared[key.0 % k] + (1.0 - cosine).sqrt() * *key.1;
+    }
+    if !norms {
+        normed(&mut batch);
+    }
+    for (n, (g, beta)) in batch.g.iter_mut().zip(&mut batch.beta).enumerate() {
+        let (h, token) = (n % hv, n / hv);
+        *g = [0.0, -0.01, -0.1, -3.0][(h + seed as usize) % 4];
+        *beta = [1.0, 0.3, *beta][(h + token / 150) % 3];
+    }
+    for x in [&mut batch.q, &mut batch.k, &mut batch.v].into_iter().flatten() {
+        *x = half::bf16::from_f32(*x).to_f32();
+    }
+    batch.options.store = Dtype::Bf16;
+    batch
+}
+
+/// Run by the tests below: keys that are alike and gates that hardly forget, so that S and O are small sums of large terms; sequences that stay
+/// whole and cut ones, of which segments are warmed up or joined by transitions; heads at once in which nothing cancels.
+#[test]
+#[ignore = "run by other tests, in a process of its own"]
+fn keys_that_are_alike() {
+    let devices = Cuda::enumerate();
+    let mod_heads = Heads::new(2, 4, 64, 64, HeadMap::Mod).unwrap();
+    let shapes: [(Heads, &[u64]); 4] = [
+        (heads(1, 4, 128, 128), &[330, 0, 65]),
+        (heads(1, 4, 64, 128), &[200, 129]),
+        (mod_heads, &[390]),
+        (heads(1, 4, 128, 64), &[40, 257]),
+    ];
+    for cut in [0, 2] {
+        let cuda =
+            Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_grad: true, hopper_cut: Some(cut) })
+                .unwrap();
+        for (i, (heads, lens)) in shapes.iter().enumerate() {
+            for (j, cosine) in [0.0, 0.2, 0.5, 0.8, 0.9, 0.94, 0.98, 1.0].into_iter().enumerate() {
+                let batch = alike(*heads, lens, cosine, (i + j) % 3 == 0, 300 + (i + j) as u64);
+                let (o, ht) = recurrence(&batch.inputs(), |_| u64::MAX);
+                let out = gdn::prefill(&cuda, &batch.inputs()).unwrap();
+                // Head by head: what is large in one hides no error of another.
+                let (hv, v, state) =
+                    (heads.hv as usize, heads.v as usize, heads.state_len() as usize / heads.hv as usize);
+                let mut worst = [0f64; 2];
+                for h in 0..hv {
+                    let of =
+                        |x: &[f32], n: usize| x.chunks(n).skip(h).step_by(hv).flatten().copied().collect::<Vec<_>>();
+                    let of_64 =
+                        |x: &[f64], n: usize| x.chunks(n).skip(h).step_by(hv).flatten().copied().collect::<Vec<_>>();
+                    worst[0] = worst[0].max(error(&of(&out.o, v), &of_64(&o, v)));
+                    worst[1] = worst[1].max(error(&of(&out.ht, state), &of_64(&ht, state)));
+                }
+                let what =
+                    format!("cut {cut}, {heads:?} {lens:?} cosine {cosine}: o {:.1e} ht {:.1e}", worst[0], worst[1]);
+                println!("{what}");
+                assert!(worst.iter().all(|error| *error <= 5e-3), "{what}");
+                // As a graph the third time.
+                for _ in 0..1 + (j + i) % 2 {
+                    let again = gdn::prefill(&cuda, &batch.inputs()).unwrap();
+                    assert!(again.o == out.o && again.ht == out.ht, "{what}: the same inputs, other bits");
+                }
+            }
+        }
+    }
+}
+
 /// Run by the tests below: every gradient, of numbers stored as `GATEDELTA_TEST_STORE` says.
 #[test]
 #[ignore = "run by other tests, in a process of its own"]
@@ -73,7 +147,9 @@ fn gradients() {
         other => panic!("GATEDELTA_TEST_STORE {other:?}: expected f16 or bf16"),
     };
     let devices = Cuda::enumerate();
-    let open = |cut| Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_cut: Some(cut) }).unwrap();
+    let open = |cut| {
+        Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_grad: true, hopper_cut: Some(cut) }).unwrap()
+    };
     let (cuda, cuts) = (open(0), open(8));
     let mod_heads = Heads::new(2, 4, 64, 64, HeadMap::Mod).unwrap();
     // Those that are to be cut are long enough for segments that are warmed up, and joined by transitions.
@@ -148,6 +224,30 @@ fn gradients() {
     }
 }
 
+/// Run by the tests below: a prefill and a backward pass as a device is opened where nobody says how.
+#[test]
+#[ignore = "run by other tests, in a process of its own"]
+fn as_opened() {
+    let cuda = Cuda::open(&Cuda::enumerate().found[0], &OpenOptions::default()).unwrap();
+    let mut batch = Batch::random(heads(1, 2, 128, 64), &[70], true, 5);
+    batch.options.store = Dtype::Bf16;
+    let (d_o, dht) = (batch.v.clone(), batch.h0.clone());
+    gdn::prefill(&cuda, &batch.inputs()).unwrap();
+    gdn::backward(&cuda, &batch.inputs(), &Cotangents { d_o: &d_o, dht: dht.as_deref() }).unwrap();
+}
+
+#[test]
+fn prefills_take_the_kernels_by_default_and_backward_passes_when_asked() {
+    for (value, prefills, backwards) in [(None, true, false), (Some("0"), false, false), (Some("1"), true, true)] {
+        let env: Vec<(&str, &str)> = value.iter().map(|value| ("GATEDELTA_HOPPER", *value)).collect();
+        let Some(text) = super::child("hopper::as_opened", "arch=90,tell=1", &env) else { return };
+        assert_eq!(text.contains("kernel hopper_scan_bf16_k128_w1\n"), prefills, "{value:?}: {text}");
+        assert_eq!(text.contains("kernel hopper_keep_bf16_k128_w1\n"), backwards, "{value:?}: {text}");
+    }
+    let Some(text) = super::child("hopper::as_opened", "arch=80,tell=1", &[("GATEDELTA_HOPPER", "1")]) else { return };
+    assert!(!text.contains("kernel hopper_"), "another architecture: {text}");
+}
+
 #[test]
 fn the_kernels_agree_with_the_recurrence() {
     let Some(text) = super::child("hopper::prefills", "arch=90,tell=1", &[]) else { return };
@@ -158,6 +258,19 @@ fn the_kernels_agree_with_the_recurrence() {
     for kernel in scans.concat().iter().map(|name| &**name).chain(states) {
         assert!(text.contains(&format!("kernel hopper_{kernel}\n")), "hopper_{kernel} was not used: {text}");
     }
+    assert!(!text.contains("kernel gdn_scan"), "some prefill did without the Hopper kernels: {text}");
+}
+
+#[test]
+fn keys_alike_are_within_the_bound() {
+    let Some(text) = super::child("hopper::keys_that_are_alike", "arch=90,tell=1", &[]) else { return };
+    let kernels =
+        ["scan_careful_bf16_k128", "scan_careful_bf16_k64", "state_bf16_k128", "state_bf16_k64", "carry_k128"];
+    for kernel in kernels {
+        assert!(text.contains(&format!("kernel hopper_{kernel}\n")), "hopper_{kernel} was not used: {text}");
+    }
+    // A pass that comes again runs both scans side by side, of which the stand-in takes the last one first.
+    assert!(text.contains("kernel hopper_scan_careful_bf16_k128\nkernel hopper_scan_bf16_k128_"), "{text}");
     assert!(!text.contains("kernel gdn_scan"), "some prefill did without the Hopper kernels: {text}");
 }
 

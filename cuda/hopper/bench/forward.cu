@@ -41,6 +41,8 @@ OF_K(f16_k64)
 OF_K(mix_k128)
 DECLARE(hopper_prepare_one_bf16_k128, const __grid_constant__ PrepareArgs)
 DECLARE(hopper_prepare_one_f16_k128, const __grid_constant__ PrepareArgs)
+DECLARE(hopper_scan_careful_bf16_k128, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
+DECLARE(hopper_scan_careful_bf16_k64, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
 DECLARE(hopper_warm, const __grid_constant__ CarryArgs)
 DECLARE(hopper_carry_k128, const __grid_constant__ CarryArgs)
 DECLARE(hopper_carry_k64, const __grid_constant__ CarryArgs)
@@ -79,7 +81,7 @@ struct Run {
     vector<Segment> segments, ordered;  // by length; by sequence
     vector<Cut> cuts;
     Buffer warm, starts, transitions, d_ordered, d_cuts;
-    Buffer q, k, v, g, beta, h0, ht, o, images, d_chunks, d_segments;
+    Buffer q, k, v, g, beta, h0, ht, o, images, lows, cancels, d_chunks, d_segments;
     ScanMaps maps;
     PrepareArgs pa;
     ScanArgs sa, sta;
@@ -113,6 +115,7 @@ struct Run {
         g.make((size_t)rows * c.hv * 4), beta.make((size_t)rows * c.hv * 4);
         h0.make((size_t)n * c.hv * c.k * c.v * 4), ht.make((size_t)n * c.hv * c.k * c.v * 4);
         images.make(std::max<size_t>(1, chunks.size()) * c.hv * IMAGE_BYTES);
+        lows.make((1 + chunks.size() * c.hv) * LOW_BYTES), cancels.make(std::max<size_t>(1, chunks.size()) * c.hv);
         d_chunks.make(std::max<size_t>(1, chunks.size()) * sizeof(Chunk)), d_segments.make(segments.size() * sizeof(Segment));
         CHECK(cudaMemcpy(d_chunks.p, chunks.data(), chunks.size() * sizeof(Chunk), cudaMemcpyHostToDevice));
         CHECK(cudaMemcpy(d_segments.p, segments.data(), segments.size() * sizeof(Segment), cudaMemcpyHostToDevice));
@@ -135,11 +138,12 @@ struct Run {
         maps.q = tensor_map(q.p, rows, c.hk * c.k, c.f16), maps.k = tensor_map(k.p, rows, c.hk * c.k, c.f16);
         maps.v = tensor_map(v.p, rows, c.hv * c.v, c.f16), maps.o = tensor_map(o.p, rows, c.hv * c.v, c.f16);
         float scale = 1.f / sqrtf((float)c.k);
-        pa = {q.p, k.p, (float*)g.p, (float*)beta.p, (Chunk*)d_chunks.p, (char*)images.p, c.hk * c.k, c.hk * c.k, scale, c.hk, c.hv, c.mod, c.l2norm};
+        pa = {q.p, k.p, (float*)g.p, (float*)beta.p, (Chunk*)d_chunks.p, (char*)images.p, c.hk * c.k, c.hk * c.k, scale, c.hk, c.hv, c.mod, c.l2norm,
+              (int)chunks.size(), (char*)lows.p, (unsigned char*)cancels.p};
         sa = {(Segment*)d_segments.p, (char*)images.p, (float*)(c.cut ? starts.p : h0.p), (float*)ht.p, nullptr, nullptr, o.p, c.hv * c.v,
-              c.hk, c.hv, c.mod, c.v, hung_device()};
+              c.hk, c.hv, c.mod, c.v, hung_device(), (char*)lows.p, (unsigned char*)cancels.p, (int)chunks.size()};
         sta = {(Segment*)d_ordered.p, (char*)images.p, nullptr, (float*)starts.p, (float*)transitions.p, (int*)warm.p, nullptr, 0,
-               c.hk, c.hv, c.mod, c.v, hung_device()};
+               c.hk, c.hv, c.mod, c.v, hung_device(), (char*)lows.p, (unsigned char*)cancels.p, (int)chunks.size()};
         ca = {(Segment*)d_ordered.p, (Cut*)d_cuts.p, (char*)images.p, (int*)warm.p, (float*)h0.p, (float*)starts.p, (float*)transitions.p,
               -12.f, (int)ordered.size(), c.hv, c.v};
         // Two consumers share the loads of a block; with few blocks, one each fills the chip better.
@@ -147,7 +151,7 @@ struct Run {
     }
 
     void poison() {
-        for (Buffer* b : {&o, &ht, &images, &warm, &starts, &transitions})
+        for (Buffer* b : {&o, &ht, &images, &lows, &cancels, &warm, &starts, &transitions})
             if (b->bytes) CHECK(cudaMemset(b->p, 0xff, b->bytes));
     }
 
@@ -179,9 +183,41 @@ struct Run {
     }
 
     void scan(cudaStream_t s) {
+#ifdef GATEDELTA_EMULATOR
+        usual(s), careful(s);
+#else
+        static cudaStream_t beside = nullptr;
+        static cudaEvent_t fork, join;
+        if (!beside) {
+            CHECK(cudaStreamCreateWithFlags(&beside, cudaStreamNonBlocking));
+            CHECK(cudaEventCreateWithFlags(&fork, cudaEventDisableTiming));
+            CHECK(cudaEventCreateWithFlags(&join, cudaEventDisableTiming));
+        }
+        CHECK(cudaEventRecord(fork, s));
+        CHECK(cudaStreamWaitEvent(beside, fork, 0));
+        usual(s), careful(beside);
+        CHECK(cudaEventRecord(join, beside));
+        CHECK(cudaStreamWaitEvent(s, join, 0));
+#endif
+    }
+
+    void usual(cudaStream_t s) {
         int bytes = c.k == 128 ? wg == 2 ? ScanSmem<128, 2, 3, true>::BYTES : ScanSmem<128, 1, 3, true>::BYTES
                                : wg == 2 ? ScanSmem<64, 2, 3, true>::BYTES : ScanSmem<64, 1, 3, true>::BYTES;
         LAUNCH(wg == 2 ? OF_CASE(hopper_scan, _w2) : OF_CASE(hopper_scan, _w1), segments.size() * c.hv * (c.v / 64 / wg), (wg + 1) * 128, bytes, s, &sa, &maps);
+    }
+    // For the segments that the other one leaves alone: beside it, as the backend has it.
+    void careful(cudaStream_t s) {
+        if (c.f16 || mix) return;
+        const int bytes = c.k == 128 ? ScanSmem<128, 1, CAREFUL_STAGES, true, false, false, true>::BYTES : ScanSmem<64, 1, CAREFUL_STAGES, true, false, false, true>::BYTES;
+        LAUNCH(c.k == 128 ? (Kernel)hopper_scan_careful_bf16_k128 : (Kernel)hopper_scan_careful_bf16_k64, segments.size() * c.hv * (c.v / 64), 256, bytes, s, &sa, &maps);
+    }
+
+    // Of chunks and value heads: whether sums cancel there.
+    vector<unsigned char> careful_cells() const {
+        vector<unsigned char> x(c.f16 || mix ? 0 : chunks.size() * c.hv);
+        if (!x.empty()) CHECK(cudaMemcpy(x.data(), cancels.p, x.size(), cudaMemcpyDeviceToHost));
+        return x;
     }
 
     double flops() const {  // as in the roofline: nothing shared between heads
@@ -371,8 +407,10 @@ static bool check(const Case& c, int repeats) {
     bool pad_kept = true;
     for (size_t i = (size_t)r.tokens * c.hv * c.v; i < x.o.size(); i++) pad_kept = pad_kept && x.o[i] != x.o[i];
     bool ok = (o.ref == 0 || o.value() <= bound) && ht.value() <= bound && differ == 0 && pad_kept;
-    printf("%-4s %-22s %s K%d V%d %d/%d %-8s %s cut%d  o %.2e (worst head %.2e) ht %.2e | A %.1e P %.1e vec %.0e %.0e %.0e%s%s\n", ok ? "ok" : "FAIL", c.name,
-           c.f16 ? "f16 " : r.mix ? "mix " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), r.wg == 2 ? "wg2" : "wg1", c.cut, o.value(), worst, ht.value(), images[0], images[1],
+    int careful = 0;
+    for (unsigned char flag : r.careful_cells()) careful += flag != 0;
+    printf("%-4s %-22s %s K%d V%d %d/%d %-8s %s cut%d careful %d of %d  o %.2e (worst head %.2e) ht %.2e | A %.1e P %.1e vec %.0e %.0e %.0e%s%s\n", ok ? "ok" : "FAIL", c.name,
+           c.f16 ? "f16 " : r.mix ? "mix " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), r.wg == 2 ? "wg2" : "wg1", c.cut, careful, (int)r.chunks.size() * c.hv, o.value(), worst, ht.value(), images[0], images[1],
            images[2], images[3], images[4], differ ? "  RUNS DIFFER" : "", pad_kept ? "" : "  PAD WRITTEN");
     if (!ok) {
         for (size_t i = 0, shown = 0; i < jobs.size() && shown < 3; i++) {
@@ -424,6 +462,13 @@ static vector<Case> cases() {
     add("cliffs, -inf", {700}, 2, 4, 128, 128, false, Decay::Cliffs);
     add("keys alike", {700}, 2, 4, 128, 128, false, Decay::Slow, true, false, false, 0, 0.8f);
     add("keys alike, no decay", {700}, 2, 4, 128, 128, false, Decay::None, true, false, false, 0, 0.8f);
+    // Cosines of 0.2, 0.5, 0.8, 0.9, 0.98 and 1; a quarter of the heads without decay, the others with little.
+    for (float spread : {1 / 3.f, 0.5f, 2 / 3.f, 0.75f, 0.875f, 1.f}) {
+        add("keys alike, K 128", {300, 65}, 2, 4, 128, 128, false, Decay::Bench, false, false, false, 3, spread);
+        add("keys alike, K 64", {300, 65}, 2, 4, 64, 64, false, Decay::Bench, true, false, true, 3, spread);
+    }
+    // Heads of which some cancel and others do not, at once.
+    add("keys alike, l2norm", {130, 0, 700}, 2, 8, 128, 128, false, Decay::Mixed, true, true, false, 3, 0.9f, 2);
     add("no decay 4096", {4096}, 1, 2, 128, 128, false, Decay::None, false);
     add("no decay 4096, f16", {4096}, 1, 2, 128, 128, true, Decay::None, false);
     add("4096 4/4", {4096}, 4, 4, 128, 128, false, Decay::Mixed);
@@ -433,6 +478,10 @@ static vector<Case> cases() {
     add("padded 16/64", {211, 774}, 16, 64, 128, 128, false, Decay::Mixed, true, false, false, 15);
     // Cut into segments.
     for (Decay d : {Decay::Mixed, Decay::None, Decay::Slow, Decay::Bench, Decay::Cliffs}) add("cut", {1500, 64, 1, 129}, 2, 4, 128, 128, false, d, true, false, false, 5, 0, 0, 4);
+    for (Decay d : {Decay::Mixed, Decay::None, Decay::Slow, Decay::Bench, Decay::Cliffs}) {
+        add("cut, keys alike", {900, 64, 1, 129}, 2, 4, 128, 128, false, d, true, false, false, 5, 0.8f, 0, 4);
+        add("cut, keys equal, K 64", {900, 64, 1, 129}, 2, 4, 64, 64, false, d, true, false, false, 5, 1.f, 0, 4);
+    }
     add("cut, f16", {1500, 64, 1, 129}, 2, 4, 128, 128, true, Decay::Bench, true, false, false, 5, 0, 0, 4);
     add("cut, f16, no decay", {4096}, 2, 4, 128, 128, true, Decay::None, true, false, false, 5, 0, 0, 8);
     add("cut, K 64, V 64", {1500, 64, 1, 129}, 2, 4, 64, 64, false, Decay::Bench, true, false, false, 0, 0, 0, 4);
@@ -445,18 +494,20 @@ static vector<Case> cases() {
 }
 
 #ifndef GATEDELTA_EMULATOR
-static void time_case(const char* name, vector<int> lens, int hk, int hv, int wg, int cut, Decay d, int repeats) {
-    Case c{name, lens, hk, hv, 128, 128, false, d, true, false, false, 0, 0, wg, cut};
+static void time_case(const char* name, vector<int> lens, int hk, int hv, int wg, int cut, Decay d, int repeats, float spread = 0) {
+    Case c{name, lens, hk, hv, 128, 128, false, d, true, false, false, 0, spread, wg, cut};
     Run r(c, 99);
     double whole = time_of([&](cudaStream_t s) { r.forward(s); }, repeats);
     double first = time_of([&](cudaStream_t s) { r.prepare(s); }, repeats), second = time_of([&](cudaStream_t s) { r.scan(s); }, repeats);
     double middle = cut ? time_of([&](cudaStream_t s) { r.carry(s); }, repeats) : 0, join = cut ? time_of([&](cudaStream_t s) { r.join(s); }, repeats) : 0;
+    // The usual scan alone, and the careful one, which has nothing to do where nothing cancels.
+    double usual = time_of([&](cudaStream_t s) { r.usual(s); }, repeats), careful = time_of([&](cudaStream_t s) { r.careful(s); }, repeats);
     double bw = bandwidth(), roof = std::max(r.flops() / 790e12, r.bytes() / bw) * 1e3;
     long long longest = 0;
     for (int x : lens) longest = std::max<long long>(longest, (x + CHUNK - 1) / CHUNK);
     auto per_chunk = [&](double ms) { return ms * 1e3 / (cut ? std::min<long long>(cut, longest) : longest); };
-    printf("%-12s %2d/%2d wg%d cut%-3d %.4f ms (prepare %.4f, carry %.4f with %.4f to join, scan %.4f; %.2f us a chunk)  roof %.4f  x%.2f  %.0f TF/s\n", name, hk, hv, r.wg, cut, whole, first, middle, join,
-           second, per_chunk(second), roof, whole / roof, r.flops() / whole / 1e9);
+    printf("%-12s %2d/%2d wg%d cut%-3d %.4f ms (prepare %.4f, carry %.4f with %.4f to join, scan %.4f of usual %.4f and careful %.4f; %.2f us a chunk)  roof %.4f  x%.2f  %.0f TF/s\n", name, hk, hv, r.wg, cut, whole, first, middle, join,
+           second, usual, careful, per_chunk(second), roof, whole / roof, r.flops() / whole / 1e9);
     finish(name);
     fflush(stdout);
 }
@@ -487,6 +538,9 @@ int main(int argc, char** argv) {
         for (int hv : {16, 32, 64}) time_case("1x32768", {32768}, 16, hv, wg, cut, Decay::Bench, n);
         time_case("1x32768", {32768}, 2, 8, wg, cut, Decay::Bench, n);
         time_case("1x8192", {8192}, 16, 32, wg, cut, Decay::Bench, n);
+        // Keys alike: all segments are for the careful scan.
+        time_case("1x32768 alike", {32768}, 16, 32, wg, cut, Decay::Bench, n, 0.8f);
+        time_case("8192x4 alike", {8192, 8192, 8192, 8192}, 16, 32, wg, cut, Decay::Bench, n, 0.8f);
         if (cut) return 0;
         for (int hv : {16, 32, 64}) time_case("8192x4", {8192, 8192, 8192, 8192}, 16, hv, wg, cut, Decay::Bench, n);
         for (int hv : {16, 64}) time_case("4096x8", vector<int>(8, 4096), 16, hv, wg, cut, Decay::Bench, n);

@@ -2,8 +2,9 @@
 //! [`super::OpenOptions::hopper`] says so.
 //!
 //! The rows' tables are of chunks of 32 tokens and say where states are; a small kernel makes those of the Hopper kernels from them,
-//! on the device. Chunk i of 64 tokens of a segment takes the place of chunk i of 32; the places that are left over are empty. What
-//! `prepare` leaves for `scan` does not fit the rows' scratch: the backend has its own, as large as the largest prefill so far.
+//! on the device. Chunks of 64 tokens follow each other; of the places for chunks of 32 about half are left over. What
+//! `prepare` leaves for `scan` does not fit the rows' scratch: the backend has its own, as large as the largest prefill so far. Of bf16 that
+//! is two parts: rounded numbers, and what rounding leaves, which is written and read only where sums cancel (`cuda/hopper/scan.cuh`).
 //!
 //! Where sequences and heads are too few to fill the device, sequences are cut into segments that run at once (`cuda/hopper/carry.cuh`):
 //! which heads have forgotten what lies before a segment is decided on the device, from the gates.
@@ -22,6 +23,8 @@ use crate::shape::Dtype;
 
 /// Bytes that `prepare` leaves per chunk and value head: IMAGE_BYTES of forward.cuh.
 const IMAGE_BYTES: u64 = 2 * 5120 + 1024;
+/// Bytes that it leaves beside them where sums cancel, bf16 only: LOW_BYTES of forward.cuh.
+const LOW_BYTES: u64 = 2 * 5120;
 /// Bytes of a panel `[64, 64]` of 16-bit numbers: PANEL of forward.cuh.
 pub(super) const PANEL: u32 = 64 * 128;
 /// Bytes of the tables' entries: Chunk, Segment and Cut of forward.cuh.
@@ -181,7 +184,7 @@ pub(super) fn prepare_bytes(k: u32, group: u32, image_bytes: u32) -> u32 {
     let inverse = 64 * 72 * 4 + 4 * (16 * 24 + 16) * 4;
     let tiles = 2 * 64 * k * 2;
     let image = tiles.max(inverse).div_ceil(1024) * 1024;
-    image + image_bytes + 768 + group * 512
+    image + image_bytes + 768 + 32 + group * 512
 }
 
 /// ScanSmem::BYTES of scan.cuh, with 3 stages.
@@ -189,6 +192,11 @@ fn scan_bytes(k: u32, consumers: u32, outputs: bool) -> u32 {
     let (tiles, triangles) = if outputs { (2, 2) } else { (1, 1) };
     let stage = tiles * (k / 64) * PANEL + consumers * PANEL + triangles * PANEL + 1024;
     3 * stage + if outputs { consumers * PANEL } else { 0 } + 128 + 1024
+}
+
+/// ScanSmem::BYTES of scan.cuh for the careful scan, with 2 stages.
+fn careful_bytes(k: u32) -> u32 {
+    2 * ((2 * (k / 64) + 1 + 4) * PANEL + 1024) + PANEL + 128 + 1024
 }
 
 /// Appends the call that makes the tables: beside one that puts states in their place, which has nothing to do with them.
@@ -210,6 +218,7 @@ pub(super) fn carry_bytes(k: u32) -> u32 {
 /// What the Hopper kernels need beside a launch.
 pub(super) struct Hopper {
     on: bool,
+    grad: bool,
     /// See [`special`].
     pub(super) cut: Option<u32>,
     /// By name and bytes of shared memory.
@@ -226,13 +235,18 @@ struct Scratch {
 }
 
 impl Hopper {
-    pub(super) fn new(on: bool, cut: Option<u32>) -> Self {
-        Hopper { on, cut, functions: Mutex::default(), scratch: Mutex::default() }
+    pub(super) fn new(on: bool, grad: bool, cut: Option<u32>) -> Self {
+        Hopper { on, grad, cut, functions: Mutex::default(), scratch: Mutex::default() }
     }
 
-    /// Whether the kernels are used where they apply.
+    /// Whether the kernels are used where they apply, for a prefill.
     pub(super) fn is_on(&self) -> bool {
         self.on
+    }
+
+    /// The same for a backward pass.
+    pub(super) fn grad_is_on(&self) -> bool {
+        self.grad
     }
 
     /// Gives the scratch back. The device's context is current, and nothing is queued.
@@ -338,8 +352,11 @@ impl Hopper {
         // A state or a transition before each segment and head, where there are segments.
         let rows = if special.cut == 0 { 0 } else { places * hv as u64 };
         let cuts = if special.cut == 0 { 0 } else { sequences };
+        // Chunks of 64 tokens at most: the last one of a sequence may have a place of 32 to itself.
+        let (f16, hv_64) = (p.get("qk_type") == Dtype::F16.code(), u64::from(hv));
+        let whole = (chunks + sequences).div_ceil(2).min(chunks);
         let sizes = [
-            chunks * hv as u64 * IMAGE_BYTES,
+            whole * hv_64 * IMAGE_BYTES,
             chunks * CHUNK_BYTES,
             places * SEGMENT_BYTES,
             if special.cut == 0 { 0 } else { places * SEGMENT_BYTES },
@@ -347,15 +364,17 @@ impl Hopper {
             4 * rows,
             4 * rows * k as u64 * v as u64,
             rows * transition_bytes(k.into()),
+            if f16 { 0 } else { (1 + whole * hv_64) * LOW_BYTES },
+            if f16 { 0 } else { whole * hv_64 },
         ];
-        let mut offsets = [0; 8];
+        let mut offsets = [0; 10];
         let mut end = 0;
         for (offset, size) in offsets.iter_mut().zip(sizes) {
             *offset = end;
             end += size.next_multiple_of(256);
         }
         let Some(scratch) = self.scratch(shared, end)? else { return Ok(false) };
-        let [images, chunk_table, segment_table, ordered, cut_table, warm, starts, transitions] =
+        let [images, chunk_table, segment_table, ordered, cut_table, warm, starts, transitions, lows, cancels] =
             offsets.map(|offset| scratch + offset);
         let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
 
@@ -381,18 +400,19 @@ impl Hopper {
             s.get("k_stride").into(),
             pair(p.get("scale"), hk),
             pair(hv, p.get("head_map")),
-            pair(p.get("l2norm"), 0),
+            pair(p.get("l2norm"), whole as u32),
+            lows,
+            cancels,
         ];
-        let variant = self.function(shared, &special.prepare, 128, special.prepare_bytes, &[88])?;
-        let grid = [launches[0].grid[0] * hk, 1, 1];
+        let variant = self.function(shared, &special.prepare, 128, special.prepare_bytes, &[104])?;
+        let grid = [whole as u32 * hk, 1, 1];
         calls.push(Call::new("hopper_prepare", variant, grid, launch, None));
 
         let mut maps = Vec::with_capacity(64);
-        let f16 = p.get("qk_type") == Dtype::F16.code();
         for (i, name, width) in [(0, "q", hk * k), (1, "k", hk * k), (2, "v", hv * v), (7, "o", hv * v)] {
             maps.extend(map_of(shared, &launches[1], i, name, after[i], width, f16)?);
         }
-        let shape = [pair(hk, hv), pair(p.get("head_map"), v), 0];
+        let shape = [pair(hk, hv), pair(p.get("head_map"), v), 0, lows, cancels, whole];
 
         if special.cut > 0 {
             let store = if f16 { "f16" } else { "bf16" };
@@ -409,9 +429,9 @@ impl Hopper {
             let args = [ordered, images, 0, starts, transitions, warm, 0, 0];
             let launch = [&args[..], &shape, &maps].concat();
             let name = format!("hopper_state_{store}_k{k}");
-            let variant = self.function(shared, &name, 256, scan_bytes(k, 1, false), &[88, 512])?;
+            let variant = self.function(shared, &name, 256, scan_bytes(k, 1, false), &[112, 512])?;
             let grid = [jobs * parts, 1, 1];
-            calls.push(Call::new("hopper_state", variant, grid, launch, Some(11)));
+            calls.push(Call::new("hopper_state", variant, grid, launch, Some(14)));
 
             let name = format!("hopper_carry_k{k}");
             let variant = self.function(shared, &name, k, carry_bytes(k), &[72])?;
@@ -424,9 +444,17 @@ impl Hopper {
         let args = [segment_table, images, from, after[6], 0, 0, at16(after[7], "o_off"), s.get("o_stride").into()];
         let launch = [&args[..], &shape, &maps].concat();
         let threads = (special.consumers + 1) * 128;
-        let variant = self.function(shared, &special.scan, threads, special.scan_bytes, &[88, 512])?;
+        let variant = self.function(shared, &special.scan, threads, special.scan_bytes, &[112, 512])?;
         let grid = [places as u32 * hv * (v / 64 / special.consumers), 1, 1];
-        calls.push(Call::new("hopper_scan", variant, grid, launch, Some(11)));
+        calls.push(Call::new("hopper_scan", variant, grid, launch.clone(), Some(14)));
+        if !f16 {
+            // Beside it, for the segments that it leaves alone: behind it in line for multiprocessors, as mostly there are none.
+            let name = format!("hopper_scan_careful_bf16_k{k}");
+            let variant = self.function(shared, &name, 256, careful_bytes(k), &[112, 512])?;
+            let grid = [places as u32 * hv * (v / 64), 1, 1];
+            let call = Call::new("hopper_scan_careful", variant, grid, launch, Some(14));
+            calls.push(Call { beside: true, ..call });
+        }
         Ok(true)
     }
 }

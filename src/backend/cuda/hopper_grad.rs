@@ -321,6 +321,8 @@ impl Hopper {
         let scan_grid = [segments * hv * (v / 64 / consumers), 1, 1];
         let threads = (consumers + 1) * 128;
         let shape = [pair(hk, hv), pair(head_map, v), 0];
+        // Behind it in ScanArgs of forward.cuh, for the forward alone.
+        let unused = [0; 3];
         if forward {
             let p = Numbers(&launches[0]);
             let [before, after] = [&addresses[0], &addresses[1]];
@@ -337,10 +339,12 @@ impl Hopper {
                 p.get("k_stride").into(),
                 pair(p.get("scale"), hk),
                 pair(hv, head_map),
-                pair(p.get("l2norm"), 0),
+                pair(p.get("l2norm"), places),
+                0,
+                0,
             ];
             let bytes = prepare_bytes(k, hv / hk, GRAD_BYTES as u32);
-            let variant = self.function(shared, &format!("hopper_grad_prepare_{kind}"), 128, bytes, &[88])?;
+            let variant = self.function(shared, &format!("hopper_grad_prepare_{kind}"), 128, bytes, &[104])?;
             calls.push(Call::new("hopper_grad_prepare", variant, [places * hk, 1, 1], launch, None));
 
             // ScanArgs, then ScanMaps, whose maps of q and o are not used.
@@ -353,11 +357,11 @@ impl Hopper {
                 calls.push(Call::new("hopper_grad_warm", variant, [jobs.div_ceil(4), 1, 1], launch, None));
 
                 let args = [ordered, before[5], 0, starts, transitions, warm, 0, 0];
-                let launch = [&args[..], &shape, &maps].concat();
+                let launch = [&args[..], &shape, &unused, &maps].concat();
                 let bytes = state_bytes_of(k);
-                let variant = self.function(shared, &format!("hopper_grad_state_{kind}"), 256, bytes, &[88, 512])?;
+                let variant = self.function(shared, &format!("hopper_grad_state_{kind}"), 256, bytes, &[112, 512])?;
                 let grid = [jobs * (v / 64 + k / 64), 1, 1];
-                calls.push(Call::new("hopper_grad_state", variant, grid, launch, Some(11)));
+                calls.push(Call::new("hopper_grad_state", variant, grid, launch, Some(14)));
 
                 let launch = carry(before[5], after[6], starts);
                 let name = format!("hopper_grad_carry_k{k}");
@@ -367,10 +371,10 @@ impl Hopper {
             // Without segments states are read and written in place.
             let from = if cut > 0 { starts } else { after[6] };
             let args = [own, before[5], from, after[6], after[7], 0, after[7] + states, 0];
-            let launch = [&args[..], &shape, &maps].concat();
+            let launch = [&args[..], &shape, &unused, &maps].concat();
             let name = format!("hopper_keep_{kind}_w{consumers}");
-            let variant = self.function(shared, &name, threads, keep_bytes(k, consumers), &[88, 512])?;
-            calls.push(Call::new("hopper_keep", variant, scan_grid, launch, Some(11)));
+            let variant = self.function(shared, &name, threads, keep_bytes(k, consumers), &[112, 512])?;
+            calls.push(Call::new("hopper_keep", variant, scan_grid, launch, Some(14)));
             return Ok(());
         }
 

@@ -106,7 +106,7 @@ fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
     let mut calls = Vec::with_capacity(pass.launches.len());
     // Launches that others stand in for.
     let mut done = 0;
-    if shared.hopper.is_on() {
+    if shared.hopper.is_on() || shared.hopper.grad_is_on() {
         shared.hopper.begin(shared)?;
     }
     for (i, launch) in pass.launches.iter().enumerate() {
@@ -134,7 +134,7 @@ fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
                 continue;
             }
         }
-        if shared.hopper.is_on()
+        if shared.hopper.grad_is_on()
             && let Some(special) = hopper_grad::special_grad(pass, i, shared.multiprocessors, shared.hopper.cut)
         {
             let own = &pass.launches[i..i + special.launches];

@@ -29,10 +29,12 @@ pub struct Devices {
 /// How to open a device.
 #[derive(Debug, Clone, Copy)]
 pub struct OpenOptions {
-    /// Use the kernels for Hopper in the place of rows, where they apply: sm_90; of a prefill q, k and v of 16 bits and heads of 64 or
-    /// 128, of a backward pass bf16 and a K of 128. Where keys are nearly alike bf16 has errors of 7e-3 to 1e-2 there, and the last
-    /// changes have not run on a GPU (`cuda/hopper/NOTES.md`), so that this is off unless the environment variable `GATEDELTA_HOPPER` is 1.
+    /// Use the kernels for Hopper in the place of a prefill's rows, where they apply: sm_90, q, k and v of 16 bits and heads of 64 or 128. On
+    /// unless the environment variable `GATEDELTA_HOPPER` is 0.
     pub hopper: bool,
+    /// The same of a backward pass: bf16 and a K of 128. Where keys are nearly alike, gradients have errors of up to 2e-2 there
+    /// (`cuda/hopper/NOTES.md`), so that this is off unless `GATEDELTA_HOPPER` is 1.
+    pub hopper_grad: bool,
     /// Chunks of 64 tokens in the segments that they cut sequences into, 0 for never; none: as is best for the device. The
     /// environment variable `GATEDELTA_HOPPER_CUT`.
     pub hopper_cut: Option<u32>,
@@ -40,8 +42,10 @@ pub struct OpenOptions {
 
 impl Default for OpenOptions {
     fn default() -> Self {
+        let is = |value: &str| std::env::var_os("GATEDELTA_HOPPER").map(|v| v == value);
         OpenOptions {
-            hopper: std::env::var_os("GATEDELTA_HOPPER").is_some_and(|v| v == "1"),
+            hopper: is("0").is_none_or(|off| !off),
+            hopper_grad: is("1").is_some_and(|on| on),
             hopper_cut: std::env::var("GATEDELTA_HOPPER_CUT").ok().and_then(|v| v.parse().ok()),
         }
     }
@@ -115,7 +119,11 @@ impl Cuda {
             images: image::Images::default(),
             variants: launch::Variants::default(),
             graphs: Mutex::new(graph::Graphs::default()),
-            hopper: hopper::Hopper::new(options.hopper && found.arch == 90, options.hopper_cut),
+            hopper: hopper::Hopper::new(
+                options.hopper && found.arch == 90,
+                options.hopper_grad && found.arch == 90,
+                options.hopper_cut,
+            ),
             staging: Mutex::default(),
             id: fresh_id(),
         };

@@ -37,6 +37,18 @@ inline long long clock64() { return 0; }
 inline void __threadfence_system() {}
 inline int __any_sync(uint32_t, bool x) { return emulator::ballot(x) != 0; }
 inline uint32_t __ballot_sync(uint32_t, bool x) { return emulator::ballot(x); }
+// Two meetings more than on a GPU: before it the place is emptied, and behind it read.
+inline int __syncthreads_or(int x) {
+    static const char key = 0;
+    int* any = (int*)emulator::shared_memory(&key, sizeof(int));
+    if (threadIdx.x == 0) *any = 0;
+    __syncthreads();
+    if (x) *any = 1;
+    __syncthreads();
+    const int all = *any;
+    __syncthreads();
+    return all;
+}
 inline int __ffs(uint32_t x) { return __builtin_ffs((int)x); }
 template <class T>
 T __shfl_up_sync(uint32_t, T x, uint32_t step) {
@@ -56,6 +68,7 @@ void mbar_arrive(uint32_t bar);
 // Comes back when something has happened since; true if it was that phase's end.
 bool mbar_try(uint32_t bar, uint32_t parity);
 inline void mbar_init_fence() {}
+inline void mbar_inval(uint32_t bar) { memset(emulator::shared_base() + bar, 0xff, 8); }
 inline void bar_sync(int id, int threads) { emulator::wait_named(id, threads); }
 
 inline void fence_proxy() {}
