@@ -36,6 +36,9 @@ pub struct OpenOptions {
     /// Chunks of 64 tokens in the segments that they cut sequences into, 0 for never; none: as is best for the device. The
     /// environment variable `GATEDELTA_HOPPER_CUT`.
     pub hopper_cut: Option<u32>,
+    /// Use the matrix product for Hopper where it applies: sm_90, bf16 weights. It splits x as the general kernel does and is as exact. On unless
+    /// the environment variable `GATEDELTA_HOPPER_MATMUL` is 0.
+    pub hopper_matmul: bool,
 }
 
 impl Default for OpenOptions {
@@ -43,6 +46,7 @@ impl Default for OpenOptions {
         OpenOptions {
             hopper: std::env::var_os("GATEDELTA_HOPPER").is_some_and(|v| v == "1"),
             hopper_cut: std::env::var("GATEDELTA_HOPPER_CUT").ok().and_then(|v| v.parse().ok()),
+            hopper_matmul: std::env::var_os("GATEDELTA_HOPPER_MATMUL").is_none_or(|v| v != "0"),
         }
     }
 }
@@ -115,7 +119,11 @@ impl Cuda {
             images: image::Images::default(),
             variants: launch::Variants::default(),
             graphs: Mutex::new(graph::Graphs::default()),
-            hopper: hopper::Hopper::new(options.hopper && found.arch == 90, options.hopper_cut),
+            hopper: hopper::Hopper::new(
+                options.hopper && found.arch == 90,
+                options.hopper_matmul && found.arch == 90,
+                options.hopper_cut,
+            ),
             staging: Mutex::default(),
             id: fresh_id(),
         };
