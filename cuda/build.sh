@@ -35,13 +35,15 @@ compile() {
     rm "$out/$family.log"
 }
 
-if [ $# -gt 0 ]; then families=$*; else families=$(ls *.cu | sed 's/\.cu$//'; echo hopper hopper_grad | tr ' ' '\n'); fi
+if [ $# -gt 0 ]; then families=$*; else families=$(ls *.cu | sed 's/\.cu$//'; echo hopper hopper_grad hopper_matmul | tr ' ' '\n'); fi
 for family in $families; do
     echo "cuda/$family"
     if [ "$family" = hopper ]; then
         compile hopper/forward.cu hopper $hopper
     elif [ "$family" = hopper_grad ]; then
         compile hopper/backward.cu hopper_grad $hopper
+    elif [ "$family" = hopper_matmul ]; then
+        compile hopper/matmul.cu hopper_matmul $hopper
     else
         compile "$family.cu" "$family" $general
     fi

@@ -4,8 +4,8 @@
 // bf16 weights, whose sum is x but for 2^-25 of it; two of tf32 with f16 weights (half would not hold the range of x), but for 2^-22.
 // The units add up with truncation: after each slice their sums go into sums that are rounded.
 //
-// 4 warps share a tile of 64 x 64, each with 32 x 32 of it. Slices of 32 numbers of x and w come by copies in the background, two
-// slices ahead.
+// 4 warps share a tile of 64 x 64, each with 16 rows and all columns, so that each number of x is split once: a step of 16 of k is 24 products of a
+// warp, 44 instructions to split x and 4 ldmatrix for w. Slices of 32 numbers of x and w come by copies in the background, two slices ahead.
 #include "mma.cuh"
 
 constexpr u32 TILE = 64;
@@ -36,11 +36,13 @@ struct Left<Bf16> {
             x = make_float2(x.x - taken.x, x.y - taken.y);
         }
     }
-    // d += x w^T, the smallest part first
-    __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&w)[2]) const {
-        mma_bf16(d, part[2], w);
-        mma_bf16(d, part[1], w);
-        mma_bf16(d, part[0], w);
+    // d += x w^T for 8 columns of y in each d, the smallest part first. A product waits for the one before it into the same d, so the others go between.
+    template <u32 N>
+    __device__ __forceinline__ void multiply(float (&d)[N][4], const u32 (&w)[N][2]) const {
+#pragma unroll
+        for (u32 p = 3; p-- > 0;)
+#pragma unroll
+            for (u32 j = 0; j < N; j++) mma_bf16(d[j], part[p], w[j]);
     }
 };
 
@@ -58,13 +60,20 @@ struct Left<F16> {
             part[i / 2][1][2 * j + i % 2] = to_tf32(pair[j] - __uint_as_float(high));
         }
     }
-    __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&w)[2]) const {
+    template <u32 N>
+    __device__ __forceinline__ void multiply(float (&d)[N][4], const u32 (&w)[N][2]) const {
 #pragma unroll
         for (u32 i = 0; i < 2; i++) {
-            const float2 pair = unpack<F16>(w[i]);
-            const u32 b[2] = {__float_as_uint(pair.x), __float_as_uint(pair.y)};
-            mma_tf32(d, part[i][1], b);
-            mma_tf32(d, part[i][0], b);
+            u32 b[N][2];
+#pragma unroll
+            for (u32 j = 0; j < N; j++) {
+                const float2 pair = unpack<F16>(w[j][i]);
+                b[j][0] = __float_as_uint(pair.x), b[j][1] = __float_as_uint(pair.y);
+            }
+#pragma unroll
+            for (u32 p = 2; p-- > 0;)
+#pragma unroll
+                for (u32 j = 0; j < N; j++) mma_tf32(d[j], part[i][p], b[j]);
         }
     }
 };
@@ -75,7 +84,9 @@ __device__ __forceinline__ void matmul(const row::matmul::Launch& l) {
     const uint3 cell = cell_of(l);
     const u32 lane = threadIdx.x, warp = lane / 32, g = lane % 32 / 4, t = lane % 4;
     const u32 m = l.p.m, n = l.p.n, k = l.p.k, m0 = cell.y * TILE, n0 = cell.x * TILE;
-    const u32 row0 = warp / 2 * 32, column0 = warp % 2 * 32;  // of this warp's part of the tile
+    const u32 row0 = warp * 16;  // of this warp's part of the tile
+    // What this lane addresses in load_4: row lane % 8 of blocks (j, first 8 of k), (j, last 8), (j + 1, first 8), (j + 1, last 8) of w.
+    const u32 lane_at = (lane % 8 + lane % 32 / 16 * 8) * WIDTH + lane % 16 / 8 * 8;
     const float* x = (const float*)l.m.x + l.p.x_off;
     const uint16_t* w = (const uint16_t*)l.m.w;
 
@@ -101,13 +112,11 @@ __device__ __forceinline__ void matmul(const row::matmul::Launch& l) {
         copies_end();
     };
 
-    float sum[2][4][4];
+    float sum[8][4];
 #pragma unroll
-    for (u32 i = 0; i < 2; i++)
+    for (u32 j = 0; j < 8; j++)
 #pragma unroll
-        for (u32 j = 0; j < 4; j++)
-#pragma unroll
-            for (u32 e = 0; e < 4; e++) sum[i][j][e] = 0.f;
+        for (u32 e = 0; e < 4; e++) sum[j][e] = 0.f;
     fetch(0);
     fetch(1);
     for (u32 slice = 0; slice < slices; slice++) {
@@ -117,51 +126,44 @@ __device__ __forceinline__ void matmul(const row::matmul::Launch& l) {
         fetch(slice + 2);
         const float* xs = s.x[slice % STAGES];
         const uint16_t* ws = s.w[slice % STAGES];
-        float d[2][4][4];
+        float d[8][4];
 #pragma unroll
-        for (u32 i = 0; i < 2; i++)
+        for (u32 j = 0; j < 8; j++)
 #pragma unroll
-            for (u32 j = 0; j < 4; j++)
-#pragma unroll
-                for (u32 e = 0; e < 4; e++) d[i][j][e] = 0.f;
+            for (u32 e = 0; e < 4; e++) d[j][e] = 0.f;
 #pragma unroll
         for (u32 step = 0; step < DEPTH; step += 16) {
-            u32 b[4][2];
+            const float* rows = xs + (row0 + g) * WIDTH + step + 2 * t;
+            Left<T> a;
 #pragma unroll
-            for (u32 j = 0; j < 4; j++)
+            for (u32 e = 0; e < 4; e++) a.put(e, *(const float2*)(rows + e % 2 * 8 * WIDTH + e / 2 * 8));
+            u32 b[8][2];
 #pragma unroll
-                for (u32 i = 0; i < 2; i++) b[j][i] = *(const u32*)(ws + (column0 + 8 * j + g) * WIDTH + step + 8 * i + 2 * t);
-#pragma unroll
-            for (u32 i = 0; i < 2; i++) {
-                const float* rows = xs + (row0 + 16 * i + g) * WIDTH + step + 2 * t;
-                Left<T> a;
-#pragma unroll
-                for (u32 e = 0; e < 4; e++) a.put(e, *(const float2*)(rows + e % 2 * 8 * WIDTH + e / 2 * 8));
-#pragma unroll
-                for (u32 j = 0; j < 4; j++) a.multiply(d[i][j], b[j]);
+            for (u32 j = 0; j < 8; j += 2) {
+                u32 two[4];
+                load_4(two, ws + 8 * j * WIDTH + lane_at + step);
+                b[j][0] = two[0], b[j][1] = two[1], b[j + 1][0] = two[2], b[j + 1][1] = two[3];
             }
+            a.multiply(d, b);
         }
 #pragma unroll
-        for (u32 i = 0; i < 2; i++)
+        for (u32 j = 0; j < 8; j++)
 #pragma unroll
-            for (u32 j = 0; j < 4; j++)
-#pragma unroll
-                for (u32 e = 0; e < 4; e++) sum[i][j][e] += d[i][j][e];
+            for (u32 e = 0; e < 4; e++) sum[j][e] += d[j][e];
     }
     float* y = (float*)l.m.y + l.p.y_off;
 #pragma unroll
-    for (u32 i = 0; i < 2; i++)
+    for (u32 j = 0; j < 8; j++)
 #pragma unroll
-        for (u32 j = 0; j < 4; j++)
-#pragma unroll
-            for (u32 e = 0; e < 4; e++) {
-                const u32 row = m0 + row0 + 16 * i + g + e / 2 * 8, column = n0 + column0 + 8 * j + 2 * t + e % 2;
-                if (row < m && column < n) {
-                    float* to = y + (size_t)row * l.p.y_stride + column;
-                    *to = l.c.add ? *to + sum[i][j][e] : sum[i][j][e];
-                }
+        for (u32 e = 0; e < 4; e++) {
+            const u32 row = m0 + row0 + g + e / 2 * 8, column = n0 + 8 * j + 2 * t + e % 2;
+            if (row < m && column < n) {
+                float* to = y + (size_t)row * l.p.y_stride + column;
+                *to = l.c.add ? *to + sum[j][e] : sum[j][e];
             }
+        }
 }
 
+// Four blocks of 46 KB at once where a multiprocessor has the memory (sm_90, sm_100), which are 128 registers a thread; with f16 that would spill.
 KERNEL(matmul_mma_f16, matmul, THREADS) { matmul<F16>(l); }
-KERNEL(matmul_mma_bf16, matmul, THREADS) { matmul<Bf16>(l); }
+KERNEL_AT_ONCE(matmul_mma_bf16, matmul, THREADS, 4) { matmul<Bf16>(l); }

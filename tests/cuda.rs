@@ -12,6 +12,8 @@ mod hopper;
 #[cfg(feature = "cuda")]
 mod mma;
 #[cfg(feature = "cuda")]
+mod product;
+#[cfg(feature = "cuda")]
 mod replay;
 #[cfg(feature = "cuda")]
 mod special;

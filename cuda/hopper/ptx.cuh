@@ -126,6 +126,8 @@ __device__ __forceinline__ uint4 shared_16(uint32_t at) {
     return x;
 }
 
+__device__ __forceinline__ void shared_put_f32(uint32_t at, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory"); }
+
 // 16 bytes of zeros.
 __device__ __forceinline__ void shared_zero_16(uint32_t at) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");

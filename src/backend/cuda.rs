@@ -4,7 +4,7 @@
 //! driver.rs   calls and failures       memory.rs   device memory, reads and writes
 //! open.rs     devices                  launch.rs   launch -> checked arguments of a compiled kernel
 //! choose.rs   row -> compiled kernel   graph.rs    a repeated pass as one CUDA graph
-//! image.rs    the compiled kernels      hopper.rs, hopper_grad.rs   kernels of sm_90a in the place of rows
+//! image.rs    the compiled kernels      hopper.rs, hopper_grad.rs, hopper_matmul.rs   kernels of sm_90a in the place of rows
 //! ```
 //!
 //! - Neither a toolkit nor a compiler is needed on the user's machine: `cuda/*.cu` are compiled beforehand (`cuda/build.sh`) and
@@ -18,6 +18,7 @@ mod driver;
 mod graph;
 mod hopper;
 mod hopper_grad;
+mod hopper_matmul;
 mod image;
 mod launch;
 mod memory;
@@ -32,6 +33,7 @@ use cudarc::driver::sys::{self, CUcontext, CUdevice, CUevent, CUstream};
 pub use choose::{Choice, choose};
 pub use hopper::{Special, special};
 pub use hopper_grad::{Half, SpecialGrad, special_grad};
+pub use hopper_matmul::{Product, product};
 pub use image::families;
 pub use open::{Devices, Found, OpenOptions};
 

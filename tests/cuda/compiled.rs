@@ -163,6 +163,15 @@ fn scratch_of_a_backward_pass_grows_with_its_work() {
     assert!(most > 20 * scratch && most <= caps.max_buffer / 32, "{most} bytes");
 }
 
+/// Large devices read more tokens at a time, so that a product has tiles for all multiprocessors.
+#[test]
+fn pieces_of_a_prompt_grow_with_the_device() {
+    let of = |memory: Option<u64>| tune::prefill_tokens(&Caps { memory, ..caps() });
+    assert_eq!([None, Some(8 << 30)].map(of), [512, 512]);
+    assert_eq!([Some(16_900_000_000), Some(24 << 30), Some(48 << 30)].map(of), [2048; 3]);
+    assert_eq!([Some(80 << 30), Some(141 << 30)].map(of), [4096; 2]);
+}
+
 /// Everything that the builders may ask for is compiled: for all head sizes, types and counts.
 #[test]
 fn every_choice_is_compiled() {

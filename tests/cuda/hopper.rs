@@ -8,6 +8,10 @@ use crate::cut::{How, backward, named};
 use crate::naive::{recurrence, recurrence_grad};
 use crate::util::{Batch, Random, bound, error, heads};
 
+fn options(cut: u32) -> OpenOptions {
+    OpenOptions { hopper: true, hopper_grad: true, hopper_cut: Some(cut), ..OpenOptions::default() }
+}
+
 /// With q and k of norm 1, which the kernels leave as they are.
 fn normed(batch: &mut Batch) {
     batch.options.qk_l2norm = false;
@@ -37,9 +41,7 @@ fn prefills() {
         (heads(1, 1, 64, 64), &[1; 1030]),
     ];
     for cut in [0, 1, 2] {
-        let cuda =
-            Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_grad: true, hopper_cut: Some(cut) })
-                .unwrap();
+        let cuda = Cuda::open(&devices.found[0], &options(cut)).unwrap();
         for (i, (heads, lens)) in shapes.iter().enumerate() {
             for (store, exact) in [(Dtype::F16, false), (Dtype::Bf16, false), (Dtype::F16, true)] {
                 if exact && (cut != 1 || i < 4) || i == 6 && cut > 0 {
@@ -103,9 +105,7 @@ fn keys_that_are_alike() {
         (heads(1, 4, 128, 64), &[40, 257]),
     ];
     for cut in [0, 2] {
-        let cuda =
-            Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_grad: true, hopper_cut: Some(cut) })
-                .unwrap();
+        let cuda = Cuda::open(&devices.found[0], &options(cut)).unwrap();
         for (i, (heads, lens)) in shapes.iter().enumerate() {
             for (j, cosine) in [0.0, 0.2, 0.5, 0.8, 0.9, 0.94, 0.98, 1.0].into_iter().enumerate() {
                 let batch = alike(*heads, lens, cosine, (i + j) % 3 == 0, 300 + (i + j) as u64);
@@ -147,9 +147,7 @@ fn gradients() {
         other => panic!("GATEDELTA_TEST_STORE {other:?}: expected f16 or bf16"),
     };
     let devices = Cuda::enumerate();
-    let open = |cut| {
-        Cuda::open(&devices.found[0], &OpenOptions { hopper: true, hopper_grad: true, hopper_cut: Some(cut) }).unwrap()
-    };
+    let open = |cut| Cuda::open(&devices.found[0], &options(cut)).unwrap();
     let (cuda, cuts) = (open(0), open(8));
     let mod_heads = Heads::new(2, 4, 64, 64, HeadMap::Mod).unwrap();
     // Those that are to be cut are long enough for segments that are warmed up, and joined by transitions.

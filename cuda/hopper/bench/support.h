@@ -111,8 +111,8 @@ inline void describe() {
     printf("%s, %d multiprocessors\n", p.name, p.multiProcessorCount);
 }
 
-// A row-major matrix of 16-bit numbers in boxes of [64, 64], swizzled.
-inline CUtensorMap tensor_map(void* p, uint64_t rows, uint64_t columns, bool f16) {
+// A row-major matrix in boxes of `box_rows` rows of 128 bytes, swizzled.
+inline CUtensorMap tensor_boxes(void* p, uint64_t rows, uint64_t columns, CUtensorMapDataType type, unsigned box_rows) {
     typedef CUresult (*Encode)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
                                const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
     static Encode encode = nullptr;
@@ -122,12 +122,18 @@ inline CUtensorMap tensor_map(void* p, uint64_t rows, uint64_t columns, bool f16
         if (found != cudaDriverEntryPointSuccess) fprintf(stderr, "cuTensorMapEncodeTiled not found\n"), exit(3);
     }
     CUtensorMap m;
-    cuuint64_t dims[2] = {columns, rows ? rows : 1}, strides[1] = {columns * 2};
-    cuuint32_t box[2] = {64, 64}, step[2] = {1, 1};
-    CUresult e = encode(&m, f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, p, dims, strides, box, step,
+    const unsigned size = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
+    cuuint64_t dims[2] = {columns, rows ? rows : 1}, strides[1] = {columns * size};
+    cuuint32_t box[2] = {128 / size, box_rows}, step[2] = {1, 1};
+    CUresult e = encode(&m, type, 2, p, dims, strides, box, step,
                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (e != CUDA_SUCCESS) fprintf(stderr, "cuTensorMapEncodeTiled: %d\n", (int)e), exit(3);
     return m;
+}
+
+// A row-major matrix of 16-bit numbers in boxes of [64, 64], swizzled.
+inline CUtensorMap tensor_map(void* p, uint64_t rows, uint64_t columns, bool f16) {
+    return tensor_boxes(p, rows, columns, f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 64);
 }
 
 // Milliseconds of the work as a replayed graph, the L2 overwritten before each run: the median.
@@ -278,7 +284,12 @@ inline void describe() { printf("the stand-in for a GPU\n"); }
 inline void finish(const char* name) {
     if (cudaDeviceSynchronize() != cudaSuccess) printf("FAIL %s: a launch came to no end\n", name), exit(4);
 }
-inline CUtensorMap tensor_map(void* p, uint64_t rows, uint64_t columns, bool) { return {(const char*)p, columns, rows ? rows : 1, columns * 2, 64, 64, {}}; }
+enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_FLOAT32, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 };
+inline CUtensorMap tensor_boxes(void* p, uint64_t rows, uint64_t columns, CUtensorMapDataType type, unsigned box_rows) {
+    const uint64_t size = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
+    return {(const char*)p, columns, rows ? rows : 1, columns * size, (uint32_t)(128 / size), box_rows, size, {}};
+}
+inline CUtensorMap tensor_map(void* p, uint64_t rows, uint64_t columns, bool) { return tensor_boxes(p, rows, columns, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 64); }
 inline void make_rows(void* p, int rows, int width, bool f16, uint64_t seed, bool unit, float scale, float spread) {
     for (size_t row = 0; row < (size_t)rows; row++) {
         auto x = [&](int i) { return (1 - spread) * normal(seed, row * width + i) + spread * normal(seed + 77, i); };

@@ -219,6 +219,8 @@ pub(super) fn carry_bytes(k: u32) -> u32 {
 pub(super) struct Hopper {
     on: bool,
     grad: bool,
+    /// Whether products with weights go to its kernels, see [`super::hopper_matmul`].
+    pub(super) matmul: bool,
     /// See [`special`].
     pub(super) cut: Option<u32>,
     /// By name and bytes of shared memory.
@@ -235,8 +237,8 @@ struct Scratch {
 }
 
 impl Hopper {
-    pub(super) fn new(on: bool, grad: bool, cut: Option<u32>) -> Self {
-        Hopper { on, grad, cut, functions: Mutex::default(), scratch: Mutex::default() }
+    pub(super) fn new(on: bool, grad: bool, matmul: bool, cut: Option<u32>) -> Self {
+        Hopper { on, grad, matmul, cut, functions: Mutex::default(), scratch: Mutex::default() }
     }
 
     /// Whether the kernels are used where they apply, for a prefill.
@@ -307,8 +309,12 @@ impl Hopper {
             return Ok(found.clone());
         }
         let most = functions.keys().filter(|(other, _)| other == name).map(|(_, bytes)| *bytes).max();
-        let grad = ["hopper_grad", "hopper_keep", "hopper_reverse"].iter().any(|start| name.starts_with(start));
-        let family = if grad { "hopper_grad" } else { "hopper" };
+        let starts = |starts: &[&str]| starts.iter().any(|start| name.starts_with(start));
+        let family = match () {
+            _ if starts(&["hopper_grad", "hopper_keep", "hopper_reverse"]) => "hopper_grad",
+            _ if starts(&["hopper_matmul"]) => "hopper_matmul",
+            _ => "hopper",
+        };
         let function = shared.images.function(&shared.fault, &shared.caps.name, family, name)?;
         for (i, expected) in sizes.iter().enumerate() {
             let (mut offset, mut found) = (0, 0);
@@ -473,29 +479,31 @@ pub(super) fn map_of(
     let (off, stride) = (get("off"), get("stride"));
     // The last row may be cut off behind its numbers.
     let rows = (launch.args[i].bytes / 2).saturating_sub(off + u64::from(width)) / stride.max(1) + 1;
-    Ok(tensor_map(shared, address + 2 * off, rows, width.into(), stride, f16)?.opaque)
+    let dtype = if f16 { Dtype::F16 } else { Dtype::Bf16 };
+    Ok(tensor_map(shared, address + 2 * off, [rows, width.into()], stride, dtype, [64, 64])?.opaque)
 }
 
-/// Rows of 16-bit numbers, `stride` from one to the next, as the copy engine takes them: in boxes of `[64, 64]`, swizzled.
-fn tensor_map(
+/// `[rows, width]` numbers, `stride` from one row to the next, as the copy engine takes them: in boxes of so many rows of 128 bytes, swizzled.
+pub(super) fn tensor_map(
     shared: &Shared,
     address: u64,
-    rows: u64,
-    width: u64,
+    [rows, width]: [u64; 2],
     stride: u64,
-    f16: bool,
+    dtype: Dtype,
+    [box_rows, box_width]: [u32; 2],
 ) -> Result<sys::CUtensorMap> {
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    let dtype = match f16 {
-        true => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        false => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+    let code = match dtype {
+        Dtype::F32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        Dtype::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        Dtype::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
     };
-    let (sizes, strides, side, steps) = ([width, rows], [2 * stride], [64, 64], [1, 1]);
+    let (sizes, strides, side, steps) = ([width, rows], [dtype.size() * stride], [box_width, box_rows], [1, 1]);
     // SAFETY: the driver reads as many numbers as there are dimensions, and writes the map.
     let code = unsafe {
         sys::cuTensorMapEncodeTiled(
             &mut map,
-            dtype,
+            code,
             2,
             address as *mut std::ffi::c_void,
             sizes.as_ptr(),

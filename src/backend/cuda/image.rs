@@ -37,6 +37,7 @@ static FAMILIES: &[(&str, &[u8])] = compiled![
     "gdn_step",
     "hopper",
     "hopper_grad",
+    "hopper_matmul",
     "matmul",
     "matmul_mma",
     "matvec",

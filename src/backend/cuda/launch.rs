@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys::{self, CUfunction, CUresult};
 
-use super::{Shared, choose, hopper, hopper_grad, lock};
+use super::{Shared, choose, hopper, hopper_grad, hopper_matmul, lock};
 use crate::backend::cut;
 use crate::error::{Error, Result};
 use crate::kernel::Access;
@@ -141,6 +141,12 @@ fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
             let addresses = own.iter().map(|launch| self::addresses(shared, launch)).collect::<Result<Vec<_>>>()?;
             shared.hopper.grad_calls(shared, &special, own, pass.exact, &addresses, &mut calls)?;
             done = i + special.launches;
+            continue;
+        }
+        if shared.hopper.matmul
+            && let Some(product) = hopper_matmul::product(launch, shared.multiprocessors)
+        {
+            calls.push(hopper_matmul::call(shared, &product, launch, &addresses)?);
             continue;
         }
         let variant = shared.variants.get(shared, launch)?;

@@ -38,6 +38,9 @@ pub struct OpenOptions {
     /// Chunks of 64 tokens in the segments that they cut sequences into, 0 for never; none: as is best for the device. The
     /// environment variable `GATEDELTA_HOPPER_CUT`.
     pub hopper_cut: Option<u32>,
+    /// Use the matrix product for Hopper where it applies: sm_90, bf16 weights. It splits x as the general kernel does and is as exact. On unless
+    /// the environment variable `GATEDELTA_HOPPER_MATMUL` is 0.
+    pub hopper_matmul: bool,
 }
 
 impl Default for OpenOptions {
@@ -47,6 +50,7 @@ impl Default for OpenOptions {
             hopper: is("0").is_none_or(|off| !off),
             hopper_grad: is("1").is_some_and(|on| on),
             hopper_cut: std::env::var("GATEDELTA_HOPPER_CUT").ok().and_then(|v| v.parse().ok()),
+            hopper_matmul: std::env::var_os("GATEDELTA_HOPPER_MATMUL").is_none_or(|v| v != "0"),
         }
     }
 }
@@ -122,6 +126,7 @@ impl Cuda {
             hopper: hopper::Hopper::new(
                 options.hopper && found.arch == 90,
                 options.hopper_grad && found.arch == 90,
+                options.hopper_matmul && found.arch == 90,
                 options.hopper_cut,
             ),
             staging: Mutex::default(),

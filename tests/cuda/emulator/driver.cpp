@@ -289,16 +289,17 @@ CU cuFuncGetParamInfo(void* f, size_t i, size_t* offset, size_t* bytes) {
 }
 CU cuFuncSetAttribute(void*, int, int) { return SUCCESS; }
 
-// Rows of 16-bit numbers in boxes of 64 a row, swizzled: what the kernels use.
+// Rows of f32 or 16-bit numbers in boxes of 128 bytes a row, swizzled: what the kernels use.
 CU cuTensorMapEncodeTiled(CUtensorMap* map, int type, unsigned dimensions, void* base, const uint64_t* sizes, const uint64_t* strides,
                           const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int, int fill) {
     Lock lock(device);
-    const int F16 = 6, BF16 = 9, SWIZZLE_128B = 3;
-    if ((type != F16 && type != BF16) || dimensions != 2 || interleave != 0 || swizzle != SWIZZLE_128B || fill != 0) return INVALID_VALUE;
-    if (steps[0] != 1 || steps[1] != 1 || box[0] != 64 || box[1] == 0 || box[1] > 256) return INVALID_VALUE;
+    const int F16 = 6, F32 = 7, BF16 = 9, SWIZZLE_128B = 3;
+    const uint64_t size = type == F32 ? 4 : 2;
+    if ((type != F16 && type != F32 && type != BF16) || dimensions != 2 || interleave != 0 || swizzle != SWIZZLE_128B || fill != 0) return INVALID_VALUE;
+    if (steps[0] != 1 || steps[1] != 1 || box[0] * size != 128 || box[1] == 0 || box[1] > 256) return INVALID_VALUE;
     if ((uintptr_t)base % 16 != 0 || strides[0] % 16 != 0 || sizes[0] == 0 || sizes[1] == 0) return INVALID_VALUE;
-    if (!is_device(base, (sizes[1] - 1) * strides[0] + sizes[0] * 2)) return INVALID_VALUE;
-    *map = {(const char*)base, sizes[0], sizes[1], strides[0], box[0], box[1], {}};
+    if (!is_device(base, (sizes[1] - 1) * strides[0] + sizes[0] * size)) return INVALID_VALUE;
+    *map = {(const char*)base, sizes[0], sizes[1], strides[0], box[0], box[1], size, {}};
     return SUCCESS;
 }
 CU cuLaunchKernel(void* f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared, void*,

@@ -69,18 +69,24 @@ bool mbar_try(uint32_t bar, uint32_t parity) {
     return barrier(bar).phase != parity;
 }
 
+// Rows of 128 bytes, their units of 16 swizzled.
+static void swizzled_box(uint32_t at, const CUtensorMap* map) {
+    if (at % 1024 == 0 && map->box_width * map->size == 128) return;
+    fprintf(stderr, "emulator: a swizzled box of 128 bytes a row starts at a multiple of 1024 bytes, not %u\n", at);
+    abort();
+}
+static uint32_t in_box(uint32_t row, uint32_t byte) { return row * 128 + (byte ^ (row % 8) << 4); }
+
 void tma_load(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t bar) {
-    if (dst % 1024 != 0 || map->box_width != 64) {
-        fprintf(stderr, "emulator: a swizzled box of 64 numbers a row starts at a multiple of 1024 bytes, not %u\n", dst);
-        abort();
-    }
+    swizzled_box(dst, map);
+    const uint32_t size = (uint32_t)map->size;
     for (uint32_t row = 0; row < map->box_rows; row++)
-        for (uint32_t n = 0; n < 64; n++) {
+        for (uint32_t n = 0; n < map->box_width; n++) {
             const long long r = (long long)y + row, c = (long long)x + n;
             const bool inside = r >= 0 && c >= 0 && r < (long long)map->rows && c < (long long)map->width;
-            char* to = shared(dst + row * 128 + (((n / 8) ^ (row % 8)) << 4) + n % 8 * 2);
-            if (inside) memcpy(to, map->base + r * map->stride + c * 2, 2);
-            else memset(to, 0, 2);
+            char* to = shared(dst + in_box(row, n * size));
+            if (inside) memcpy(to, map->base + r * map->stride + c * size, size);
+            else memset(to, 0, size);
         }
     came(bar, map->box_rows * 128);
 }
@@ -126,10 +132,11 @@ void leave(const Leaving& l) {
         return;
     }
     for (uint32_t row = 0; row < l.map->box_rows; row++)
-        for (uint32_t n = 0; n < 64; n++) {
+        for (uint32_t n = 0; n < l.map->box_width; n++) {
             const long long r = (long long)l.y + row, c = (long long)l.x + n;
+            const uint32_t size = (uint32_t)l.map->size;
             if (r < 0 || c < 0 || r >= (long long)l.map->rows || c >= (long long)l.map->width) continue;
-            memcpy((char*)l.map->base + r * l.map->stride + c * 2, shared(l.src + row * 128 + (((n / 8) ^ (row % 8)) << 4) + n % 8 * 2), 2);
+            memcpy((char*)l.map->base + r * l.map->stride + c * size, shared(l.src + in_box(row, n * size)), size);
         }
 }
 
@@ -144,10 +151,7 @@ void bulk_store(void* dst, uint32_t src, uint32_t bytes) {
 }
 
 void tma_store(const CUtensorMap* map, int x, int y, uint32_t src) {
-    if (src % 1024 != 0 || map->box_width != 64) {
-        fprintf(stderr, "emulator: a swizzled box of 64 numbers a row starts at a multiple of 1024 bytes, not %u\n", src);
-        abort();
-    }
+    swizzled_box(src, map);
     leaving().push_back({map, x, y, nullptr, src, 0, false});
 }
 

@@ -24,12 +24,13 @@
     static const char name##_key = 0;     \
     Type* name = (Type*)emulator::shared_memory(&name##_key, sizeof(Type) * (count))
 
-// Rows of 16-bit numbers, as the copy engine takes them: what cuTensorMapEncodeTiled of the stand-in writes.
+// Rows of numbers of 2 or 4 bytes, as the copy engine takes them: what cuTensorMapEncodeTiled of the stand-in writes.
 struct alignas(64) CUtensorMap {
     const char* base;
     uint64_t width, rows, stride;  // numbers, rows, bytes
     uint32_t box_width, box_rows;
-    uint64_t rest[11];
+    uint64_t size;  // bytes of a number
+    uint64_t rest[10];
 };
 static_assert(sizeof(CUtensorMap) == 128, "as the driver's");
 
@@ -92,6 +93,7 @@ void copies_wait() {
 inline float shared_f32(uint32_t at) { return *(const float*)(emulator::shared_base() + at); }
 inline float2 shared_f32x2(uint32_t at) { return *(const float2*)(emulator::shared_base() + at); }
 inline uint4 shared_16(uint32_t at) { return *(const uint4*)(emulator::shared_base() + at); }
+inline void shared_put_f32(uint32_t at, float x) { memcpy(emulator::shared_base() + at, &x, 4); }
 inline void shared_zero_16(uint32_t at) { memset(emulator::shared_base() + at, 0, 16); }
 
 void ldsm_trans(uint32_t (&r)[4], uint32_t addr);
