@@ -36,10 +36,14 @@ __device__ __forceinline__ void step(const row::gdn_step::Launch& l) {
     const uint4 seq = ((const uint4*)l.m.seqs)[cell.x];  // first token, tokens, slot, 0
     const float* g = (const float*)l.m.g;                // [T, Hv]
     const float* beta = (const float*)l.m.beta;          // [T, Hv]
-    float* state = (float*)l.m.state + (((size_t)seq.z * hv + head) * dk + row0) * dv + column;
+    auto state_of = [&](u32 slot) { return (float*)l.m.state + (((size_t)slot * hv + head) * dk + row0) * dv + column; };
 
+    // Slots are mostly 0, 1, 2, ..: asked for as such before the table is there, which takes as long as the state itself. There are at least as
+    // many slots as rows of the table.
     float4 s[ROWS];
-    State::load(s, state, row0, dk, dv);
+    State::load(s, state_of(cell.x), row0, dk, dv);
+    float* state = state_of(seq.z);
+    if (seq.z != cell.x) State::load(s, state, row0, dk, dv);
     for (u32 i = 0; i < seq.y; i++) {
         const size_t t = (size_t)seq.x + i, gate = l.p.g_off + t * hv + head;
         const size_t q0 = l.p.q_off + t * l.p.q_stride + (size_t)head_k * dk + row0;

@@ -100,8 +100,7 @@ __device__ __forceinline__ void form(const float (&kk)[32], const float (&qk)[32
     }
 }
 
-// The thread's share of the sum over j < i of (G_ij kk_ij)^2, less CANCELS times that over i of kk_ii^2; G only if GATED.
-template <bool GATED>
+// The thread's share of the sum over j < i of (G_ij kk_ij)^2, less CANCELS times that over i of kk_ii^2.
 __device__ __forceinline__ float excess(const float (&kk)[32], const float* c, int warp, int lane) {
     const int i = lane >> 2, j = lane & 3, row0 = 16 * warp + i, row1 = row0 + 8;
     float sum = 0.f;
@@ -111,9 +110,9 @@ __device__ __forceinline__ float excess(const float (&kk)[32], const float* c, i
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             const int col = 16 * x + 8 * n + 2 * j;
-            const float2 cc = GATED ? *(const float2*)(c + col) : make_float2(0.f, 0.f);
+            const float2 cc = *(const float2*)(c + col);
             auto add = [&](int row, int column, float y, float cj) {
-                if (GATED) y *= exp2_fast(c[row] - cj);
+                y *= exp2_fast(c[row] - cj);
                 // Above the diagonal y may be infinite.
                 if (row > column) sum = fmaf(y, y, sum);
                 if (row == column) sum = fmaf(y, -CANCELS * y, sum);
@@ -123,6 +122,14 @@ __device__ __forceinline__ float excess(const float (&kk)[32], const float* c, i
         }
     }
     return sum;
+}
+
+// The same without G, of which kk's symmetry makes half a sum over all of it; `diagonal` are the kk_ii^2 that the thread has.
+__device__ __forceinline__ float excess_without_gates(const float (&kk)[32], float diagonal) {
+    float sum[4] = {};
+#pragma unroll
+    for (int n = 0; n < 32; n++) sum[n % 4] = fmaf(kk[n], kk[n], sum[n % 4]);
+    return 0.5f * ((sum[0] + sum[1]) + (sum[2] + sum[3])) - (0.5f + CANCELS) * diagonal;
 }
 
 // The sum of a warp's threads to `to` [4 warps].
@@ -194,10 +201,10 @@ __device__ __forceinline__ void row_factors(float* vec, const float* c, int row,
     if (row == 0) vec[VEC_LAST] = exp2_fast(last), vec[VEC_TOTAL] = last;
 }
 
-// Block column `warp` of A = X diag(beta) to `a_at`; for the backward of X, with zeros above it. `low`, unless null: what rounding A leaves, in
+// Block column `warp` of A = X diag(beta) to `a_at`; for the backward of X, with zeros above it. LOW: what rounding A leaves to `low`, in
 // memory, laid out as in the image. L X is then a small sum of large terms, and what rounding X to TF32 leaves is multiplied, too: without,
 // 5.4e-3 were seen in o, with 3.1e-3 (all keys equal, beta 1). That of L, whose numbers are then nearly the same, and rounded alike, is not.
-template <class I, Lie LIE>
+template <class I, Lie LIE, bool LOW = false>
 __device__ __forceinline__ void invert(const float* l, const float* d, const float* beta, uint32_t a_at, char* low, int warp, int lane) {
     constexpr bool GRAD = LIE == Lie::PANEL;
     const int i = lane >> 2, j = lane & 3;
@@ -216,7 +223,7 @@ __device__ __forceinline__ void invert(const float* l, const float* d, const flo
                 float2 x = *(const float2*)(src + (8 * n + i) * stride + 8 * s + 2 * j);
                 mma_tf32(dst[n], left, tf32(x.x), tf32(x.y));
             }
-            if (!GRAD && low != nullptr) {
+            if constexpr (LOW) {
                 const uint32_t rest[4] = {rest_tf32(a[s][0]), rest_tf32(a[s][2]), rest_tf32(a[s][1]), rest_tf32(a[s][3])};
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
@@ -255,7 +262,7 @@ __device__ __forceinline__ void invert(const float* l, const float* d, const flo
         }
         stsm_trans(to, I::pack(y[b][0][0] * b0, y[b][0][1] * b0), I::pack(y[b][0][2] * b1, y[b][0][3] * b1), I::pack(y[b][1][0] * b0, y[b][1][1] * b0),
                    I::pack(y[b][1][2] * b1, y[b][1][3] * b1));
-        if (!GRAD && low != nullptr) {
+        if constexpr (LOW) {
 #pragma unroll
             for (int n = 0; n < 2; n++)
 #pragma unroll

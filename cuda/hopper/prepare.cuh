@@ -115,19 +115,19 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
     const int row0 = 16 * warp + i, row1 = row0 + 8;
     fold_norms(kk, rk[row0], rk[row1], rk, j);
     fold_norms(qk, rq[row0] * p.scale, rq[row1] * p.scale, rk, j);
+    // The diagonal lies in blocks 2 warp and 2 warp + 1 of 8 columns.
+    float diagonal = 0.f;
 #pragma unroll
-    for (int b = 0; b < 8; b++) {
-        int col = 8 * b + 2 * j;
-        if (row0 == col) square[row0] = kk[4 * b];
-        if (row0 == col + 1) square[row0] = kk[4 * b + 1];
-        if (row1 == col) square[row1] = kk[4 * b + 2];
-        if (row1 == col + 1) square[row1] = kk[4 * b + 3];
-    }
+    for (int x = 0; x < 4; x++)
+        if (x == warp && j == i >> 1) {
+            const float d0 = i & 1 ? kk[8 * x + 1] : kk[8 * x], d1 = i & 1 ? kk[8 * x + 7] : kk[8 * x + 6];
+            square[row0] = d0, square[row1] = d1;
+            diagonal = d0 * d0 + d1 * d1;
+        }
     // As G <= 1, no value head's sums cancel where those without gates do not: mostly none do, and nothing more is asked.
-    // Of a single value head, with the gates at once.
     float* sums = (float*)(smem + M::SUMS);
     auto positive = [](const float* x) { return x[0] + x[1] + x[2] + x[3] > 0.f; };
-    if constexpr (ASKS) share_sum(excess<ONE>(kk, gates, warp, lane), sums, warp, lane);
+    if constexpr (ASKS) share_sum(excess_without_gates(kk, diagonal), sums, warp, lane);
 
     for (int m = 0; m < group; m++) {
         const int h = ONE ? kh : p.mod ? kh + m * p.hk : kh * group + m;
@@ -143,8 +143,8 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         char* low = nullptr;
         if constexpr (ASKS) {
             bool cancels = positive(sums);
-            if (!ONE && cancels) {
-                share_sum(excess<true>(kk, c, warp, lane), sums + 4, warp, lane);
+            if (cancels) {
+                share_sum(excess(kk, c, warp, lane), sums + 4, warp, lane);
                 __syncthreads();
                 cancels = positive(sums + 4);
             }
@@ -170,7 +170,11 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
             if (lane == 0) vec[VEC_GROWS + row / 32] = grows;
         }
         __syncthreads();
-        invert<I, LIE>(l, d, beta, image + (GRAD ? GRAD_C : IMAGE_A), low == nullptr ? nullptr : low + LOW_A, warp, lane);
+        const uint32_t a_at = image + (GRAD ? GRAD_C : IMAGE_A);
+        if (ASKS && low != nullptr)
+            invert<I, LIE, ASKS>(l, d, beta, a_at, low + LOW_A, warp, lane);
+        else
+            invert<I, LIE>(l, d, beta, a_at, nullptr, warp, lane);
         fence_proxy();
         __syncthreads();
         if (tid == 0) {
