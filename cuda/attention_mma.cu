@@ -7,8 +7,8 @@
 // The units multiply numbers of 16 bits. Each operand is a sum of f16 parts: two of Q, P and f32 keys and values, which hold 22 bits, and
 // one of 16-bit keys and values, which are exact there. f16 has a small range, so that first a row of Q, K or V is multiplied by a power
 // of two that brings its largest number to [2^14, 2^15): what the second part then leaves is 2^-22 of a number, or 2^-40 of the row's
-// largest. Products of two second parts are left out. The units add up with truncation: short sums of theirs go
-// into sums that are rounded, and the products with second parts have sums of their own.
+// largest. Products of two second parts are left out. The units add up with truncation: short sums of theirs go into sums that are rounded,
+// and the products with second parts have sums of their own.
 //
 // 8 warps share a tile of 64 query rows: warp w has 16 of them, and half of D, of S's inner index as of the columns of acc. So Q and acc
 // stay in registers; the two warps of the same rows exchange their parts of S, and both have all of P. Keys and values come to shared
@@ -19,7 +19,7 @@
 constexpr u32 QR = 64;
 constexpr u32 THREADS = 256;
 constexpr u32 WARPS = THREADS / 32;
-constexpr u32 BF16 = 2;  // code of the type
+constexpr u32 BF16 = 2;        // code of the type
 constexpr u32 TILES = KT / 8;  // of S, [16, 8] each, in a warp
 
 // The power of two that a row is in units of, for its largest number.

@@ -3,6 +3,7 @@
 //
 //   nvcc -std=c++17 -O3 -gencode arch=compute_80,code=sm_90 -o attention cuda/bench/attention.cu && ./attention [check|time]
 //
+// The check runs without a GPU too, if slowly, as those of hopper/bench do (tests/cuda/emulator/runtime.h).
 // time: a pass of so many tokens at a position over the pages of a cache, all launches of one layer; `wanted`: blocks that a page is cut
 // into (src/tune.rs). TFLOP/s count 4 D for each query row and key that it sees, once, whatever the parts of operands.
 #include "../hopper/bench/support.h"
@@ -46,18 +47,27 @@ static Kernel kernel_of(bool mma, int type) {
     return {all[type], 32, 128, 0};
 }
 
-static float stored(int type, float x, uint16_t* bits = nullptr) {
-    if (type == 0) return x;
-    uint16_t b;
-    if (type == 1) {
-        const __half h = __float2half_rn(x);
-        memcpy(&b, &h, 2), x = __half2float(h);
-    } else {
-        const __nv_bfloat16 h = __float2bfloat16_rn(x);
-        memcpy(&b, &h, 2), x = __bfloat162float(h);
-    }
-    if (bits) *bits = b;
-    return x;
+static float stored(int type, float x, uint16_t* bits) {
+#ifdef GATEDELTA_EMULATOR
+    *bits = type == 1 ? F16::stored(x) : Bf16::stored(x);
+    return type == 1 ? F16::number(*bits) : Bf16::number(*bits);
+#else
+    const __half_raw half = __float2half_rn(x);
+    const __nv_bfloat16_raw brain = __float2bfloat16_rn(x);
+    *bits = type == 1 ? half.x : brain.x;
+    return type == 1 ? __half2float(half) : __bfloat162float(brain);
+#endif
+}
+
+static void launch(const Kernel& kernel, u32 x, u32 y, u32 z, row::attend::Launch& l, cudaStream_t stream) {
+#ifdef GATEDELTA_EMULATOR
+    const uint32_t grid[3] = {x, y, z};
+    if (!emulator::run_grid((void (*)(const void*))kernel.body, &l, grid, kernel.threads, kernel.bytes)) emulator_error() = 1;
+#else
+    void* args[] = {&l};
+    CHECK(cudaFuncSetAttribute(kernel.body, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)kernel.bytes));
+    CHECK(cudaLaunchKernel(kernel.body, dim3(x, y, z), dim3(kernel.threads), args, kernel.bytes, stream));
+#endif
 }
 
 // Numbers that are about normal, the same for the same seed.
@@ -130,10 +140,7 @@ struct Pass {
             l.c = {D, (u32)type, kernel.tile, KT, kernel.threads};
             l.p = {tokens, heads, kv, p.start, std::min(p.len, from + tokens - p.start), p.span, p.slot0, slots, 0.0625f};
             const u32 rows = tokens * (heads / kv);
-            void* args[] = {&l};
-            CHECK(cudaFuncSetAttribute(kernel.body, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)kernel.bytes));
-            CHECK(cudaLaunchKernel(kernel.body, dim3((rows + kernel.tile - 1) / kernel.tile, kv, p.splits), dim3(kernel.threads), args,
-                                   kernel.bytes, stream));
+            launch(kernel, (rows + kernel.tile - 1) / kernel.tile, kv, p.splits, l, stream);
         }
     }
     vector<float> read() {
@@ -151,7 +158,8 @@ struct Pass {
         double difference = 0, size = 0;
         const u32 some = std::min(tokens * heads, 96u);
         for (u32 n = 0; n < some; n++) {
-            const u32 at = (u32)((uint64_t)n * (tokens * heads - 1) / std::max(1u, some - 1)), t = at / heads, h = at % heads, c = h / (heads / kv);
+            const u32 at = (u32)((uint64_t)n * (tokens * heads - 1) / std::max(1u, some - 1));
+            const u32 t = at / heads, h = at % heads, c = h / (heads / kv);
             vector<double> score(from + t + 1), y(D, 0), sum(D, 0);
             double most = -1e300, l = 0, m = -1e300, total = 0;
             for (u32 p = 0; p <= from + t; p++) {
@@ -204,8 +212,8 @@ static int check() {
                 }
                 const double e = pass.error(out[0]);
                 const bool same = memcmp(out[0].data(), out[1].data(), out[0].size() * 4) == 0, good = e <= 1e-5 && same;
-                printf("%s %-4s %-7s %4u tokens at %4u, %u/%u, q x %.0f: %.2e%s\n", good ? "ok  " : "FAIL", NAMES[type], mma ? "matrix" : "general",
-                       c.tokens, c.from, c.heads, c.kv, c.sharp, e, same ? "" : ", other bits the second time");
+                printf("%s %-4s %-7s %4u tokens at %4u, %u/%u, q x %.0f: %.2e%s\n", good ? "ok  " : "FAIL", NAMES[type],
+                       mma ? "matrix" : "general", c.tokens, c.from, c.heads, c.kv, c.sharp, e, same ? "" : ", other bits the second time");
                 fflush(stdout);
                 failed += !good;
             }
@@ -213,6 +221,7 @@ static int check() {
     return failed != 0;
 }
 
+#ifndef GATEDELTA_EMULATOR
 static void time_all() {
     printf("8/2 heads, dim %u; ms of one layer's launches, TFLOP/s\n", D);
     for (int type : {0, 2})
@@ -232,11 +241,15 @@ static void time_all() {
             }
 }
 
+#endif
+
 int main(int argc, char** argv) {
     const std::string what = argc > 1 ? argv[1] : "all";
     describe();
     int failed = 0;
     if (what != "time") failed = check();
+#ifndef GATEDELTA_EMULATOR
     if (what != "check") time_all();
+#endif
     return failed;
 }
