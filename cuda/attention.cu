@@ -1,8 +1,9 @@
-// Softmax attention of a model: norms and rotary of queries and keys, partial results over one page of the caches, their merge.
+// Softmax attention of a model: norms and rotary of queries and keys, partial results of few query rows over one page of the caches
+// (of more: attention_mma.cu), the merge.
+#include "attend.cuh"
 #include "reduce.cuh"
 
 constexpr u32 MOST_DIM = 256;
-constexpr float NOTHING = -3e38f;
 
 struct Row {
     float x[MOST_DIM];
@@ -53,12 +54,10 @@ KERNEL(attn_prepare_bf16, attn_prepare, MOST_THREADS) { attn_prepare<Bf16>(l); }
 
 // Causal softmax attention over one page of the caches, as partial results: m, l and acc per query row and split.
 //
-// Query row r of key head c is head c * group + r % group of token r / group. A block carries QR query rows over the keys of a split, KT
-// at a time:
+// A block carries QR query rows over the keys of a split, KT at a time:
 //   S = scale Q K^T, masked     m' = max(m, rowmax S)     P = exp(S - m')
 //   l <- exp(m - m') l + rowsum P     acc <- exp(m - m') acc + P V
 // DP is D rounded up to what the kernel is compiled for.
-constexpr u32 KT = 32;
 constexpr u32 DEPTH = 8;          // width of a slice of q and k, in fours
 constexpr u32 WIDTH = DEPTH + 1;  // of a row there: neighbouring rows do not meet in a bank
 
@@ -83,27 +82,14 @@ __device__ __forceinline__ void attend(const row::attend::Launch& l) {
     constexpr u32 OX = DP / 8, OY = LANES / OX, OUT = (QR + OY - 1) / OY;
     static_assert(REG_Q * SY == QR && PER_ROW * QR == LANES && OY > 0, "threads share rows evenly");
 
-    const uint3 cell = cell_of(l);
-    const u32 lane = threadIdx.x, head = cell.y, dim = l.c.dim, kv = l.p.kv_heads, tokens = l.p.tokens;
-    const u32 group = l.p.heads / kv, row0 = cell.x * QR, rows = tokens * group;
-    const u32* pos = (const u32*)l.m.pos;
-    const typename T::Raw* k_cache = (const typename T::Raw*)l.m.k_cache + (size_t)head * dim;  // [page_len, kv, D], of this head
-    const typename T::Raw* v_cache = (const typename T::Raw*)l.m.v_cache + (size_t)head * dim;
-    const size_t place_stride = (size_t)kv * dim;
-    auto query_of = [&](u32 r) { return (size_t)(r / group) * l.p.heads + head * group + r % group; };
-    // Places of the page that a token sees.
-    auto seen = [&](u32 token) {
-        const u32 end = pos[token] + 1;
-        return end < l.p.page_start ? 0 : end - l.p.page_start;
-    };
-
-    const u32 first = cell.z * l.p.span;
-    u32 most_seen = 0;
-    for (u32 i = row0 / group; i <= (min(row0 + QR, rows) - 1) / group; i++) most_seen = max(most_seen, seen(i));
-    const u32 end = min(first + l.p.span, min(most_seen, l.p.page_len));
+    const Cell<QR> cell(l);
+    const u32 lane = threadIdx.x, dim = l.c.dim, end = cell.end;
+    const typename T::Raw* k_cache = cell.template cache<typename T::Raw>(l.m.k_cache);  // [page_len, kv, D], of this head
+    const typename T::Raw* v_cache = cell.template cache<typename T::Raw>(l.m.v_cache);
+    const size_t place_stride = cell.place_stride();
 
     const u32 own = lane / PER_ROW, own_part = lane % PER_ROW;
-    const u32 own_end = min(seen(min((row0 + own) / group, tokens - 1)), end);
+    const u32 own_end = cell.end_of(own);
     float m = NOTHING, sum = 0.f;  // sum: of this thread's keys alone
     const u32 sx = lane % SX, sy = lane / SX, ox = lane % OX, oy = lane / OX;
     const bool in_dim = ox * 8 < dim;
@@ -113,7 +99,7 @@ __device__ __forceinline__ void attend(const row::attend::Launch& l) {
 #pragma unroll
         for (u32 j = 0; j < 8; j++) acc[i][j] = 0.f;
 
-    for (u32 k0 = first; k0 < end; k0 += KT) {
+    for (u32 k0 = cell.first; k0 < end; k0 += KT) {
         // S = scale Q K^T
         float s[REG_Q][2];
 #pragma unroll
@@ -122,8 +108,8 @@ __device__ __forceinline__ void attend(const row::attend::Launch& l) {
             __syncthreads();
             for (u32 e = lane; e < QR * DEPTH; e += LANES) {
                 const u32 r = e / DEPTH, at = depth + e % DEPTH;
-                const bool valid = row0 + r < rows && at < dim / 4;
-                const float4 q = valid ? *(const float4*)((const float*)l.m.q + query_of(row0 + r) * dim + 4 * at) : four(0.f);
+                const bool valid = cell.valid(r) && at < dim / 4;
+                const float4 q = valid ? *(const float4*)(cell.q(r) + 4 * at) : four(0.f);
                 t.q[r * WIDTH + e % DEPTH] = l.p.scale * q;
             }
             for (u32 e = lane; e < KT * DEPTH; e += LANES) {
@@ -199,12 +185,11 @@ __device__ __forceinline__ void attend(const row::attend::Launch& l) {
     t.row[lane] = sum;
     if (own_part == 0) t.decay[own] = m;
     __syncthreads();
-    float* part = (float*)l.m.part;  // [T, heads, slots, D + 2]
 #pragma unroll
     for (u32 i = 0; i < OUT; i++) {
         const u32 r = oy + i * OY;
-        if (r >= QR || row0 + r >= rows || !in_dim) continue;
-        float* to = part + (query_of(row0 + r) * l.p.slots + l.p.slot0 + cell.z) * (dim + 2);
+        if (r >= QR || !cell.valid(r) || !in_dim) continue;
+        float* to = cell.part(r);
 #pragma unroll
         for (u32 j = 0; j < 8; j++) to[2 + ox * 8 + j] = acc[i][j];
         if (ox == 0) {
@@ -217,10 +202,9 @@ __device__ __forceinline__ void attend(const row::attend::Launch& l) {
     }
 }
 
-#define ATTEND_KERNELS(NAME, T) ATTEND_KERNEL(NAME, T, 64) ATTEND_KERNEL(NAME, T, 256)
-#define ATTEND_KERNEL(NAME, T, DP)                                       \
-    KERNEL(NAME##_q4_d##DP, attend, 64) { attend<T, 4, 64, DP>(l); }     \
-    KERNEL(NAME##_q32_d##DP, attend, 128) { attend<T, 32, 128, DP>(l); }
+#define ATTEND_KERNELS(NAME, T)                                 \
+    KERNEL(NAME##_q4_d64, attend, 64) { attend<T, 4, 64, 64>(l); } \
+    KERNEL(NAME##_q4_d256, attend, 64) { attend<T, 4, 64, 256>(l); }
 ATTEND_KERNELS(attend_f32, F32)
 ATTEND_KERNELS(attend_f16, F16)
 ATTEND_KERNELS(attend_bf16, Bf16)

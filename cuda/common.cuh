@@ -3,6 +3,7 @@
 //   KERNEL(name, row, threads) { .. }   a kernel of `threads` threads at most; `l` is the row's Launch (rows.cuh)
 //   KERNEL_AT_ONCE(.., blocks)          the same with registers for so many blocks at once on a multiprocessor
 //   SHARED(Type, name)                  memory that the block shares; it holds anything before it is written
+//   LAUNCH_SHARED(Type, name)           the same whose size the launch says (choose.rs): more than the 48 KB that need no asking
 //
 // Element indices are size_t: a tensor may have more than 2^31 of them.
 #pragma once
@@ -16,6 +17,9 @@
 #define KERNEL_AT_ONCE(name, row_name, threads, blocks) \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ row::row_name::Launch l)
 #define SHARED(Type, name) __shared__ Type name
+#define LAUNCH_SHARED(Type, name)                              \
+    extern __shared__ __align__(16) char name##_bytes[]; \
+    Type& name = *(Type*)name##_bytes
 #endif
 // One block a multiprocessor is promised: without it the compiler spills to fit more.
 #define KERNEL(name, row_name, threads) KERNEL_AT_ONCE(name, row_name, threads, 1)

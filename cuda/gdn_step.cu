@@ -41,9 +41,13 @@ __device__ __forceinline__ void step(const row::gdn_step::Launch& l) {
     // Slots are mostly 0, 1, 2, ..: asked for as such before the table is there, which takes as long as the state itself. There are at least as
     // many slots as rows of the table.
     float4 s[ROWS];
-    State::load(s, state_of(cell.x), row0, dk, dv);
-    float* state = state_of(seq.z);
-    if (seq.z != cell.x) State::load(s, state, row0, dk, dv);
+    float* state;
+#pragma unroll 1
+    for (u32 slot = cell.x;; slot = seq.z) {
+        state = state_of(slot);
+        State::load(s, state, row0, dk, dv);
+        if (slot == seq.z) break;
+    }
     for (u32 i = 0; i < seq.y; i++) {
         const size_t t = (size_t)seq.x + i, gate = l.p.g_off + t * hv + head;
         const size_t q0 = l.p.q_off + t * l.p.q_stride + (size_t)head_k * dk + row0;

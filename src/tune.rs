@@ -396,7 +396,8 @@ pub fn attend(caps: &Caps, rows: u64, kv_heads: u32, keys: u64, slot: u64) -> At
     let (tile_q, lanes) = match (caps.kind, rows) {
         (Kind::Cpu, _) => (32, 1),
         (_, ..=4) => (4, 64),
-        (Kind::Cuda, _) => (32, 128),
+        // What the kernel on the matrix units is made for: 16 rows and half of D a warp, as much as registers hold.
+        (Kind::Cuda, _) => (64, 256),
         (_, ..=8) => (8, 64),
         (_, ..=16) => (16, 64),
         (_, 512..) if large && caps.class == Class::Discrete => (64, 256),
@@ -404,6 +405,9 @@ pub fn attend(caps: &Caps, rows: u64, kv_heads: u32, keys: u64, slot: u64) -> At
     };
     // Cells in all when each key head is split this often: a large GPU wants some hundred, a CPU a few per thread.
     let wanted = match (caps.kind, caps.class) {
+        // Registers leave a multiprocessor one such cell, and large GPUs have 108 to 148 multiprocessors: what is more comes after them.
+        // Not measured.
+        (Kind::Cuda, _) if tile_q == 64 => 128,
         (Kind::Cpu, _) | (_, Class::Software) => 4 * caps.threads.max(2) as u64,
         (_, Class::Discrete) => 512,
         _ => 128,

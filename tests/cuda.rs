@@ -3,6 +3,8 @@
 //! Without a GPU its kernels run on the CPU, compiled as C++ behind a stand-in for the driver (`tests/cuda/emulator`).
 
 #[cfg(feature = "cuda")]
+mod attend;
+#[cfg(feature = "cuda")]
 mod bad;
 #[cfg(feature = "cuda")]
 mod compiled;

@@ -64,8 +64,8 @@ fn the_compiled_kernels_are_those_of_the_sources() {
 fn together_they_are_small() {
     let bytes: u64 =
         families().map(|f| std::fs::metadata(cuda().join(format!("compiled/{f}.fatbin"))).unwrap().len()).sum();
-    // 4 MiB, and 128 KiB for the backward on Hopper.
-    assert!(bytes <= (4 << 20) + (128 << 10), "{bytes} bytes");
+    // 4 MiB, and 512 KiB for attention on the matrix units and what is Hopper's alone.
+    assert!(bytes <= (4 << 20) + (512 << 10), "{bytes} bytes");
 }
 
 /// What the compiler said of each kernel: family, then (kernel, architecture), then registers, bytes of stack, bytes spilled.

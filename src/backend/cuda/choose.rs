@@ -17,6 +17,8 @@ pub struct Choice {
     pub name: String,
     /// Threads of a block.
     pub threads: u32,
+    /// Bytes of shared memory that its launch asks for, beside those that it declares.
+    pub shared: u32,
 }
 
 /// Tokens of a chunk: the only number of them that the chunked kernels are compiled for.
@@ -184,9 +186,14 @@ pub fn choose(kernel: &'static Kernel, consts: &[u32]) -> Result<Choice> {
         "attend" => {
             let (dim, dtype) = (c.padded("dim", 16, &[64, 256])?, c.dtype("kv_type")?);
             c.one_of("tile_k", &[32])?;
-            let tile = c.one_of("tile_q", &[4, 32])?;
-            let threads = c.exactly(if tile == 32 { 128 } else { 64 })?;
-            choice("attention", format!("{name}_{dtype}_q{tile}_d{dim}"), threads)
+            if c.one_of("tile_q", &[4, 64])? == 4 {
+                return choice("attention", format!("{name}_{dtype}_q4_d{dim}"), c.exactly(64)?);
+            }
+            // What attention_mma.cu calls Shared: 32 rows of K and of V in 16-bit parts with a factor each, scores of 8 warps, 20
+            // bytes for each of 64 query rows. At most 81 KB, where every architecture has 99.
+            let (kind, parts) = if dtype == Dtype::F32 { ("f32", 2) } else { ("half", 1) };
+            let shared = 2 * 32 * (2 * dim * parts + 4) + 8 * 2048 + 20 * 64;
+            Ok(Choice { shared, ..choice("attention_mma", format!("attend_mma_{kind}_d{dim}"), c.exactly(256)?)? })
         }
         "attend_merge" => choice("attention", name.into(), c.lanes(256)?),
         "copy" | "fill" | "swiglu" => choice("small", name.into(), 256),
@@ -208,7 +215,7 @@ pub fn choose(kernel: &'static Kernel, consts: &[u32]) -> Result<Choice> {
 }
 
 fn choice(family: &'static str, name: String, threads: u32) -> Result<Choice> {
-    Ok(Choice { family, name, threads })
+    Ok(Choice { family, name, threads, shared: 0 })
 }
 
 /// A scan: on the matrix units, in the family `mma`, or with a slice of the state.

@@ -326,14 +326,7 @@ impl Hopper {
                 return Err(Error::Compile { kernel: name.into(), device: shared.caps.name.clone(), log });
             }
         }
-        // The most that any launch of it has.
-        if bytes > most.unwrap_or(0) {
-            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function is loaded.
-            let code = unsafe { sys::cuFuncSetAttribute(function, attribute, bytes as i32) };
-            shared.fault.result(&format!("shared memory of {name}"), code)?;
-        }
-        let variant = Arc::new(Variant { function, threads, shared_bytes: bytes });
+        let variant = Arc::new(Variant::new(shared, name, function, threads, bytes, most.unwrap_or(0))?);
         functions.insert(key, variant.clone());
         Ok(variant)
     }

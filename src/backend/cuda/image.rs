@@ -20,6 +20,7 @@ macro_rules! compiled {
 /// Fat binaries by the name of their source.
 static FAMILIES: &[(&str, &[u8])] = compiled![
     "attention",
+    "attention_mma",
     "conv",
     "gates",
     "gdn_cut",

@@ -23,6 +23,26 @@ pub(super) struct Variant {
     pub(super) shared_bytes: u32,
 }
 
+impl Variant {
+    /// A loaded kernel whose blocks share so many bytes; others of its variants share `most`. The device's context is current.
+    pub(super) fn new(
+        shared: &Shared,
+        name: &str,
+        function: CUfunction,
+        threads: u32,
+        shared_bytes: u32,
+        most: u32,
+    ) -> Result<Self> {
+        if shared_bytes > most {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is loaded.
+            let code = unsafe { sys::cuFuncSetAttribute(function, attribute, shared_bytes as i32) };
+            shared.fault.result(&format!("shared memory of {name}"), code)?;
+        }
+        Ok(Variant { function, threads, shared_bytes })
+    }
+}
+
 // SAFETY: a handle of the driver, which any thread may use.
 unsafe impl Send for Variant {}
 // SAFETY: as above.
@@ -57,7 +77,7 @@ impl Variants {
                 format!("it takes {bytes} bytes, the row {} has {}", launch.kernel.name, 8 * packed_words(launch));
             return Err(Error::Compile { kernel: choice.name, device: device.clone(), log });
         }
-        let variant = Arc::new(Variant { function, threads: choice.threads, shared_bytes: 0 });
+        let variant = Arc::new(Variant::new(shared, &choice.name, function, choice.threads, choice.shared, 0)?);
         row.insert(launch.consts.clone(), variant.clone());
         Ok(variant)
     }

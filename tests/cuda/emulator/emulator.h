@@ -54,8 +54,8 @@ void wait_warp();
 void* warp_memory(size_t bytes);
 // Memory of the block: the same address for the same `key`, poisoned when the block starts.
 void* shared_memory(const void* key, size_t bytes);
-// Where the block's memory starts, with that whose size the launch says.
-char* shared_base();
+// Where the block's memory starts, with that whose size the launch says, which must be `bytes` at least.
+char* shared_base(size_t bytes = 0);
 // Waits until `threads` threads have come to barrier `id`.
 void wait_named(uint32_t id, uint32_t threads);
 // Waits until something has happened. Whoever changes what others poll says so.
@@ -145,3 +145,4 @@ T max(T a, T b) {
 #define SHARED(Type, name)                    \
     static const char name##_key = 0;         \
     Type& name = *(Type*)emulator::shared_memory(&name##_key, sizeof(Type))
+#define LAUNCH_SHARED(Type, name) Type& name = *(Type*)emulator::shared_base(sizeof(Type))

@@ -120,6 +120,7 @@ struct Host {
     char* shared;
     std::vector<std::pair<const void*, size_t>> placed;  // key, offset
     size_t used;
+    size_t dynamic;  // bytes whose number the launch said
     size_t used_before = 0;
     Context scheduler;
     Fiber* current;
@@ -161,7 +162,8 @@ void wait(Meeting& m) {
 }
 
 // True if every thread came to its end; false if some wait for others for ever.
-bool Host::run(uint32_t threads, size_t dynamic) {
+bool Host::run(uint32_t threads, size_t bytes) {
+    dynamic = bytes;
     while (stacks.size() < threads) {
         void* s = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (s == MAP_FAILED) return false;
@@ -253,7 +255,13 @@ void copies_wait(uint32_t left) {
 }
 void happen() { host->happened++; }
 uint64_t block_number() { return host->blocks; }
-char* shared_base() { return host->shared; }
+char* shared_base(size_t bytes) {
+    if (bytes > host->dynamic) {
+        fprintf(stderr, "emulator: a block shares %zu bytes, its launch says %zu\n", bytes, host->dynamic);
+        abort();
+    }
+    return host->shared;
+}
 
 void* warp_memory(size_t bytes) {
     if (bytes > WARP_BYTES) abort();
