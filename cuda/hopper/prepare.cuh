@@ -126,7 +126,10 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         }
     // As G <= 1, no value head's sums cancel where those without gates do not: mostly none do, and nothing more is asked.
     float* sums = (float*)(smem + M::SUMS);
-    auto positive = [](const float* x) { return x[0] + x[1] + x[2] + x[3] > 0.f; };
+    auto positive = [](const float* x) {
+        const float4 y = *(const float4*)x;
+        return (y.x + y.y) + (y.z + y.w) > 0.f;
+    };
     if constexpr (ASKS) share_sum(excess_without_gates(kk, diagonal), sums, warp, lane);
 
     for (int m = 0; m < group; m++) {
@@ -140,20 +143,6 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         }
         form<I, LIE>(kk, qk, c, beta, l, image + (GRAD ? GRAD_P : IMAGE_P), warp, lane);
         __syncthreads();
-        char* low = nullptr;
-        if constexpr (ASKS) {
-            bool cancels = positive(sums);
-            if (cancels) {
-                share_sum(excess(kk, c, warp, lane), sums + 4, warp, lane);
-                __syncthreads();
-                cancels = positive(sums + 4);
-            }
-            if (tid == 0) p.cancels[(long long)h * p.places + chunk] = cancels;
-            if (cancels) {
-                low = p.lows + (1 + (long long)chunk * p.hv + h) * LOW_BYTES;
-                form_rest<I>(qk, c, low + LOW_P, warp, lane);
-            }
-        }
         if (tid < 64) {
             substitute(l, d, tid);
         } else {
@@ -170,6 +159,20 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
             if (lane == 0) vec[VEC_GROWS + row / 32] = grows;
         }
         __syncthreads();
+        char* low = nullptr;
+        if constexpr (ASKS) {
+            bool cancels = positive(sums);
+            if (cancels) {
+                share_sum(excess(kk, c, warp, lane), sums + 4, warp, lane);
+                __syncthreads();
+                cancels = positive(sums + 4);
+            }
+            if (tid == 0) p.cancels[(long long)h * p.places + chunk] = cancels;
+            if (cancels) {
+                low = p.lows + (1 + (long long)chunk * p.hv + h) * LOW_BYTES;
+                form_rest<I>(qk, c, low + LOW_P, warp, lane);
+            }
+        }
         const uint32_t a_at = image + (GRAD ? GRAD_C : IMAGE_A);
         if (ASKS && low != nullptr)
             invert<I, LIE, ASKS>(l, d, beta, a_at, low + LOW_A, warp, lane);

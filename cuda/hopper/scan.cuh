@@ -126,6 +126,9 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     bool cancels = false;
     if constexpr (ASKS)
         for (int n = threadIdx.x; n < chunks; n += (WG + 1) * WARPGROUP) cancels |= p.cancels[(long long)h * p.places + chunk + n] != 0;
+    // Mostly that is all that a careful scan does: blocks that wait for its multiprocessor get it at once.
+    if constexpr (ASKS && CAREFUL)
+        if (uniform(__syncthreads_or(cancels)) == 0) return;
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; s++) {
             mbar_init(full + 8 * s, 1);
@@ -152,9 +155,9 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 for (int y = 0; y < WG; y++) shared_zero_16(at + M::V + y * PANEL);
     }
     fence_proxy();
-    if constexpr (ASKS) {
+    if constexpr (ASKS && !CAREFUL) {
         // ptxas must know that all threads are told the same, or it serialises the products behind it (C7518).
-        if ((uniform(__syncthreads_or(cancels)) != 0) != CAREFUL) {
+        if (uniform(__syncthreads_or(cancels)) != 0) {
             if constexpr (!OUT) {
                 if (threadIdx.x == 0)
                     for (uint32_t bar = full; bar < o_free + WG * 8; bar += 8) mbar_inval(bar);
