@@ -15,6 +15,13 @@ __device__ __forceinline__ uint3 cell_in_order(const row::gdn_step::Launch& l) {
     return make_uint3(rest / gridDim.y + l.base[0], rest % gridDim.y + l.base[1], i % gridDim.z + l.base[2]);
 }
 
+// Asks the second-level cache for what is read soon.
+__device__ __forceinline__ void ask_for(const void* p) {
+#ifndef GATEDELTA_EMULATOR
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
 template <u32 VT, u32 G>
 struct Shared {
     float4 sk[G * VT / 4];  // parts of S^T k [G, VT]
@@ -38,8 +45,14 @@ __device__ __forceinline__ void step(const row::gdn_step::Launch& l) {
     const float* beta = (const float*)l.m.beta;          // [T, Hv]
     auto state_of = [&](u32 slot) { return (float*)l.m.state + (((size_t)slot * hv + head) * dk + row0) * dv + column; };
 
-    // Slots are mostly 0, 1, 2, ..: asked for as such before the table is there, which takes as long as the state itself. There are at least as
-    // many slots as rows of the table.
+    // Slots and tokens are mostly 0, 1, 2, ..: asked for as such before the table is there, which takes as long as the state itself. There are at
+    // least as many of both as rows of the table.
+    const size_t token = cell.x;
+    ask_for(stored_at<T>(l.m.k, l.p.k_off + token * l.p.k_stride + (size_t)head_k * dk + min(row0, dk - 1)));
+    ask_for(stored_at<T>(l.m.q, l.p.q_off + token * l.p.q_stride + (size_t)head_k * dk + min(row0, dk - 1)));
+    ask_for(stored_at<T>(l.m.v, l.p.v_off + token * l.p.v_stride + (size_t)head * dv + column));
+    ask_for(g + l.p.g_off + token * hv + head);
+    ask_for(beta + l.p.g_off + token * hv + head);
     float4 s[ROWS];
     float* state;
 #pragma unroll 1
@@ -58,7 +71,7 @@ __device__ __forceinline__ void step(const row::gdn_step::Launch& l) {
         float4 keys[ROWS / 4], sk = four(0.f), sq = four(0.f), dots = four(0.f);
 #pragma unroll
         for (u32 r = 0; r < ROWS / 4; r++) {
-            const bool valid = row0 + 4 * r < dk;
+            const bool valid = row0 < dk;
             const float4 k = valid ? load4<T>(l.m.k, k0 + 4 * r) : four(0.f);
             const float4 q = valid ? load4<T>(l.m.q, q0 + 4 * r) : four(0.f);
             keys[r] = k;

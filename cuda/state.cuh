@@ -13,11 +13,13 @@ struct Slice {
     static constexpr u32 THREADS = G * QUADS;
     static constexpr u32 ROWS = KP / G;
     static_assert(VT % 16 == 0 && ROWS % 4 == 0, "rows and columns in fours");
+    static_assert(16 % ROWS == 0, "K is a multiple of 16: all rows of a thread lie in it, or none");
 
     // state [K, V], from this thread's first row and column on
     static __device__ __forceinline__ void load(float4 (&s)[ROWS], const float* state, u32 row0, u32 dk, u32 dv) {
+        const bool valid = row0 < dk;
 #pragma unroll
-        for (u32 r = 0; r < ROWS; r++) s[r] = row0 + r < dk ? *(const float4*)(state + (size_t)r * dv) : four(0.f);
+        for (u32 r = 0; r < ROWS; r++) s[r] = valid ? *(const float4*)(state + (size_t)r * dv) : four(0.f);
     }
     // From the identity; its last rows and columns may lie outside K.
     static __device__ __forceinline__ void identity(float4 (&s)[ROWS], u32 row0, u32 column) {
@@ -28,9 +30,9 @@ struct Slice {
         }
     }
     static __device__ __forceinline__ void store(const float4 (&s)[ROWS], float* state, u32 row0, u32 dk, u32 dv) {
+        if (row0 >= dk) return;
 #pragma unroll
-        for (u32 r = 0; r < ROWS; r++)
-            if (row0 + r < dk) *(float4*)(state + (size_t)r * dv) = s[r];
+        for (u32 r = 0; r < ROWS; r++) *(float4*)(state + (size_t)r * dv) = s[r];
     }
 };
 

@@ -161,6 +161,7 @@ class Clock:
         if self.cuda:
             size = max(256 << 20, 4 * torch.cuda.get_device_properties(0).L2_cache_size)
             self.flush = torch.empty(size // 4, dtype=torch.int32, device="cuda")
+            self.read = torch.zeros(size // 4, dtype=torch.float32, device="cuda")
 
     def wait(self):
         if self.cuda:
@@ -202,7 +203,9 @@ class Clock:
             # Some at a time, so that the GPU always has work waiting and no launch is timed.
             events = []
             for _ in range(5):
+                # Read as well: what was only written would go to memory while the call runs.
                 self.flush.zero_()
+                self.read.sum()
                 pair = [self.torch.cuda.Event(enable_timing=True) for _ in range(2)]
                 pair[0].record()
                 replay()

@@ -1,7 +1,7 @@
 //! `bench --rows`: the operator over the rows of a file that other libraries are timed over too (`compare/`).
 //!
 //! Inputs and method are theirs: [`crate::counted`] makes the numbers; a row runs once over fresh memory with outputs full of
-//! NaN, is compared with float64, and is then timed with the caches written over before each run.
+//! NaN, is compared with float64, and is then timed with other data in the caches before each run.
 //!
 //! What it is compared with: the float64 answers that `compare/peers_cuda.py` leaves, at sampled tokens and states of every
 //! head; without them, for rows small enough, this program's own float64 recurrence at the same places. Numbers that are not
@@ -36,8 +36,6 @@ const SAMPLES: u64 = 24;
 const STATE_STEP: usize = 32;
 /// Tokens times value heads up to which this program computes the answer itself.
 const OWN: u64 = 4096;
-/// What is written over the caches: larger than any L2.
-const FLUSH: u64 = 256 << 20;
 /// NaN in f32, and twice in f16 and bf16.
 const NAN: u32 = 0x7fc0_7fc0;
 
@@ -259,9 +257,7 @@ struct Device {
 
 impl Kept {
     fn new(backend: &dyn Backend, seed: u64, store: Dtype) -> Result<Kept> {
-        let mut flush = Pass::new();
-        let over = backend.alloc("what is written over the caches", FLUSH)?.view();
-        poison(backend, &mut flush, &over)?;
+        let flush = timing::flush(backend)?;
         Ok(Kept { seed, store, flush, of: None, tokens: 0, host: Host::default(), device: None })
     }
 
