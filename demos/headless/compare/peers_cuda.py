@@ -161,7 +161,7 @@ class Clock:
         if self.cuda:
             size = max(256 << 20, 4 * torch.cuda.get_device_properties(0).L2_cache_size)
             self.flush = torch.empty(size // 4, dtype=torch.int32, device="cuda")
-            self.read = torch.zeros(size // 4, dtype=torch.float32, device="cuda")
+            self.read = torch.ones(size // 4, dtype=torch.float32, device="cuda")
 
     def wait(self):
         if self.cuda:

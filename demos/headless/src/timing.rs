@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use gatedelta::backend::Backend;
+use gatedelta::backend::{Backend, View};
 use gatedelta::kernel::grad::{SUM_ROWS, SumRowsConsts, SumRowsParams};
 use gatedelta::pass::Pass;
-use gatedelta::{Result, ops, tune};
+use gatedelta::{Error, Result, ops, tune};
 
 /// Times of the same work, sorted.
 #[derive(Debug, Clone)]
@@ -80,10 +80,16 @@ pub fn flush(backend: &dyn Backend) -> Result<Pass> {
     let read = backend.alloc("what is read into the caches", BYTES)?.view();
     let columns = 1 << 14;
     let sums = backend.alloc("its sums", columns * 4)?.view();
-    let mut pass = Pass::new();
-    for at in (0..BYTES).step_by(PART as usize) {
-        ops::fill(caps, &mut pass, &written.slice(at, PART)?, 0, PART / 4, 1)?;
-    }
+    // Memory that nobody has written may be read without being there.
+    let fill = |view: &View, number: u32| {
+        let mut pass = Pass::new();
+        for at in (0..BYTES).step_by(PART as usize) {
+            ops::fill(caps, &mut pass, &view.slice(at, PART)?, 0, PART / 4, number)?;
+        }
+        Ok::<_, Error>(pass)
+    };
+    backend.run(&fill(&read, 1)?)?;
+    let mut pass = fill(&written, 2)?;
     let (width, lanes) = tune::sum_rows(caps);
     let consts = SumRowsConsts { columns: width, lanes };
     let rows = PART / 4 / columns;
