@@ -120,7 +120,7 @@ run() {
     flashinfer) peer flashinfer 26 forward,decode ;;
     fla) peer fla 16 forward,backward,decode ;;
     model)
-        limited "$(share 15)" "$python" "$here/model_transformers.py"
+        limited "$(share 24)" "$python" "$here/model_transformers.py"
         limited "$(share 8)" "$headless" bench --json --device cuda --shape 0.8b --prompt 8192 --seconds 1
         ;;
     start)
