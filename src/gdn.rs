@@ -36,7 +36,7 @@ use crate::backend::View;
 use crate::error::{Error, Result};
 use crate::pass::Rows;
 use crate::shape::{Dtype, Heads, Shape};
-use crate::tune::{self, Caps, Cut, Tile};
+use crate::tune::{Caps, Cut, Tile};
 
 /// How the operator is asked to compute.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -61,8 +61,8 @@ pub struct Options {
 
 impl Options {
     /// The tile with the cut and the scratch that are asked for.
-    fn tile(&self, caps: &Caps, tile: Tile) -> Tile {
-        let mut tile = Tile { cut: tune::cut(caps, &tile, self.store), ..tile };
+    fn tile(&self, tile: Tile) -> Tile {
+        let mut tile = tile;
         if let Some(chunks) = self.cut {
             tile.cut = (chunks > 0).then_some(Cut::every(chunks));
         }

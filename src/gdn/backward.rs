@@ -95,7 +95,7 @@ impl Backward {
     pub fn with_tile(backend: &dyn Backend, shape: &Shape, options: &Options, stride: u64, tile: Tile) -> Result<Self> {
         let (caps, heads) = (backend.caps().clone(), &shape.heads);
         options.scale_for(heads)?;
-        let tile = options.tile(backend.caps(), tile);
+        let tile = options.tile(tile);
         let tile = Tile { scratch: tile.grad_scratch, ..tile };
         let limits = Limits {
             max_binding: caps.max_binding,

@@ -42,7 +42,10 @@ impl Prefill {
     /// # Errors
     /// As [`Prefill::new`].
     pub fn with_tile(backend: &dyn Backend, shape: &Shape, options: &Options, stride: u64, tile: Tile) -> Result<Self> {
-        let (caps, tile) = (backend.caps().clone(), options.tile(backend.caps(), tile));
+        let (caps, tile) = (
+            backend.caps().clone(),
+            options.tile(Tile { cut: tune::prefill_cut(backend.caps(), &tile, options.store), ..tile }),
+        );
         options.scale_for(&shape.heads)?;
         let limits = Limits {
             max_binding: caps.max_binding,

@@ -157,9 +157,15 @@ fn launch(m: usize, n: usize, k: usize) -> Launch {
 fn few_tiles_are_small_ones() {
     let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda/compiled/hopper_matmul.txt");
     let compiled = std::fs::read_to_string(table).unwrap();
-    for (m, n, side) in
-        [(512, 2048, 128), (512, 1024, 64), (2048, 1024, 128), (2048, 16, 64), (9, 512, 64), (4096, 1024, 128)]
-    {
+    for (m, n, side) in [
+        (512, 2048, 64),
+        (512, 3584, 128),
+        (512, 1024, 64),
+        (2048, 1024, 128),
+        (2048, 16, 64),
+        (9, 512, 64),
+        (4096, 1024, 128),
+    ] {
         let launch = launch(m, n, 256);
         let found = product(&launch, 132).unwrap();
         assert_eq!(found.tile, [side, side], "{m} x {n}");

@@ -25,12 +25,11 @@ pub struct Product {
 /// Numbers of k in a slice: SLICE of matmul.cuh.
 const SLICE: u32 = 64;
 
-/// A kernel with its tile, the cycles that a slice of k takes where all multiprocessors work, and those of a tile beside them. A slice of the
-/// large tile is 24 products of 64 cycles, 1536, and 48 KB from L2; of the small one 24 of 16, 384, and 24 KB, for which L2 with the 28 bytes a
-/// cycle and multiprocessor that it is reckoned to give takes 880. Beside that there are a block's first loads and the stores of a tile.
-/// Counted, not measured (`cuda/hopper/NOTES.md`).
+/// A kernel with its tile, the cycles that a slice of k takes where all multiprocessors work, and those of a tile beside them, its first loads and
+/// its stores. From an H200's times of one round of tiles with k of 1024 and 3584 (21.0 and 62.5 us, 10.7 and 27.8), 3 us of them the
+/// launch, at 1.75 GHz; counted were 1700 and 880 a slice (`cuda/hopper/NOTES.md`).
 const KERNELS: [(&str, u32, u64, u64); 2] =
-    [("hopper_matmul_bf16_large", 128, 1700, 2500), ("hopper_matmul_bf16_small", 64, 880, 1500)];
+    [("hopper_matmul_bf16_large", 128, 1815, 2700), ("hopper_matmul_bf16_small", 64, 750, 1750)];
 
 /// MatmulSmem::BYTES of matmul.cuh, for the tile's side.
 fn smem_bytes(side: u32) -> u32 {
