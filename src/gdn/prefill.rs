@@ -34,6 +34,7 @@ impl Prefill {
     pub fn new(backend: &dyn Backend, shape: &Shape, options: &Options, stride: u64) -> Result<Self> {
         let caps = backend.caps().clone();
         let tile = tune::tile(&caps, &shape.heads);
+        let tile = Tile { cut: tune::prefill_cut(&caps, &tile, options.store), ..tile };
         Self::with_tile(backend, shape, options, stride, tile)
     }
 
@@ -42,10 +43,7 @@ impl Prefill {
     /// # Errors
     /// As [`Prefill::new`].
     pub fn with_tile(backend: &dyn Backend, shape: &Shape, options: &Options, stride: u64, tile: Tile) -> Result<Self> {
-        let (caps, tile) = (
-            backend.caps().clone(),
-            options.tile(Tile { cut: tune::prefill_cut(backend.caps(), &tile, options.store), ..tile }),
-        );
+        let (caps, tile) = (backend.caps().clone(), options.tile(tile));
         options.scale_for(&shape.heads)?;
         let limits = Limits {
             max_binding: caps.max_binding,
