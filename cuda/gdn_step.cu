@@ -15,13 +15,6 @@ __device__ __forceinline__ uint3 cell_in_order(const row::gdn_step::Launch& l) {
     return make_uint3(rest / gridDim.y + l.base[0], rest % gridDim.y + l.base[1], i % gridDim.z + l.base[2]);
 }
 
-// Asks the second-level cache for what is read soon.
-__device__ __forceinline__ void ask_for(const void* p) {
-#ifndef GATEDELTA_EMULATOR
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
-#endif
-}
-
 template <u32 VT, u32 G>
 struct Shared {
     float4 sk[G * VT / 4];  // parts of S^T k [G, VT]
@@ -43,24 +36,10 @@ __device__ __forceinline__ void step(const row::gdn_step::Launch& l) {
     const uint4 seq = ((const uint4*)l.m.seqs)[cell.x];  // first token, tokens, slot, 0
     const float* g = (const float*)l.m.g;                // [T, Hv]
     const float* beta = (const float*)l.m.beta;          // [T, Hv]
-    auto state_of = [&](u32 slot) { return (float*)l.m.state + (((size_t)slot * hv + head) * dk + row0) * dv + column; };
+    float* state = (float*)l.m.state + (((size_t)seq.z * hv + head) * dk + row0) * dv + column;
 
-    // Slots and tokens are mostly 0, 1, 2, ..: asked for as such before the table is there, which takes as long as the state itself. There are at
-    // least as many of both as rows of the table.
-    const size_t token = cell.x;
-    ask_for(stored_at<T>(l.m.k, l.p.k_off + token * l.p.k_stride + (size_t)head_k * dk + min(row0, dk - 1)));
-    ask_for(stored_at<T>(l.m.q, l.p.q_off + token * l.p.q_stride + (size_t)head_k * dk + min(row0, dk - 1)));
-    ask_for(stored_at<T>(l.m.v, l.p.v_off + token * l.p.v_stride + (size_t)head * dv + column));
-    ask_for(g + l.p.g_off + token * hv + head);
-    ask_for(beta + l.p.g_off + token * hv + head);
     float4 s[ROWS];
-    float* state;
-#pragma unroll 1
-    for (u32 slot = cell.x;; slot = seq.z) {
-        state = state_of(slot);
-        State::load(s, state, row0, dk, dv);
-        if (slot == seq.z) break;
-    }
+    State::load(s, state, row0, dk, dv);
     for (u32 i = 0; i < seq.y; i++) {
         const size_t t = (size_t)seq.x + i, gate = l.p.g_off + t * hv + head;
         const size_t q0 = l.p.q_off + t * l.p.q_stride + (size_t)head_k * dk + row0;

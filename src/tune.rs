@@ -206,7 +206,7 @@ pub fn tile(caps: &Caps, heads: &Heads) -> Tile {
                 grad_lanes: lanes,
                 grad_scratch: 64 << 20,
                 grad_states: 96 << 20,
-                // A backward pass of 4096 tokens of 16 heads in segments takes more than 200 MB; for prefills see [`prefill_cut`].
+                // A backward pass of 4096 tokens of 16 heads in segments takes more than 200 MB; for prefills see [`prefill_tile`].
                 cut: None,
             }
         }
@@ -264,16 +264,18 @@ pub fn grad_tile(caps: &Caps, heads: &Heads, tokens: u64) -> Tile {
     Tile { grad_scratch: grow(tile.grad_scratch), grad_states: grow(tile.grad_states), ..tile }
 }
 
-/// When the sequences of a prefill, of numbers stored as `store`, are cut.
-pub fn prefill_cut(caps: &Caps, tile: &Tile, store: Dtype) -> Option<Cut> {
-    match (caps.kind, store) {
+/// The tile of a prefill of numbers stored as `store`.
+pub fn prefill_tile(caps: &Caps, heads: &Heads, store: Dtype) -> Tile {
+    let tile = tile(caps, heads);
+    let cut = match (caps.kind, store) {
         // On an H200, 4096 tokens: 16 heads (64 cells) take 1.90 ms whole, 1.09 in segments of 8 chunks, 1.34 of 16; 32 heads 1.94, and 1.80,
         // 1.72 and 2.33 in segments of 8, 16 and 32. What has more cells than those stays whole.
         (Kind::Cuda, Dtype::F32) => Some(Cut { cells: 767, least: 8, exact: true }),
         // The kernels for Hopper replace rows that are whole, and cut them themselves; whether it pays for the others has not been measured.
         (Kind::Cuda, _) => None,
         _ => tile.cut,
-    }
+    };
+    Tile { cut, ..tile }
 }
 
 /// The most groups that the rows of a `[K, V]` state fall into, `most` at most, each a multiple of 4 rows.

@@ -30,7 +30,8 @@ struct PrepareSmem {
 template <class E, class I, int K, bool GRAD = false, bool ONE = false>
 __device__ __forceinline__ void prepare(const PrepareArgs& p) {
     DYNAMIC_SHARED(smem_raw);
-    // Where it is without static shared memory, behind the 1024 bytes that the system has; said for the code that comes of it.
+    // On 1024 already, behind the system's 1024 bytes, as there is no static shared memory: no room is left for rounding up. Without these words
+    // ptxas spills.
     char* smem = align_1024(smem_raw);
     using M = PrepareSmem<K, GRAD>;
     constexpr int PANELS = K / 64;

@@ -33,8 +33,7 @@ impl Prefill {
     /// What the plan refuses, and what [`Backend::alloc`] and [`Backend::write`] report.
     pub fn new(backend: &dyn Backend, shape: &Shape, options: &Options, stride: u64) -> Result<Self> {
         let caps = backend.caps().clone();
-        let tile = tune::tile(&caps, &shape.heads);
-        let tile = Tile { cut: tune::prefill_cut(&caps, &tile, options.store), ..tile };
+        let tile = tune::prefill_tile(&caps, &shape.heads, options.store);
         Self::with_tile(backend, shape, options, stride, tile)
     }
 

@@ -262,7 +262,7 @@ impl Sizes {
         let shape = attention_shape(config, kv);
         let pages = pages(config, caps, context, kv);
         let part = |tokens: u64| part_bytes(caps, &shape, tokens, &pages, context);
-        let tile = tune::tile(caps, heads);
+        let tile = tune::prefill_tile(caps, heads, Dtype::F32);
         let limits = Limits {
             max_binding: caps.max_binding,
             align: caps.align,

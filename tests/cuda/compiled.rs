@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use gatedelta::backend::cuda::{choose, families};
 use gatedelta::kernel::{self, Kernel};
-use gatedelta::shape::{HeadMap, Heads};
+use gatedelta::shape::{Dtype, HeadMap, Heads};
 use gatedelta::tune::{self, Caps, Class, Kind};
 
 use crate::util::skipped;
@@ -170,6 +170,18 @@ fn pieces_of_a_prompt_grow_with_the_device() {
     assert_eq!([None, Some(8 << 30)].map(of), [512, 512]);
     assert_eq!([Some(16_900_000_000), Some(24 << 30), Some(48 << 30)].map(of), [2048; 3]);
     assert_eq!([Some(80 << 30), Some(141 << 30)].map(of), [4096; 2]);
+}
+
+/// Chunks of a segment of one sequence of 128 chunks, by value heads: f32 alone, and few heads of it.
+#[test]
+fn prefills_in_f32_are_cut_where_heads_are_few() {
+    let span = |hv: u32, store: Dtype| {
+        let tile = tune::prefill_tile(&caps(), &Heads::new(16, hv, 128, 128, HeadMap::Div).unwrap(), store);
+        let cells = u64::from(hv * 128 / tile.dv_tile);
+        tile.cut.map_or(u64::MAX, |cut| cut.span(128, 128, cells))
+    };
+    assert_eq!([16, 32, 64].map(|hv| span(hv, Dtype::F32)), [11, 22, u64::MAX]);
+    assert_eq!([Dtype::F16, Dtype::Bf16].map(|store| span(16, store)), [u64::MAX; 2]);
 }
 
 /// Everything that the builders may ask for is compiled: for all head sizes, types and counts.

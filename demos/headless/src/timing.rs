@@ -67,7 +67,7 @@ pub fn pass(backend: &dyn Backend, pass: &Pass, budget: Duration) -> Result<Samp
 
 /// What [`flushed`] runs before each time: what is in the caches then is of no use, and need not be written back. 256 MiB are written, more than
 /// any second-level cache has, and as many others read: of what was only written, up to a cache's size would go to memory while the pass runs
-/// (3.3 us of an H200's time, whatever the pass).
+/// (about 3 us where that was measured: a decode step on an H200, in a program of its own).
 ///
 /// # Errors
 /// Whatever the device reports.

@@ -45,10 +45,10 @@ pub struct OpenOptions {
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        let is = |value: &str| std::env::var_os("GATEDELTA_HOPPER").map(|v| v == value);
+        let hopper = std::env::var("GATEDELTA_HOPPER");
         OpenOptions {
-            hopper: is("0").is_none_or(|off| !off),
-            hopper_grad: is("1").is_some_and(|on| on),
+            hopper: hopper.as_deref() != Ok("0"),
+            hopper_grad: hopper.as_deref() == Ok("1"),
             hopper_cut: std::env::var("GATEDELTA_HOPPER_CUT").ok().and_then(|v| v.parse().ok()),
             hopper_matmul: std::env::var_os("GATEDELTA_HOPPER_MATMUL").is_none_or(|v| v != "0"),
         }
