@@ -8,7 +8,7 @@
 
 using namespace hopper;
 
-#define PREPARE(NAME, E, K) ENTRY(NAME, 128, 4, PrepareArgs) { prepare<E, E, K, true>(p); }
+#define PREPARE(NAME, E, K) ENTRY_MAPS(NAME, 128, 4, PrepareArgs, PrepareMaps) { prepare<E, E, K, true>(p, maps); }
 PREPARE(hopper_grad_prepare_bf16_k128, Bf16, 128)
 #ifdef HOPPER_ALL
 PREPARE(hopper_grad_prepare_f16_k128, F16, 128)

@@ -131,8 +131,8 @@ __device__ __forceinline__ void carry(const CarryArgs& p) {
     const long long step = (long long)p.hv * K * p.v * (BACK ? -1 : 1);  // from a segment's state to the next one's
     float* const own = p.states + row_of(at(0)) + (long long)row * p.v + 2 * j;
     float* const put = state + (warp * 16 + (BACK ? i / 2 : i % 4)) * M::STATE_STRIDE + 4 * j + (BACK ? i % 2 : i / 4);
-    // The nearest TF32 number; of an infinite one, none. cvt.rna minds those, four instructions instead of two.
-    auto rounded = [](float x) { return __uint_as_float((__float_as_uint(x) + 0x1000) & 0xffffe000u); };
+    // The nearest TF32 number. Two instructions would do it, an addition and a mask, but for numbers that are none: they would become zeros.
+    auto rounded = [](float x) { return __uint_as_float(tf32(x)); };
     // A state of memory, as products give it, and to shared memory: x[m][c], of rows 16 m on.
     auto load = [&](float (&x)[2][4][4], const float* from) {
 #pragma unroll

@@ -7,13 +7,13 @@
 
 using namespace hopper;
 
-#define PREPARE(NAME, E, I, K) ENTRY(NAME, 128, 4, PrepareArgs) { prepare<E, I, K>(p); }
+#define PREPARE(NAME, E, I, K) ENTRY_MAPS(NAME, 128, 4, PrepareArgs, PrepareMaps) { prepare<E, I, K>(p, maps); }
 PREPARE(hopper_prepare_bf16_k128, Bf16, Bf16, 128)
 PREPARE(hopper_prepare_bf16_k64, Bf16, Bf16, 64)
 PREPARE(hopper_prepare_f16_k128, F16, F16, 128)
 PREPARE(hopper_prepare_f16_k64, F16, F16, 64)
 // A value head for each key head: nothing is kept from head to head, and registers are left for a block more.
-#define PREPARE_ONE(NAME, E, K) ENTRY(NAME, 128, 5, PrepareArgs) { prepare<E, E, K, false, true>(p); }
+#define PREPARE_ONE(NAME, E, K) ENTRY_MAPS(NAME, 128, 5, PrepareArgs, PrepareMaps) { prepare<E, E, K, false, true>(p, maps); }
 PREPARE_ONE(hopper_prepare_one_bf16_k128, Bf16, 128)
 PREPARE_ONE(hopper_prepare_one_f16_k128, F16, 128)
 

@@ -92,13 +92,10 @@ struct Cut {
 };
 
 struct PrepareArgs {
-    const void* q;      // [T, q_stride]
-    const void* k;      // [T, k_stride]
     const float* g;     // [T, Hv]
     const float* beta;  // [T, Hv]
     const Chunk* chunks;
     char* images;  // [chunks, Hv, IMAGE_BYTES]
-    long long q_stride, k_stride;
     float scale;
     int hk, hv;
     int mod;     // value head h has key head h mod Hk; else h / (Hv / Hk)
@@ -106,6 +103,11 @@ struct PrepareArgs {
     int places;  // chunks, empty ones too
     char* lows;              // [1 + chunks x Hv, LOW_BYTES]; this one and the next for bf16
     unsigned char* cancels;  // [Hv, places]: 1 where sums of the chunk cancel, and its place in `lows` is written
+};
+
+// Beside it, passed by value, as the copy engine's tensor maps must be.
+struct PrepareMaps {
+    CUtensorMap q, k;
 };
 
 struct ScanArgs {
@@ -141,6 +143,12 @@ struct CarryArgs {
 
 // Numbers from one row of a transition to the next: as `carry` has them in shared memory, where they come as they are.
 __host__ __device__ constexpr int transition_stride(int k) { return k + 4; }
+
+// Zeroes rows from `len` on of a panel; all `threads` threads.
+__device__ __forceinline__ void clear_rows(uint32_t panel, int len, int tid, int threads) {
+#pragma unroll 1
+    for (int n = len * 8 + tid; n < CHUNK * 8; n += threads) shared_zero_16(panel + n * 16);
+}
 
 __device__ __forceinline__ int key_head(int h, int hk, int hv, int mod) { return mod ? h % hk : h / (hv / hk); }
 

@@ -8,7 +8,7 @@
 
 namespace hopper {
 
-// Shared memory of the inverse, in f32: L [64, 64] and the blocks D.
+// Shared memory of the inverse, in f32: L [64, 64], behind it the blocks D, and these rounded to TF32.
 constexpr int L_STRIDE = 72;  // 8 mod 32: pairs of 8 rows hit all banks
 constexpr int D_STRIDE = 24;  // the same
 constexpr int D_BLOCK = 16 * D_STRIDE + 16;
@@ -39,18 +39,22 @@ __device__ __forceinline__ float2 sum_gates(float2 x, int lane) {
     return make_float2(before + x.x, sum);
 }
 
-// 1 / |row| of a tile [64, K].
+// |row|^2 of a tile [64, K], in two neighbouring threads, a half of the row each; one starts with other units than the other, or both
+// would read the same banks.
 template <class E, int K>
-__device__ __forceinline__ float row_norm(const char* tile, int row) {
-    float sum = 0.f;
-#pragma unroll 4
-    for (int u = 0; u < K / 8; u++) {
-        uint4 x = *(const uint4*)(tile + swizzled((u / 8) * PANEL, row, u % 8));
+__device__ __forceinline__ float half_square(const char* tile, int row, int half) {
+    constexpr int UNITS = K / 16;
+    float sum[2] = {};
+#pragma unroll
+    for (int u = 0; u < UNITS; u++) {
+        const int unit = half * UNITS + (u ^ (half * (UNITS / 2)));
+        const uint4 x = *(const uint4*)(tile + swizzled((unit / 8) * PANEL, row, unit % 8));
         const uint32_t w[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-        for (int n = 0; n < 4; n++) sum += E::lo(w[n]) * E::lo(w[n]) + E::hi(w[n]) * E::hi(w[n]);
+        for (int n = 0; n < 4; n++) sum[0] = fmaf(E::lo(w[n]), E::lo(w[n]), sum[0]), sum[1] = fmaf(E::hi(w[n]), E::hi(w[n]), sum[1]);
     }
-    return rsqrtf(sum + 1e-6f);
+    const float own = sum[0] + sum[1];
+    return own + __shfl_xor_sync(~0u, own, 1);
 }
 
 // a [64, 64] as a product's result: its rows times f0, f1, its columns times those of `columns` [64].
@@ -62,7 +66,10 @@ __device__ __forceinline__ void fold_norms(float (&a)[32], float f0, float f1, c
     }
 }
 
-// L = strictlower(beta_i G_ij kk_ij) to `l`, P = G_ij qk_ij for i >= j to `p_at`. For the backward beta_j in both.
+// The nearest TF32 numbers. Each is three instructions, so that what several warps multiply is rounded where it is written.
+__device__ __forceinline__ float2 rounded_tf32(float2 x) { return make_float2(__uint_as_float(tf32(x.x)), __uint_as_float(tf32(x.y))); }
+
+// L = strictlower(beta_i G_ij kk_ij) to `l`, blocks below the diagonal rounded to TF32; P = G_ij qk_ij for i >= j to `p_at`. For the backward beta_j in both.
 template <class I, Lie LIE>
 __device__ __forceinline__ void form(const float (&kk)[32], const float (&qk)[32], const float* c, const float* beta, float* l, uint32_t p_at, int warp, int lane) {
     constexpr bool GRAD = LIE == Lie::PANEL;
@@ -90,8 +97,11 @@ __device__ __forceinline__ void form(const float (&kk)[32], const float (&qk)[32
                 b00 = b10 = bb.x, b01 = b11 = bb.y;
             }
             const float *y = kk + 8 * x + 4 * n, *z = qk + 8 * x + 4 * n;
-            *(float2*)(l + row0 * L_STRIDE + col) = make_float2(row0 > col ? b00 * g00 * y[0] : 0.f, row0 > col + 1 ? b01 * g01 * y[1] : 0.f);
-            *(float2*)(l + row1 * L_STRIDE + col) = make_float2(row1 > col ? b10 * g10 * y[2] : 0.f, row1 > col + 1 ? b11 * g11 * y[3] : 0.f);
+            float2 l0 = make_float2(row0 > col ? b00 * g00 * y[0] : 0.f, row0 > col + 1 ? b01 * g01 * y[1] : 0.f);
+            float2 l1 = make_float2(row1 > col ? b10 * g10 * y[2] : 0.f, row1 > col + 1 ? b11 * g11 * y[3] : 0.f);
+            if (x != warp) l0 = rounded_tf32(l0), l1 = rounded_tf32(l1);
+            *(float2*)(l + row0 * L_STRIDE + col) = l0;
+            *(float2*)(l + row1 * L_STRIDE + col) = l1;
             if constexpr (GRAD) g00 *= b00, g01 *= b01, g10 *= b10, g11 *= b11;
             lo[n] = I::pack(row0 >= col ? g00 * z[0] : 0.f, row0 > col ? g01 * z[1] : 0.f);
             hi[n] = I::pack(row1 >= col ? g10 * z[2] : 0.f, row1 > col ? g11 * z[3] : 0.f);
@@ -171,8 +181,8 @@ __device__ __forceinline__ void form_rest(const float (&qk)[32], const float* c,
     }
 }
 
-// Column t % 16 of D_b, b = t / 16: x_r = [r = column] - sum_(m < r) L_rm x_m. 64 threads, t from 0.
-__device__ __forceinline__ void substitute(const float* l, float* d, int t) {
+// Column t % 16 of D_b, b = t / 16: x_r = [r = column] - sum_(m < r) L_rm x_m; rounded to TF32, too. 64 threads, t from 0.
+__device__ __forceinline__ void substitute(float* l, int t) {
     const int b = t >> 4, column = t & 15;
     const float* lb = l + 16 * b * L_STRIDE + 16 * b;
     float x[16];
@@ -189,7 +199,10 @@ __device__ __forceinline__ void substitute(const float* l, float* d, int t) {
             if (u + 3 < r) x[r] -= y.w * x[u + 3];
         }
 #pragma unroll
-    for (int r = 0; r < 16; r++) d[b * D_BLOCK + r * D_STRIDE + column] = x[r];
+    for (int r = 0; r < 16; r++) {
+        float* to = l + (L_BYTES / 4 + b * D_BLOCK + r * D_STRIDE + column);
+        to[0] = x[r], to[D_BYTES / 4] = __uint_as_float(tf32(x[r]));
+    }
 }
 
 // The vectors of one row.
@@ -205,30 +218,32 @@ __device__ __forceinline__ void row_factors(float* vec, const float* c, int row,
 // memory, laid out as in the image. L X is then a small sum of large terms, and what rounding X to TF32 leaves is multiplied, too: without,
 // 5.4e-3 were seen in o, with 3.1e-3 (all keys equal, beta 1). That of L, whose numbers are then nearly the same, and rounded alike, is not.
 template <class I, Lie LIE, bool LOW = false>
-__device__ __forceinline__ void invert(const float* l, const float* d, const float* beta, uint32_t a_at, char* low, int warp, int lane) {
+__device__ __forceinline__ void invert(const float* l, const float* beta, uint32_t a_at, char* low, int warp, int lane) {
     constexpr bool GRAD = LIE == Lie::PANEL;
     const int i = lane >> 2, j = lane & 3;
     const float b0 = GRAD ? 1.f : beta[16 * warp + i], b1 = GRAD ? 1.f : beta[16 * warp + i + 8];
     // y[b]: sum_m X_(m, warp)^T L_bm^T over the m so far; then X_(b, warp)^T.
     float y[4][2][4] = {};
-    // dst [16, 16] += a src^T, a [16, 16] as a result, src in shared memory. Column j and j + 4 of a
+    // dst [16, 16] += a src^T, a [16, 16] as a result, src in shared memory, rounded. Column j and j + 4 of a
     // product's left operand, and row j and j + 4 of its right one, are named 2j and 2j + 1: the sum does not mind, and a result's
     // pairs of columns then fit as they are.
-    auto multiply = [&](float (&dst)[2][4], const float (&a)[2][4], const float* src, int stride) {
+    auto multiply = [&](float (&dst)[2][4], const float (&a)[2][4], const float* src, int stride, auto known) {
+        // Of `a`, which is rounded already where that is known.
+        auto round = [&](float x) { return known ? __float_as_uint(x) : tf32(x); };
 #pragma unroll
         for (int s = 0; s < 2; s++) {
-            const uint32_t left[4] = {tf32(a[s][0]), tf32(a[s][2]), tf32(a[s][1]), tf32(a[s][3])};
+            const uint32_t left[4] = {round(a[s][0]), round(a[s][2]), round(a[s][1]), round(a[s][3])};
 #pragma unroll
             for (int n = 0; n < 2; n++) {
                 float2 x = *(const float2*)(src + (8 * n + i) * stride + 8 * s + 2 * j);
-                mma_tf32(dst[n], left, tf32(x.x), tf32(x.y));
+                mma_tf32(dst[n], left, __float_as_uint(x.x), __float_as_uint(x.y));
             }
             if constexpr (LOW) {
                 const uint32_t rest[4] = {rest_tf32(a[s][0]), rest_tf32(a[s][2]), rest_tf32(a[s][1]), rest_tf32(a[s][3])};
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
                     const float2 x = *(const float2*)(src + (8 * n + i) * stride + 8 * s + 2 * j);
-                    mma_tf32(dst[n], rest, tf32(x.x), tf32(x.y));
+                    mma_tf32(dst[n], rest, __float_as_uint(x.x), __float_as_uint(x.y));
                 }
             }
         }
@@ -242,7 +257,7 @@ __device__ __forceinline__ void invert(const float* l, const float* d, const flo
             if constexpr (GRAD) stsm(to, 0, 0, 0, 0);
             return;
         }
-        const float* db = d + b * D_BLOCK;
+        const float* db = l + (L_BYTES / 4 + b * D_BLOCK);
         if (b == warp) {
 #pragma unroll
             for (int n = 0; n < 2; n++) {
@@ -252,16 +267,22 @@ __device__ __forceinline__ void invert(const float* l, const float* d, const flo
         } else {
 #pragma unroll
             for (int u = 0; u < b; u++)
-                if (u >= warp) multiply(y[b], y[u], l + 16 * b * L_STRIDE + 16 * u, L_STRIDE);
+                if (u >= warp) multiply(y[b], y[u], l + 16 * b * L_STRIDE + 16 * u, L_STRIDE, Int<!LOW>{});
             float t[2][4];
 #pragma unroll
             for (int n = 0; n < 2; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) t[n][e] = -y[b][n][e], y[b][n][e] = 0.f;
-            multiply(y[b], t, db, D_STRIDE);
+            multiply(y[b], t, db + D_BYTES / 4, D_STRIDE, Int<0>{});
         }
         stsm_trans(to, I::pack(y[b][0][0] * b0, y[b][0][1] * b0), I::pack(y[b][0][2] * b1, y[b][0][3] * b1), I::pack(y[b][1][0] * b0, y[b][1][1] * b0),
                    I::pack(y[b][1][2] * b1, y[b][1][3] * b1));
+        if constexpr (!LOW) {
+#pragma unroll
+            for (int n = 0; n < 2; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) y[b][n][e] = __uint_as_float(tf32(y[b][n][e]));
+        }
         if constexpr (LOW) {
 #pragma unroll
             for (int n = 0; n < 2; n++)

@@ -9,26 +9,26 @@ namespace hopper {
 
 // Shared memory, in bytes from a base on 1024. Lifetimes:
 //   K, Q    loads .. the end of K K^T, Q K^T and the norms
-//   L, D    the value heads; over K and Q
+//   L, D    the value heads; over K and Q. D twice: as it is, and rounded to TF32, as L's blocks below the diagonal are
 //   image   the value heads; each is stored before the next overwrites it
 //   sums    of the four warps: of the key head, before the first value head .. behind its L; of a value head, behind its L
 template <int K, bool GRAD = false>
 struct PrepareSmem {
     static constexpr int L = 0;
-    static constexpr int D = L_BYTES;
-    static constexpr int END_LD = D + D_BYTES;
+    static constexpr int END_LD = L_BYTES + 2 * D_BYTES;
     static constexpr int TILES = 2 * CHUNK * K * 2;
     static constexpr int IMAGE = ((TILES > END_LD ? TILES : END_LD) + 1023) / 1024 * 1024;
     static constexpr int NORMS = IMAGE + (GRAD ? GRAD_BYTES : IMAGE_BYTES);  // f32: rk [64], rq [64], |k|^2 [64]
     static constexpr int SUMS = NORMS + 768;           // f32: [4] of the key head, [4] of a value head
-    static constexpr int GATES = SUMS + 32;            // f32, per value head: c log2(e) [64], beta [64]
+    static constexpr int FULL = SUMS + 32;             // barrier: K and Q are there
+    static constexpr int GATES = FULL + 16;            // f32, per value head: c log2(e) [64], beta [64]
     static constexpr int bytes(int group) { return GATES + group * 512; }
 };
 
 // I is the type of A and P. GRAD: the image of the backward, with C = (I + strictlower(G o K K^T) diag(beta))^-1: A = diag(beta) C.
 // ONE: as many key heads as value heads.
 template <class E, class I, int K, bool GRAD = false, bool ONE = false>
-__device__ __forceinline__ void prepare(const PrepareArgs& p) {
+__device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps& maps) {
     DYNAMIC_SHARED(smem_raw);
     // On 1024 already, behind the system's 1024 bytes, as there is no static shared memory: no room is left for rounding up. Without these words
     // ptxas spills.
@@ -47,31 +47,27 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
     }
     if (len == 0) return;  // an empty place of the table
 
-    const uint32_t sk = smem_addr(smem), sq = sk + PANELS * PANEL, image = smem_addr(smem + M::IMAGE);
+    const uint32_t sk = smem_addr(smem), sq = sk + PANELS * PANEL, image = smem_addr(smem + M::IMAGE), full = smem_addr(smem + M::FULL);
     float* l = (float*)(smem + M::L);
-    float* d = (float*)(smem + M::D);
     float* rk = (float*)(smem + M::NORMS);
     float *rq = rk + 64, *square = rk + 128;
     float* gates = (float*)(smem + M::GATES);
 
-    // K and Q [64, K], rows past the chunk zero.
-    {
-        const char* q = (const char*)p.q + (token * p.q_stride + (long long)kh * K) * 2;
-        const char* k = (const char*)p.k + (token * p.k_stride + (long long)kh * K) * 2;
-        constexpr int UNITS = K / 8;
+    // K and Q [64, K]
+    if (warp == 0 && elect()) {
+        mbar_init(full, 1);
+        mbar_init_fence();
+        mbar_expect(full, 2 * PANELS * PANEL);
 #pragma unroll
-        for (int n = 0; n < CHUNK * UNITS / 128; n++) {
-            int at = n * 128 + tid, row = at / UNITS, unit = at % UNITS;
-            bool live = row < len;
-            long long r = live ? row : 0;
-            uint32_t to = swizzled((unit / 8) * PANEL, row, unit % 8);
-            copy16(sk + to, k + r * p.k_stride * 2 + unit * 16, live);
-            copy16(sq + to, q + r * p.q_stride * 2 + unit * 16, live);
+        for (int x = 0; x < PANELS; x++) {
+            tma_load(sk + x * PANEL, &maps.k, kh * K + 64 * x, token, full);
+            tma_load(sq + x * PANEL, &maps.q, kh * K + 64 * x, token, full);
         }
     }
+    auto head_of = [&](int m) { return ONE ? kh : p.mod ? kh + m * p.hk : kh * group + m; };
     // Gates of all value heads: a warp sums 64 of them, two a lane.
     for (int m = warp; m < group; m += 4) {
-        int h = p.mod ? kh + m * p.hk : kh * group + m;
+        const int h = head_of(m);
         float x[2], b[2];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
@@ -84,10 +80,14 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         *(float2*)(gates + m * 128 + 2 * lane) = sum_gates(make_float2(x[0], x[1]), lane);
         *(float2*)(gates + m * 128 + 64 + 2 * lane) = make_float2(b[0], b[1]);
     }
-    copies_end();
-    copies_wait<0>();
-    fence_proxy();
     __syncthreads();
+    mbar_wait(full, 0, nullptr, 0);
+    // Behind the chunk lies what follows it in memory.
+    if (len < CHUNK) {
+        for (int x = 0; x < 2 * PANELS; x++) clear_rows(sk + x * PANEL, len, tid, 128);
+        fence_proxy();
+        __syncthreads();
+    }
 
     // kk = K K^T, qk = Q K^T: rows 16 warp + i, + 8.
     float kk[32], qk[32];
@@ -104,27 +104,33 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         E::mma_ss(qk, desc_step(tile_q, at), desc_step(tile_k, at), s > 0);
     }
     wgmma_commit();
-    // Norms: a thread per row of K (0 to 63) and of Q (64 to 127).
-    const float norm = p.l2norm ? row_norm<E, K>(smem + (tid < 64 ? 0 : PANELS * PANEL), tid & 63) : 1.f;
-    (tid < 64 ? rk : rq)[tid & 63] = norm;
+    // Norms: of Q two threads a row, of K what the diagonal of K K^T says, which lies in blocks 2 warp and 2 warp + 1 of 8 columns.
+    if (p.l2norm) {
+        const float sum = half_square<E, K>(smem + PANELS * PANEL, tid / 2, tid % 2);
+        if (tid % 2 == 0) rq[tid / 2] = rsqrtf(sum + 1e-6f);
+    } else if (tid < 64) {
+        rq[tid] = 1.f;
+    }
     wgmma_wait<0>();
     hold(kk);
     hold(qk);
-    __syncthreads();
-
-    // Fold the norms of both sides in, once for all heads.
     const int row0 = 16 * warp + i, row1 = row0 + 8;
-    fold_norms(kk, rk[row0], rk[row1], rk, j);
-    fold_norms(qk, rq[row0] * p.scale, rq[row1] * p.scale, rk, j);
-    // The diagonal lies in blocks 2 warp and 2 warp + 1 of 8 columns.
     float diagonal = 0.f;
 #pragma unroll
     for (int x = 0; x < 4; x++)
         if (x == warp && j == i >> 1) {
-            const float d0 = i & 1 ? kk[8 * x + 1] : kk[8 * x], d1 = i & 1 ? kk[8 * x + 7] : kk[8 * x + 6];
+            float d0 = i & 1 ? kk[8 * x + 1] : kk[8 * x], d1 = i & 1 ? kk[8 * x + 7] : kk[8 * x + 6];
+            const float r0 = p.l2norm ? rsqrtf(d0 + 1e-6f) : 1.f, r1 = p.l2norm ? rsqrtf(d1 + 1e-6f) : 1.f;
+            d0 *= r0 * r0, d1 *= r1 * r1;
+            rk[row0] = r0, rk[row1] = r1;
             square[row0] = d0, square[row1] = d1;
             diagonal = d0 * d0 + d1 * d1;
         }
+    __syncthreads();
+
+    // Fold the norms of both sides in, once for all heads.
+    fold_norms(kk, rk[row0], rk[row1], rk, j);
+    fold_norms(qk, rq[row0] * p.scale, rq[row1] * p.scale, rk, j);
     // As G <= 1, no value head's sums cancel where those without gates do not: mostly none do, and nothing more is asked.
     float* sums = (float*)(smem + M::SUMS);
     auto positive = [](const float* x) {
@@ -134,7 +140,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
     if constexpr (ASKS) share_sum(excess_without_gates(kk, diagonal), sums, warp, lane);
 
     for (int m = 0; m < group; m++) {
-        const int h = ONE ? kh : p.mod ? kh + m * p.hk : kh * group + m;
+        const int h = head_of(m);
         const float* c = gates + m * 128;
         const float* beta = c + 64;
         // The image before has been read; all warps are past L and D.
@@ -145,7 +151,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         form<I, LIE>(kk, qk, c, beta, l, image + (GRAD ? GRAD_P : IMAGE_P), warp, lane);
         __syncthreads();
         if (tid < 64) {
-            substitute(l, d, tid);
+            substitute(l, tid);
         } else {
             int row = tid - 64;
             float* vec = (float*)(smem + M::IMAGE + (GRAD ? GRAD_VEC : IMAGE_VEC));
@@ -160,25 +166,23 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
             if (lane == 0) vec[VEC_GROWS + row / 32] = grows;
         }
         __syncthreads();
-        char* low = nullptr;
+        bool cancels = false;
+        auto low = [&] { return p.lows + (1 + (long long)chunk * p.hv + h) * LOW_BYTES; };
         if constexpr (ASKS) {
-            bool cancels = positive(sums);
+            cancels = positive(sums);
             if (cancels) {
                 share_sum(excess(kk, c, warp, lane), sums + 4, warp, lane);
                 __syncthreads();
                 cancels = positive(sums + 4);
             }
             if (tid == 0) p.cancels[(long long)h * p.places + chunk] = cancels;
-            if (cancels) {
-                low = p.lows + (1 + (long long)chunk * p.hv + h) * LOW_BYTES;
-                form_rest<I>(qk, c, low + LOW_P, warp, lane);
-            }
+            if (cancels) form_rest<I>(qk, c, low() + LOW_P, warp, lane);
         }
         const uint32_t a_at = image + (GRAD ? GRAD_C : IMAGE_A);
-        if (ASKS && low != nullptr)
-            invert<I, LIE, ASKS>(l, d, beta, a_at, low + LOW_A, warp, lane);
+        if (ASKS && cancels)
+            invert<I, LIE, ASKS>(l, beta, a_at, low() + LOW_A, warp, lane);
         else
-            invert<I, LIE>(l, d, beta, a_at, nullptr, warp, lane);
+            invert<I, LIE>(l, beta, a_at, nullptr, warp, lane);
         fence_proxy();
         __syncthreads();
         if (tid == 0) {

@@ -60,12 +60,6 @@ constexpr int CAREFUL_STAGES = 2;
 // Codes in `hung`.
 enum : uint32_t { HUNG_PRODUCER = 0x100, HUNG_CONSUMER = 0x200, HUNG_STORE = 0x300, HUNG_TAIL = 0x400 };
 
-// Zeroes rows from `len` on of a panel; all `threads` threads.
-__device__ __forceinline__ void clear_rows(uint32_t panel, int len, int tid, int threads) {
-#pragma unroll 1
-    for (int n = len * 8 + tid; n < CHUNK * 8; n += threads) shared_zero_16(panel + n * 16);
-}
-
 // Zeroes what the first `panels` panels of a stage have from row `len` on, for products, when its last loads (phase `parity` of `full`)
 // are there, and says so; warp `at` of `warps`. No phase of `full` before that one may be open, as it could pass for it.
 __device__ __forceinline__ void clear_tail(uint32_t stage, int panels, int len, uint32_t full, uint32_t parity, uint32_t tail, int at, int warps, int lane, uint32_t* hung) {

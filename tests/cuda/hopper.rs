@@ -67,6 +67,33 @@ fn prefills() {
     }
 }
 
+/// Run by the test below: a state that holds a number that is none, as a GPU makes it, in one column; heads that do not forget it, in segments.
+#[test]
+#[ignore = "run by other tests, in a process of its own"]
+fn not_a_number() {
+    let cuda = Cuda::open(&Cuda::enumerate().found[0], &options(1)).unwrap();
+    let mut batch = Batch::random(heads(1, 1, 128, 128), &[330], true, 90);
+    batch.options.store = Dtype::Bf16;
+    batch.g.fill(0.0);
+    let state = batch.h0.as_mut().expect("a state to begin with");
+    state[5 * 128] = f32::from_bits(0x7fff_ffff);
+    let out = gdn::prefill(&cuda, &batch.inputs()).unwrap();
+    for (what, rows) in [("o", &out.o), ("ht", &out.ht)] {
+        for (t, row) in rows.chunks(128).enumerate() {
+            assert!(row[0].is_nan(), "{what}: row {t} has {} where the state is not a number", row[0]);
+            assert!(row[1..].iter().all(|x| x.is_finite()), "{what}: row {t} where the state is a number");
+        }
+    }
+    println!("{} rows that are none", out.o.len() / 128);
+}
+
+#[test]
+fn what_is_no_number_stays_none_from_segment_to_segment() {
+    let Some(text) = super::child("hopper::not_a_number", "arch=90,tell=1", &[]) else { return };
+    assert!(text.contains("330 rows that are none"), "{text}");
+    assert!(text.contains("kernel hopper_carry_k128\n"), "{text}");
+}
+
 /// Keys with this cosine between any two of a sequence, or of all sequences; every number as bf16 stores it. Value heads do not forget, hardly, a
 /// little, or at once, one after the other; beta is 1, 0.3, random.
 fn alike(heads: Heads, lens: &[u64], cosine: f32, norms: bool, seed: u64) -> Batch {

@@ -25,7 +25,7 @@ using namespace hopper;
 #define DECLARE(NAME, ...) extern "C" __global__ void NAME(__VA_ARGS__);
 #endif
 #define OF_K(NAME, K)                                                                                                          \
-    DECLARE(hopper_grad_prepare_##NAME##_##K, const __grid_constant__ PrepareArgs)                                             \
+    DECLARE(hopper_grad_prepare_##NAME##_##K, const __grid_constant__ PrepareArgs, const __grid_constant__ PrepareMaps)                                             \
     DECLARE(hopper_keep_##NAME##_##K##_w1, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)                 \
     DECLARE(hopper_keep_##NAME##_##K##_w2, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)                 \
     DECLARE(hopper_reverse_##NAME##_##K##_w1, const __grid_constant__ ReverseArgs, const __grid_constant__ ReverseMaps)        \
@@ -116,6 +116,7 @@ struct Run {
     Buffer dq, dk, dv, dg, dbeta, dh0;
     Buffer images, states, dstates, news, d_chunks, d_segments;
     PrepareArgs pa;
+    PrepareMaps pm;
     ScanArgs ka;
     ScanMaps km;
     ReverseArgs ra;
@@ -186,7 +187,8 @@ struct Run {
         gm.q = map_q, gm.k = map_k, gm.d_o = rm.d_o, gm.dv = tensor_map(dv.p, rows, c.hv * c.v, c.f16);
         gm.dq = tensor_map(dq.p, rows, c.hk * c.k, c.f16), gm.dk = tensor_map(dk.p, rows, c.hk * c.k, c.f16);
         const float scale = 1.f / sqrtf((float)c.k);
-        pa = {q.p, k.p, (float*)g.p, (float*)beta.p, (Chunk*)d_chunks.p, (char*)images.p, c.hk * c.k, c.hk * c.k, scale, c.hk, c.hv, c.mod, c.l2norm};
+        pm = {map_q, map_k};
+        pa = {(float*)g.p, (float*)beta.p, (Chunk*)d_chunks.p, (char*)images.p, scale, c.hk, c.hv, c.mod, c.l2norm};
         ka = {(Segment*)d_segments.p, (char*)images.p, (float*)(c.cut ? starts.p : h0.p), nullptr, (float*)states.p, nullptr, news.p, 0, c.hk, c.hv, c.mod, c.v, hung_device()};
         ra = {(Segment*)d_back.p, (char*)images.p, (float*)(c.cut ? ends.p : dht.p), (float*)dh0.p, (char*)dstates.p, dv.p, c.hv * c.v, c.hk, c.hv, c.mod, c.v, hung_device(), nullptr};
         ca = {(Segment*)d_ordered.p, (Cut*)d_cuts.p, (char*)images.p, (int*)warm.p, (float*)h0.p, (float*)starts.p, (float*)transitions.p, -12.f,
@@ -209,7 +211,7 @@ struct Run {
 
     void prepare(cudaStream_t s) {
         const int bytes = PrepareSmem<128, true>::bytes(c.hv / c.hk);
-        LAUNCH(BY_TYPE(c.f16, hopper_grad_prepare, ), chunks.size() * c.hk, 128, bytes, s, &pa);
+        LAUNCH(BY_TYPE(c.f16, hopper_grad_prepare, ), chunks.size() * c.hk, 128, bytes, s, &pa, &pm);
     }
     // The states before the segments, and the gradients of those behind them.
     void carry(cudaStream_t s) {

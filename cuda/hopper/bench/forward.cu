@@ -30,7 +30,7 @@ using namespace hopper;
 #define DECLARE(NAME, ...) extern "C" __global__ void NAME(__VA_ARGS__);
 #endif
 #define OF_K(KIND)                                                                                              \
-    DECLARE(hopper_prepare_##KIND, const __grid_constant__ PrepareArgs)                                         \
+    DECLARE(hopper_prepare_##KIND, const __grid_constant__ PrepareArgs, const __grid_constant__ PrepareMaps)                                         \
     DECLARE(hopper_scan_##KIND##_w2, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)        \
     DECLARE(hopper_scan_##KIND##_w1, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)        \
     DECLARE(hopper_state_##KIND, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
@@ -39,8 +39,8 @@ OF_K(bf16_k64)
 OF_K(f16_k128)
 OF_K(f16_k64)
 OF_K(mix_k128)
-DECLARE(hopper_prepare_one_bf16_k128, const __grid_constant__ PrepareArgs)
-DECLARE(hopper_prepare_one_f16_k128, const __grid_constant__ PrepareArgs)
+DECLARE(hopper_prepare_one_bf16_k128, const __grid_constant__ PrepareArgs, const __grid_constant__ PrepareMaps)
+DECLARE(hopper_prepare_one_f16_k128, const __grid_constant__ PrepareArgs, const __grid_constant__ PrepareMaps)
 DECLARE(hopper_scan_careful_bf16_k128, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
 DECLARE(hopper_scan_careful_bf16_k64, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
 DECLARE(hopper_warm, const __grid_constant__ CarryArgs)
@@ -84,6 +84,7 @@ struct Run {
     Buffer q, k, v, g, beta, h0, ht, o, images, lows, cancels, d_chunks, d_segments;
     ScanMaps maps;
     PrepareArgs pa;
+    PrepareMaps pm;
     ScanArgs sa, sta;
     CarryArgs ca;
     int wg;
@@ -138,7 +139,8 @@ struct Run {
         maps.q = tensor_map(q.p, rows, c.hk * c.k, c.f16), maps.k = tensor_map(k.p, rows, c.hk * c.k, c.f16);
         maps.v = tensor_map(v.p, rows, c.hv * c.v, c.f16), maps.o = tensor_map(o.p, rows, c.hv * c.v, c.f16);
         float scale = 1.f / sqrtf((float)c.k);
-        pa = {q.p, k.p, (float*)g.p, (float*)beta.p, (Chunk*)d_chunks.p, (char*)images.p, c.hk * c.k, c.hk * c.k, scale, c.hk, c.hv, c.mod, c.l2norm,
+        pm = {maps.q, maps.k};
+        pa = {(float*)g.p, (float*)beta.p, (Chunk*)d_chunks.p, (char*)images.p, scale, c.hk, c.hv, c.mod, c.l2norm,
               (int)chunks.size(), (char*)lows.p, (unsigned char*)cancels.p};
         sa = {(Segment*)d_segments.p, (char*)images.p, (float*)(c.cut ? starts.p : h0.p), (float*)ht.p, nullptr, nullptr, o.p, c.hv * c.v,
               c.hk, c.hv, c.mod, c.v, hung_device(), (char*)lows.p, (unsigned char*)cancels.p, (int)chunks.size()};
@@ -160,7 +162,7 @@ struct Run {
         int bytes = c.k == 128 ? PrepareSmem<128>::bytes(c.hv / c.hk) : PrepareSmem<64>::bytes(c.hv / c.hk);
         const bool one = c.hk == c.hv && c.k == 128 && !mix;
         Kernel kernel = !one ? OF_CASE(hopper_prepare, ) : c.f16 ? (Kernel)hopper_prepare_one_f16_k128 : (Kernel)hopper_prepare_one_bf16_k128;
-        LAUNCH(kernel, chunks.size() * c.hk, 128, bytes, s, &pa);
+        LAUNCH(kernel, chunks.size() * c.hk, 128, bytes, s, &pa, &pm);
     }
 
     // The states before the segments.

@@ -19,6 +19,8 @@ pub struct Choice {
     pub threads: u32,
     /// Bytes of shared memory that its launch asks for, beside those that it declares.
     pub shared: u32,
+    /// Whether its grid is the row's from behind: blocks start along x first, and a row's columns come last.
+    pub columns_first: bool,
 }
 
 /// Tokens of a chunk: the only number of them that the chunked kernels are compiled for.
@@ -146,7 +148,7 @@ pub fn choose(kernel: &'static Kernel, consts: &[u32]) -> Result<Choice> {
                 false => Err(c.refuse("lanes", lanes, "1 to 256")),
             }
         }
-        "gdn_step" => step(&c),
+        "gdn_step" => Ok(Choice { columns_first: true, ..step(&c)? }),
         "gdn_mix_step" => {
             c.padded("dk", 16, &[256])?;
             c.padded("dv", 16, &[256])?;
@@ -215,7 +217,7 @@ pub fn choose(kernel: &'static Kernel, consts: &[u32]) -> Result<Choice> {
 }
 
 fn choice(family: &'static str, name: String, threads: u32) -> Result<Choice> {
-    Ok(Choice { family, name, threads, shared: 0 })
+    Ok(Choice { family, name, threads, shared: 0, columns_first: false })
 }
 
 /// A scan: on the matrix units, in the family `mma`, or with a slice of the state.

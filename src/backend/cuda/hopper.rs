@@ -181,10 +181,10 @@ pub(super) fn places(sequences: u64, chunks: u64, cut: u32) -> u64 {
 
 /// PrepareSmem::bytes of prepare.cuh.
 pub(super) fn prepare_bytes(k: u32, group: u32, image_bytes: u32) -> u32 {
-    let inverse = 64 * 72 * 4 + 4 * (16 * 24 + 16) * 4;
+    let inverse = 64 * 72 * 4 + 2 * 4 * (16 * 24 + 16) * 4;
     let tiles = 2 * 64 * k * 2;
     let image = tiles.max(inverse).div_ceil(1024) * 1024;
-    image + image_bytes + 768 + 32 + group * 512
+    image + image_bytes + 768 + 32 + 16 + group * 512
 }
 
 /// ScanSmem::BYTES of scan.cuh, with 3 stages.
@@ -385,32 +385,29 @@ impl Hopper {
         let grid = [sequences as u32, 1, 1];
         push_tables(calls, Call::new("hopper_tables", variant, grid, launch, None));
 
-        // PrepareArgs of forward.cuh.
         let at16 = |address: u64, name: &str| address + 2 * u64::from(s.get(name));
         let gates = 4 * u64::from(p.get("g_off"));
-        let launch = vec![
-            at16(after[0], "q_off"),
-            at16(after[1], "k_off"),
+        let mut maps = Vec::with_capacity(64);
+        for (i, name, width) in [(0, "q", hk * k), (1, "k", hk * k), (2, "v", hv * v), (7, "o", hv * v)] {
+            maps.extend(map_of(shared, &launches[1], i, name, after[i], width, f16)?);
+        }
+        // PrepareArgs, then PrepareMaps of forward.cuh.
+        let args = [
             before[2] + gates,
             before[3] + gates,
             chunk_table,
             images,
-            s.get("q_stride").into(),
-            s.get("k_stride").into(),
             pair(p.get("scale"), hk),
             pair(hv, p.get("head_map")),
             pair(p.get("l2norm"), whole as u32),
             lows,
             cancels,
         ];
-        let variant = self.function(shared, &special.prepare, 128, special.prepare_bytes, &[104])?;
+        let launch = [&args[..], &maps[..32]].concat();
+        let variant = self.function(shared, &special.prepare, 128, special.prepare_bytes, &[72, 256])?;
         let grid = [whole as u32 * hk, 1, 1];
-        calls.push(Call::new("hopper_prepare", variant, grid, launch, None));
+        calls.push(Call::new("hopper_prepare", variant, grid, launch, Some(9)));
 
-        let mut maps = Vec::with_capacity(64);
-        for (i, name, width) in [(0, "q", hk * k), (1, "k", hk * k), (2, "v", hv * v), (7, "o", hv * v)] {
-            maps.extend(map_of(shared, &launches[1], i, name, after[i], width, f16)?);
-        }
         let shape = [pair(hk, hv), pair(p.get("head_map"), v), 0, lows, cancels, whole];
 
         if special.cut > 0 {

@@ -327,25 +327,22 @@ impl Hopper {
             let p = Numbers(&launches[0]);
             let [before, after] = [&addresses[0], &addresses[1]];
             let gates = 4 * u64::from(p.get("g_off"));
-            // PrepareArgs of forward.cuh.
-            let launch = vec![
-                at16(before[0], &p, "q_off"),
-                at16(before[1], &p, "k_off"),
+            // PrepareArgs, then PrepareMaps of forward.cuh.
+            let args = [
                 before[2] + gates,
                 before[3] + gates,
                 tables,
                 before[5],
-                p.get("q_stride").into(),
-                p.get("k_stride").into(),
                 pair(p.get("scale"), hk),
                 pair(hv, head_map),
                 pair(p.get("l2norm"), places),
                 0,
                 0,
             ];
+            let launch = [&args[..], &map(0, 0, "q", hk * k)?, &map(0, 1, "k", hk * k)?].concat();
             let bytes = prepare_bytes(k, hv / hk, GRAD_BYTES as u32);
-            let variant = self.function(shared, &format!("hopper_grad_prepare_{kind}"), 128, bytes, &[104])?;
-            calls.push(Call::new("hopper_grad_prepare", variant, [places * hk, 1, 1], launch, None));
+            let variant = self.function(shared, &format!("hopper_grad_prepare_{kind}"), 128, bytes, &[72, 256])?;
+            calls.push(Call::new("hopper_grad_prepare", variant, [places * hk, 1, 1], launch, Some(9)));
 
             // ScanArgs, then ScanMaps, whose maps of q and o are not used.
             let (key, value) = (map(1, 1, "k", hk * k)?, map(1, 2, "v", hv * v)?);

@@ -21,6 +21,8 @@ pub(super) struct Variant {
     pub(super) threads: u32,
     /// Bytes of shared memory beside those that the kernel declares.
     pub(super) shared_bytes: u32,
+    /// See [`choose::Choice`].
+    columns_first: bool,
 }
 
 impl Variant {
@@ -39,7 +41,7 @@ impl Variant {
             let code = unsafe { sys::cuFuncSetAttribute(function, attribute, shared_bytes as i32) };
             shared.fault.result(&format!("shared memory of {name}"), code)?;
         }
-        Ok(Variant { function, threads, shared_bytes })
+        Ok(Variant { function, threads, shared_bytes, columns_first: false })
     }
 }
 
@@ -77,7 +79,8 @@ impl Variants {
                 format!("it takes {bytes} bytes, the row {} has {}", launch.kernel.name, 8 * packed_words(launch));
             return Err(Error::Compile { kernel: choice.name, device: device.clone(), log });
         }
-        let variant = Arc::new(Variant::new(shared, &choice.name, function, choice.threads, choice.shared, 0)?);
+        let variant = Variant::new(shared, &choice.name, function, choice.threads, choice.shared, 0)?;
+        let variant = Arc::new(Variant { columns_first: choice.columns_first, ..variant });
         row.insert(launch.consts.clone(), variant.clone());
         Ok(variant)
     }
@@ -170,11 +173,18 @@ fn calls(shared: &Shared, pass: &Pass) -> Result<Vec<Call>> {
             continue;
         }
         let variant = shared.variants.get(shared, launch)?;
-        for block in cut::blocks(launch.grid, MOST_SIDE, u64::MAX) {
+        let in_order = |mut xyz: [u32; 3]| {
+            if variant.columns_first {
+                xyz.reverse();
+            }
+            xyz
+        };
+        for block in cut::blocks(in_order(launch.grid), MOST_SIDE, u64::MAX) {
+            let base = in_order(block.base);
             let mut packed = Vec::with_capacity(packed_words(launch));
             packed.extend_from_slice(&addresses);
             packed.extend(launch.args.iter().map(|view| view.bytes));
-            let numbers = || block.base.iter().chain(&launch.consts).chain(&launch.params).copied();
+            let numbers = || base.iter().chain(&launch.consts).chain(&launch.params).copied();
             let mut words = numbers();
             while let Some(low) = words.next() {
                 packed.push(u64::from(low) | u64::from(words.next().unwrap_or(0)) << 32);

@@ -121,6 +121,7 @@ inline float __uint_as_float(uint32_t x) {
     memcpy(&y, &x, 4);
     return y;
 }
+inline int __ffs(uint32_t x) { return __builtin_ffs((int)x); }
 inline uint32_t __float_as_uint(float x) {
     uint32_t y;
     memcpy(&y, &x, 4);

@@ -50,7 +50,6 @@ inline int __syncthreads_or(int x) {
     __syncthreads();
     return all;
 }
-inline int __ffs(uint32_t x) { return __builtin_ffs((int)x); }
 template <class T>
 T __shfl_up_sync(uint32_t, T x, uint32_t step) {
     const uint32_t lane = emulator::lane();
