@@ -11,12 +11,11 @@
 
 namespace hopper {
 
-// A warp per (segment, head). GRAD: the image of the backward, and `back` gets the same counted from the segment's start, for the
+// A block of 128 threads per (segment, head). GRAD: the image of the backward, and `back` gets the same counted from the segment's start, for the
 // gradient of the state; whether all chunks are taken then depends on the whole sequence, so that it is the same for both.
 template <bool GRAD = false>
 __device__ __forceinline__ void warm(const CarryArgs& p, int* back = nullptr) {
-    int at = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (at >= p.segment_count * p.hv) return;
+    const int at = blockIdx.x, lane = threadIdx.x % 32;
     const Segment seg = p.segments[at / p.hv];
     const int h = at % p.hv, chunks = (seg.tokens + CHUNK - 1) / CHUNK;
     int result = -1, result_back = -1;
@@ -24,11 +23,12 @@ __device__ __forceinline__ void warm(const CarryArgs& p, int* back = nullptr) {
         constexpr int BYTES = GRAD ? GRAD_BYTES : IMAGE_BYTES, VEC = GRAD ? GRAD_VEC : IMAGE_VEC;
         auto vec = [&](int chunk) { return (const float*)(p.images + ((long long)chunk * p.hv + h) * BYTES + VEC); };
         bool grows = false;
-        for (int c = seg.origin + lane; c < (GRAD ? seg.end : seg.chunk + chunks); c += 32) {
+        for (int c = seg.origin + threadIdx.x; c < (GRAD ? seg.end : seg.chunk + chunks); c += blockDim.x) {
             float2 x = *(const float2*)(vec(c) + VEC_GROWS);
             grows = grows || x.x != 0.f || x.y != 0.f;
         }
-        grows = __any_sync(~0u, grows);
+        grows = __syncthreads_or(grows) != 0;
+        if (threadIdx.x >= 32) return;
         // Chunks from `from` on, in steps of `step`, until they have forgotten.
         auto count = [&](int from, int step) {
             float total = 0.f;
@@ -53,13 +53,14 @@ __device__ __forceinline__ void warm(const CarryArgs& p, int* back = nullptr) {
             if (result < 0 || result_back < 0) result = result_back = -1;
         }
     }
-    if (lane == 0) {
+    if (threadIdx.x == 0) {
         p.warm[at] = result;
         if constexpr (GRAD) back[at] = result_back;
     }
 }
 
-constexpr int CARRY_COLUMNS = 32;  // of V per block
+constexpr int CARRY_COLUMNS = 16;  // of V per block
+constexpr int CARRY_TILES = CARRY_COLUMNS / 8;
 constexpr int carry_threads(int k) { return k; }
 
 // Shared memory, in f32.
@@ -79,9 +80,9 @@ struct CarrySmem {
     static_assert(BYTES <= 232448, "shared memory of a block");
 };
 
-// Grid: (cuts x Hv) x V / 32; K / 32 warps, each of which owns [32, 32] of the state, as shared memory is the bound: with half as many rows, or
-// columns, what is multiplied is read twice (2.5 us a segment on an H200). BACK: gradients of states behind the segments, from the last
-// to the first, by transposed transitions: h0 is dht, states those gradients.
+// Grid: (cuts x Hv) x V / CARRY_COLUMNS; K / 32 warps, each of which owns 32 rows of the state. On an H200, a segment: 2.5 us with 16 rows a warp, as
+// shared memory is read twice as often; 1.75 with [32, 32]; 1.05 with [32, 16] and twice the blocks, of which there are few; no less with 8 columns.
+// BACK: gradients of states behind the segments, from the last to the first, by transposed transitions: h0 is dht, states those gradients.
 //
 // Segments whose heads have forgotten have their states already; only the others are walked. The chain from one to the next is the product
 // alone.
@@ -134,34 +135,34 @@ __device__ __forceinline__ void carry(const CarryArgs& p) {
     // The nearest TF32 number. Two instructions would do it, an addition and a mask, but for numbers that are none: they would become zeros.
     auto rounded = [](float x) { return __uint_as_float(tf32(x)); };
     // A state of memory, as products give it, and to shared memory: x[m][c], of rows 16 m on.
-    auto load = [&](float (&x)[2][4][4], const float* from) {
+    auto load = [&](float (&x)[2][CARRY_TILES][4], const float* from) {
 #pragma unroll
         for (int m = 0; m < 2; m++, from += 16 * p.v)
 #pragma unroll
-            for (int c = 0; c < 4; c++) {
+            for (int c = 0; c < CARRY_TILES; c++) {
                 const float2 lo = *(const float2*)(from + 8 * c), hi = *(const float2*)(from + 8 * p.v + 8 * c);
                 x[m][c][0] = lo.x, x[m][c][1] = lo.y, x[m][c][2] = hi.x, x[m][c][3] = hi.y;
             }
     };
-    auto store = [&](const float (&x)[2][4][4], float* to) {
+    auto store = [&](const float (&x)[2][CARRY_TILES][4], float* to) {
 #pragma unroll
         for (int m = 0; m < 2; m++, to += 16 * p.v)
 #pragma unroll
-            for (int c = 0; c < 4; c++) {
+            for (int c = 0; c < CARRY_TILES; c++) {
                 *(float2*)(to + 8 * c) = make_float2(x[m][c][0], x[m][c][1]);
                 *(float2*)(to + 8 * p.v + 8 * c) = make_float2(x[m][c][2], x[m][c][3]);
             }
     };
-    auto share = [&](const float (&x)[2][4][4]) {
+    auto share = [&](const float (&x)[2][CARRY_TILES][4]) {
 #pragma unroll
         for (int m = 0; m < 2; m++)
 #pragma unroll
-            for (int c = 0; c < 4; c++)
+            for (int c = 0; c < CARRY_TILES; c++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) put[(2 * m + e / 2) * 4 * M::STATE_STRIDE + 2 * (8 * c + e % 2)] = rounded(x[m][c][e]);
     };
 
-    float sum[2][4][4], before[2][4][4] = {};
+    float sum[2][CARRY_TILES][4], before[2][CARRY_TILES][4] = {};
     int n = next(0), after = next(n + 1);
     uint32_t stage = 0, phase = 0;
     ask(0, n), ask(1, after);
@@ -195,7 +196,7 @@ __device__ __forceinline__ void carry(const CarryArgs& p) {
                 a[y][2] = __float_as_uint(from[COLUMN]), a[y][3] = __float_as_uint(from[ROW + COLUMN]);
             }
 #pragma unroll
-            for (int c = 0; c < 4; c++) {
+            for (int c = 0; c < CARRY_TILES; c++) {
                 const float2 b = *(const float2*)(right + 4 * x * M::STATE_STRIDE + 16 * c);
 #pragma unroll
                 for (int y = 0; y < 2; y++) mma_tf32(sum[y][c], a[y], __float_as_uint(b.x), __float_as_uint(b.y));
@@ -207,7 +208,7 @@ __device__ __forceinline__ void carry(const CarryArgs& p) {
 #pragma unroll
         for (int y = 0; y < 2; y++)
 #pragma unroll
-            for (int c = 0; c < 4; c++)
+            for (int c = 0; c < CARRY_TILES; c++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) sum[y][c][e] = before[y][c][e];
         current = n + 1, n = after, after = last;

@@ -138,7 +138,7 @@ struct CarryArgs {
     float* states;       // [segments, Hv, K, V]: before each segment
     const float* transitions;  // [segments, Hv, K, K + 4]: over the segment before
     float threshold;     // sum of log decays behind which nothing is remembered
-    int segment_count, hv, v;
+    int hv, v;
 };
 
 // Numbers from one row of a transition to the next: as `carry` has them in shared memory, where they come as they are.

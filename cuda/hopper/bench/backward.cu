@@ -192,7 +192,7 @@ struct Run {
         ka = {(Segment*)d_segments.p, (char*)images.p, (float*)(c.cut ? starts.p : h0.p), nullptr, (float*)states.p, nullptr, news.p, 0, c.hk, c.hv, c.mod, c.v, hung_device()};
         ra = {(Segment*)d_back.p, (char*)images.p, (float*)(c.cut ? ends.p : dht.p), (float*)dh0.p, (char*)dstates.p, dv.p, c.hv * c.v, c.hk, c.hv, c.mod, c.v, hung_device(), nullptr};
         ca = {(Segment*)d_ordered.p, (Cut*)d_cuts.p, (char*)images.p, (int*)warm.p, (float*)h0.p, (float*)starts.p, (float*)transitions.p, -12.f,
-              (int)ordered.size(), c.hv, c.v};
+              c.hv, c.v};
         cb = ca, cb.h0 = (float*)dht.p, cb.states = (float*)ends.p;
         wa = {ca, (int*)warm_back.p};
         ga = {(Chunk*)d_chunks.p, (char*)images.p, (char*)states.p, (char*)dstates.p, (char*)news.p, dq.p, dk.p, (float*)dg.p, (float*)dbeta.p,
@@ -219,7 +219,7 @@ struct Run {
     }
     void carry_states(cudaStream_t s) {
         const unsigned jobs = (unsigned)(ordered.size() * c.hv);
-        LAUNCH(hopper_grad_warm, (jobs + 3) / 4, 128, 0, s, &wa);
+        LAUNCH(hopper_grad_warm, jobs, 128, 0, s, &wa);
         ScanArgs state = ka;
         state.segments = (Segment*)d_ordered.p, state.states_out = (float*)starts.p, state.transitions = (float*)transitions.p, state.warm = (int*)warm.p;
         ReverseArgs back = ra;

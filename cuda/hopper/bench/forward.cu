@@ -147,7 +147,7 @@ struct Run {
         sta = {(Segment*)d_ordered.p, (char*)images.p, nullptr, (float*)starts.p, (float*)transitions.p, (int*)warm.p, nullptr, 0,
                c.hk, c.hv, c.mod, c.v, hung_device(), (char*)lows.p, (unsigned char*)cancels.p, (int)chunks.size()};
         ca = {(Segment*)d_ordered.p, (Cut*)d_cuts.p, (char*)images.p, (int*)warm.p, (float*)h0.p, (float*)starts.p, (float*)transitions.p,
-              -12.f, (int)ordered.size(), c.hv, c.v};
+              -12.f, c.hv, c.v};
         // Two consumers share the loads of a block; with few blocks, one each fills the chip better.
         wg = c.wg ? c.wg : c.v % 128 != 0 || (int)segments.size() * c.hv * (c.v / 128) * 3 < multiprocessors() * 2 ? 1 : 2;
     }
@@ -169,7 +169,7 @@ struct Run {
     void carry(cudaStream_t s) {
         if (!c.cut) return;
         int jobs = (int)ordered.size() * c.hv;
-        LAUNCH(hopper_warm, (jobs + 3) / 4, 128, 0, s, &ca);
+        LAUNCH(hopper_warm, jobs, 128, 0, s, &ca);
         int bytes = c.k == 128 ? ScanSmem<128, 1, 3, false>::BYTES : ScanSmem<64, 1, 3, false>::BYTES;
         LAUNCH(OF_CASE(hopper_state, ), jobs * (c.v / 64 + c.k / 64), 256, bytes, s, &sta, &maps);
         join(s);

@@ -32,7 +32,7 @@ pub(super) const CHUNK_BYTES: u64 = 8;
 pub(super) const SEGMENT_BYTES: u64 = 32;
 pub(super) const CUT_BYTES: u64 = 16;
 /// Columns of V that a block of `carry` has: CARRY_COLUMNS of carry.cuh.
-pub(super) const CARRY_COLUMNS: u32 = 32;
+pub(super) const CARRY_COLUMNS: u32 = 16;
 /// A head that has decayed by e to this has forgotten, for numbers of 16 bits.
 pub(super) const FORGOTTEN: f32 = -12.0;
 
@@ -415,11 +415,10 @@ impl Hopper {
             let (jobs, parts) = (places as u32 * hv, v / 64 + k / 64);
             // CarryArgs of forward.cuh.
             let threshold = if exact { f32::NEG_INFINITY } else { FORGOTTEN };
-            let numbers = [pair(threshold.to_bits(), places as u32), pair(hv, v)];
+            let numbers = [pair(threshold.to_bits(), hv), v.into()];
             let carry = [&[ordered, cut_table, images, warm, after[6], starts, transitions][..], &numbers].concat();
             let variant = self.function(shared, "hopper_warm", 128, 0, &[72])?;
-            let grid = [jobs.div_ceil(4), 1, 1];
-            calls.push(Call::new("hopper_warm", variant, grid, carry.clone(), None));
+            calls.push(Call::new("hopper_warm", variant, [jobs, 1, 1], carry.clone(), None));
 
             // ScanArgs, then ScanMaps: no outputs, states from zero.
             let args = [ordered, images, 0, starts, transitions, warm, 0, 0];

@@ -313,7 +313,7 @@ impl Hopper {
         // CarryArgs of forward.cuh: from the states (or gradients) that a sequence begins with, those that segments begin with.
         let threshold = if exact { f32::NEG_INFINITY } else { FORGOTTEN };
         let carry = |images: u64, from: u64, to: u64| {
-            let numbers = [pair(threshold.to_bits(), segments), pair(hv, v)];
+            let numbers = [pair(threshold.to_bits(), hv), v.into()];
             [&[ordered, cuts, images, warm, from, to, transitions][..], &numbers].concat()
         };
         let (jobs, carry_grid) = (segments * hv, [sequences * hv, v / CARRY_COLUMNS, 1]);
@@ -351,7 +351,7 @@ impl Hopper {
                 // GradWarmArgs of backward.cuh.
                 let launch = [&carry(before[5], after[6], starts)[..], &[warm_back]].concat();
                 let variant = self.function(shared, "hopper_grad_warm", 128, 0, &[80])?;
-                calls.push(Call::new("hopper_grad_warm", variant, [jobs.div_ceil(4), 1, 1], launch, None));
+                calls.push(Call::new("hopper_grad_warm", variant, [jobs, 1, 1], launch, None));
 
                 let args = [ordered, before[5], 0, starts, transitions, warm, 0, 0];
                 let launch = [&args[..], &shape, &unused, &maps].concat();
