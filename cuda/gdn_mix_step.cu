@@ -1,14 +1,19 @@
 // One decoded token of a mixer after its convolution, fused: L2 norm, gates, recurrence, gated norm.
 //
-// As gdn_step, but the state of the whole head stays in device memory: it is read twice (for S^T k and S^T q, then for its update),
-// the second time from a cache. Thread (ty, tx) takes rows ty, ty + groups, .. of columns 4 tx to 4 tx + 3.
+// As gdn_step, but a block takes a whole head, whose outputs are normed together. Thread (ty, tx) takes rows ty, ty + groups, .. of columns 4 tx
+// to 4 tx + 3: in registers, all asked for at once, if they are HELD; else the state is read twice (for S^T k and S^T q, then for its
+// update), the second time from a cache, a row after the other.
 #include "reduce.cuh"
 
 struct Shared {
     float4 sk[MOST_THREADS], sq[MOST_THREADS];  // parts of S^T k and S^T q [groups, V]
 };
 
-KERNEL(gdn_mix_step, gdn_mix_step, MOST_THREADS) {
+constexpr u32 HELD = 16;  // K = 128 with 256 threads for V = 128
+
+// ROWS: those of a thread; 0: as many as there are.
+template <u32 ROWS>
+__device__ __forceinline__ void mix_step(const row::gdn_mix_step::Launch& l) {
     SHARED(Shared, part);
     SHARED(Parts, parts);
     const uint3 cell = cell_of(l);
@@ -20,6 +25,9 @@ KERNEL(gdn_mix_step, gdn_mix_step, MOST_THREADS) {
     const float* small = (const float*)l.m.small;        // A_log [Hv], dt_bias [Hv], norm weight [V]
     float4* state = (float4*)l.m.state + ((size_t)seq.z * hv + head) * dk * quads + tx;  // [K, V / 4]
 
+    float4 held[ROWS ? ROWS : 1];
+#pragma unroll
+    for (u32 i = 0; i < ROWS; i++) held[i] = state[(size_t)(ty + i * groups) * quads];
     for (u32 n = 0; n < seq.y; n++) {
         const size_t t = (size_t)seq.x + n;
         const float* q = (const float*)l.m.qkv + t * l.p.qkv_stride + (size_t)head_k * dk;                                     // [K]
@@ -35,7 +43,12 @@ KERNEL(gdn_mix_step, gdn_mix_step, MOST_THREADS) {
         }
         dots = reduce_sum4(dots, parts);
         float4 sk = four(0.f), sq = four(0.f);
-        if (works) {
+#pragma unroll
+        for (u32 i = 0; i < ROWS; i++) {
+            add(sk, k[ty + i * groups], held[i]);
+            add(sq, q[ty + i * groups], held[i]);
+        }
+        if (ROWS == 0 && works) {
             for (u32 r = ty; r < dk; r += groups) {
                 const float4 s = state[(size_t)r * quads];
                 add(sk, k[r], s);
@@ -57,7 +70,12 @@ KERNEL(gdn_mix_step, gdn_mix_step, MOST_THREADS) {
         const float4 d = beta * (make_float4(v[0], v[1], v[2], v[3]) - e * norm_k * sk);
         const float4 o = l.p.scale * norm_q * (e * sq + norm_k * dots.z * d);
         const float4 kd = norm_k * d;
-        if (works) {
+#pragma unroll
+        for (u32 i = 0; i < ROWS; i++) {
+            held[i] = e * held[i];
+            add(held[i], k[ty + i * groups], kd);
+        }
+        if (ROWS == 0 && works) {
             for (u32 r = ty; r < dk; r += groups) {
                 float4 s = e * state[(size_t)r * quads];
                 add(s, k[r], kd);
@@ -74,4 +92,13 @@ KERNEL(gdn_mix_step, gdn_mix_step, MOST_THREADS) {
             for (u32 c = 0; c < 4; c++) y[c] = get(o, c) * norm * w[c] * silu(z[c]);
         }
     }
+#pragma unroll
+    for (u32 i = 0; i < ROWS; i++) state[(size_t)(ty + i * groups) * quads] = held[i];
+}
+
+KERNEL(gdn_mix_step, gdn_mix_step, MOST_THREADS) {
+    if (l.c.dk * l.c.dv == HELD * 4 * blockDim.x && blockDim.x % (l.c.dv / 4) == 0)
+        mix_step<HELD>(l);
+    else
+        mix_step<0>(l);
 }

@@ -144,11 +144,12 @@ __device__ __forceinline__ void matvec(const row::matvec::Launch& l) {
     *y = l.c.add ? *y + sum : sum;
 }
 
-// One row of x, or up to eight.
+// One row of x, or up to two, four (of 16-bit weights, as models have) and eight: what is computed for rows that are not there is time.
 #define MATVEC_KERNELS(NAME, T) MATVEC_KERNEL(NAME, T, 1) MATVEC_KERNEL(NAME, T, 8)
+#define MATVEC_KERNELS_16(NAME, T) MATVEC_KERNELS(NAME, T) MATVEC_KERNEL(NAME, T, 2) MATVEC_KERNEL(NAME, T, 4)
 #define MATVEC_KERNEL(NAME, T, B)                                      \
     KERNEL(NAME##_b##B, matvec, THREADS) { matvec<T, B, 0>(l); }       \
     KERNEL(NAME##_b##B##_glu, matvec, THREADS) { matvec<T, B, 1>(l); }
 MATVEC_KERNELS(matvec_f32, F32)
-MATVEC_KERNELS(matvec_f16, F16)
-MATVEC_KERNELS(matvec_bf16, Bf16)
+MATVEC_KERNELS_16(matvec_f16, F16)
+MATVEC_KERNELS_16(matvec_bf16, Bf16)

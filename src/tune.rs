@@ -527,8 +527,10 @@ pub fn carry_lanes(caps: &Caps, heads: &Heads, columns: u32) -> u32 {
 pub fn mix_lanes(caps: &Caps, heads: &Heads) -> u32 {
     match caps.kind {
         Kind::Cpu => 1,
+        // Two threads a column of the state: each holds as much of it in registers as it may, so that all of it is on its way at once.
+        Kind::Cuda => (2 * heads.v).next_power_of_two().clamp(32, 256),
         // One thread a column of the state.
-        Kind::WebGpu | Kind::Cuda => heads.v.next_power_of_two().clamp(32, 256),
+        Kind::WebGpu => heads.v.next_power_of_two().clamp(32, 256),
     }
 }
 

@@ -177,7 +177,11 @@ pub fn choose(kernel: &'static Kernel, consts: &[u32]) -> Result<Choice> {
         "matmul" => matmul(&c),
         "matvec" => {
             c.one_of("rows", &[4])?;
-            let (dtype, batch) = (c.dtype("w_type")?, if c.one_of("batch", &[1, 2, 4, 8])? == 1 { 1 } else { 8 });
+            let dtype = c.dtype("w_type")?;
+            let batch = match (dtype, c.one_of("batch", &[1, 2, 4, 8])?) {
+                (Dtype::F32, 2 | 4) => 8,
+                (_, batch) => batch,
+            };
             let glu = if c.one_of("glu", &[0, 1])? == 1 { "_glu" } else { "" };
             choice("matvec", format!("{name}_{dtype}_b{batch}{glu}"), c.lanes(128)?)
         }
