@@ -131,7 +131,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         const float4 y = *(const float4*)x;
         return (y.x + y.y) + (y.z + y.w) > 0.f;
     };
-    if constexpr (ASKS) share_sum(excess_without_gates(kk, diagonal), sums, warp, lane);
+    if constexpr (ASKS) share_sum(excess_without_gates<E>(kk, diagonal), sums, warp, lane);
 
     for (int m = 0; m < group; m++) {
         const int h = ONE ? kh : p.mod ? kh + m * p.hk : kh * group + m;
@@ -164,7 +164,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         if constexpr (ASKS) {
             bool cancels = positive(sums);
             if (cancels) {
-                share_sum(excess(kk, c, warp, lane), sums + 4, warp, lane);
+                share_sum(excess<E>(kk, c, warp, lane), sums + 4, warp, lane);
                 __syncthreads();
                 cancels = positive(sums + 4);
             }
