@@ -23,9 +23,11 @@ SCAN(hopper_scan_bf16_k128_w1, Bf16, Bf16, 128, 1, true)
 SCAN(hopper_scan_bf16_k64_w2, Bf16, Bf16, 64, 2, true)
 SCAN(hopper_scan_bf16_k64_w1, Bf16, Bf16, 64, 1, true)
 // For segments in which sums cancel: with one consumer, and two stages, which are larger.
-#define SCAN_CAREFUL(NAME, K) ENTRY_MAPS(NAME, 256, 1, ScanArgs, ScanMaps) { scan<Bf16, Bf16, K, 1, CAREFUL_STAGES, true, false, false, true>(p, maps); }
-SCAN_CAREFUL(hopper_scan_careful_bf16_k128, 128)
-SCAN_CAREFUL(hopper_scan_careful_bf16_k64, 64)
+#define SCAN_CAREFUL(NAME, E, K) ENTRY_MAPS(NAME, 256, 1, ScanArgs, ScanMaps) { scan<E, E, K, 1, CAREFUL_STAGES, true, false, false, true>(p, maps); }
+SCAN_CAREFUL(hopper_scan_careful_bf16_k128, Bf16, 128)
+SCAN_CAREFUL(hopper_scan_careful_bf16_k64, Bf16, 64)
+SCAN_CAREFUL(hopper_scan_careful_f16_k128, F16, 128)
+SCAN_CAREFUL(hopper_scan_careful_f16_k64, F16, 64)
 #ifdef HOPPER_ALL
 SCAN(hopper_scan_mix_k128_w2, Bf16, F16, 128, 2, true)
 SCAN(hopper_scan_mix_k128_w1, Bf16, F16, 128, 1, true)

@@ -25,7 +25,7 @@ constexpr int IMAGE_A = 0;
 constexpr int IMAGE_P = 5120;
 constexpr int IMAGE_VEC = 2 * 5120;  // f32: [64] e^c rk, [64] e^(c_C - c) rk, [64] s e^c rq, then the numbers below
 constexpr int IMAGE_BYTES = 2 * 5120 + 1024;
-// What rounding A and P to bf16 leaves, of a chunk and value head in which sums cancel (`CANCELS`): both as in the image.
+// What rounding A and P leaves, of a chunk and value head in which sums cancel (`CANCELS`): both as in the image.
 constexpr int LOW_A = 0;
 constexpr int LOW_P = 5120;
 constexpr int LOW_BYTES = 2 * 5120;  // the first is of zeros, for chunks where nothing cancels; then those of chunks and heads
@@ -52,18 +52,23 @@ constexpr int VEC_CQ = 448;    // c + rq + s, of rows of Q K^T
 constexpr float G_MIN = -30.f;
 constexpr float LOG2E = 1.4426950408889634f;
 
-// Where keys of a chunk are alike and gates hardly forget, S and O are small sums of large N, and rounding A, P and N to bf16 shows. A chunk
+// Where keys of a chunk are alike and gates hardly forget, S and O are small sums of large N, and rounding A, P and N to 16 bits shows. A chunk
 // and value head counts as such where
 //   sum over j < i of (G_ij k_i.k_j)^2 > CANCELS sum over i of |k_i|^4
 // Without decay the sums have the ratio 0.25 for random keys of K = 128, 0.5 of K = 64, 31.5 for equal ones. Where it is less than CANCELS, errors
-// stay below 4.8e-3; above, they go up to 7e-2 (NOTES.md).
+// stay below 4.8e-3 in bf16 and 9e-4 in f16; above, they go up to 7e-2 and 2e-2 (NOTES.md).
+template <class E>
 constexpr float CANCELS = 0.75f;
+template <>
+constexpr float CANCELS<F16> = 1.5f;
 
-// Types stored and multiplied for which that is asked. (Those of f16 have 8 times the digits.)
+// Types stored and multiplied for which that is asked.
 template <class E, class I>
 constexpr bool ASKS_CANCELS = false;
 template <>
 constexpr bool ASKS_CANCELS<Bf16, Bf16> = true;
+template <>
+constexpr bool ASKS_CANCELS<F16, F16> = true;
 
 // Up to C tokens of one sequence.
 struct Chunk {
@@ -101,7 +106,7 @@ struct PrepareArgs {
     int mod;     // value head h has key head h mod Hk; else h / (Hv / Hk)
     int l2norm;  // divide q and k by sqrt(sum of squares + 1e-6)
     int places;  // chunks, empty ones too
-    char* lows;              // [1 + chunks x Hv, LOW_BYTES]; this one and the next for bf16
+    char* lows;              // [1 + chunks x Hv, LOW_BYTES]
     unsigned char* cancels;  // [Hv, places]: 1 where sums of the chunk cancel, and its place in `lows` is written
 };
 

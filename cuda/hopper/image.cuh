@@ -66,11 +66,17 @@ __device__ __forceinline__ void fold_norms(float (&a)[32], float f0, float f1, c
     }
 }
 
+// Types of A for which both operands of the inverse are in two parts where sums cancel: f16 has the digits of TF32.
+template <class I>
+constexpr bool INVERTS_IN_PARTS = false;
+template <>
+constexpr bool INVERTS_IN_PARTS<F16> = true;
+
 // The nearest TF32 numbers. Each is three instructions, so that what several warps multiply is rounded where it is written.
 __device__ __forceinline__ float2 rounded_tf32(float2 x) { return make_float2(__uint_as_float(tf32(x.x)), __uint_as_float(tf32(x.y))); }
 
-// L = strictlower(beta_i G_ij kk_ij) to `l`, blocks below the diagonal rounded to TF32; P = G_ij qk_ij for i >= j to `p_at`. For the backward beta_j in both.
-template <class I, Lie LIE>
+// L = strictlower(beta_i G_ij kk_ij) to `l`, blocks below the diagonal rounded to TF32 (unless EXACT); P = G_ij qk_ij for i >= j to `p_at`. For the backward beta_j in both.
+template <class I, Lie LIE, bool EXACT = false>
 __device__ __forceinline__ void form(const float (&kk)[32], const float (&qk)[32], const float* c, const float* beta, float* l, uint32_t p_at, int warp, int lane) {
     constexpr bool GRAD = LIE == Lie::PANEL;
     const int i = lane >> 2, j = lane & 3, row0 = 16 * warp + i, row1 = row0 + 8;
@@ -99,7 +105,7 @@ __device__ __forceinline__ void form(const float (&kk)[32], const float (&qk)[32
             const float *y = kk + 8 * x + 4 * n, *z = qk + 8 * x + 4 * n;
             float2 l0 = make_float2(row0 > col ? b00 * g00 * y[0] : 0.f, row0 > col + 1 ? b01 * g01 * y[1] : 0.f);
             float2 l1 = make_float2(row1 > col ? b10 * g10 * y[2] : 0.f, row1 > col + 1 ? b11 * g11 * y[3] : 0.f);
-            if (x != warp) l0 = rounded_tf32(l0), l1 = rounded_tf32(l1);
+            if (!EXACT && x != warp) l0 = rounded_tf32(l0), l1 = rounded_tf32(l1);
             *(float2*)(l + row0 * L_STRIDE + col) = l0;
             *(float2*)(l + row1 * L_STRIDE + col) = l1;
             if constexpr (GRAD) g00 *= b00, g01 *= b01, g10 *= b10, g11 *= b11;
@@ -111,6 +117,7 @@ __device__ __forceinline__ void form(const float (&kk)[32], const float (&qk)[32
 }
 
 // The thread's share of the sum over j < i of (G_ij kk_ij)^2, less CANCELS times that over i of kk_ii^2.
+template <class E>
 __device__ __forceinline__ float excess(const float (&kk)[32], const float* c, int warp, int lane) {
     const int i = lane >> 2, j = lane & 3, row0 = 16 * warp + i, row1 = row0 + 8;
     float sum = 0.f;
@@ -125,7 +132,7 @@ __device__ __forceinline__ float excess(const float (&kk)[32], const float* c, i
                 y *= exp2_fast(c[row] - cj);
                 // Above the diagonal y may be infinite.
                 if (row > column) sum = fmaf(y, y, sum);
-                if (row == column) sum = fmaf(y, -CANCELS * y, sum);
+                if (row == column) sum = fmaf(y, -CANCELS<E> * y, sum);
             };
             const float* y = kk + 8 * x + 4 * n;
             add(row0, col, y[0], cc.x), add(row0, col + 1, y[1], cc.y), add(row1, col, y[2], cc.x), add(row1, col + 1, y[3], cc.y);
@@ -135,11 +142,12 @@ __device__ __forceinline__ float excess(const float (&kk)[32], const float* c, i
 }
 
 // The same without G, of which kk's symmetry makes half a sum over all of it; `diagonal` are the kk_ii^2 that the thread has.
+template <class E>
 __device__ __forceinline__ float excess_without_gates(const float (&kk)[32], float diagonal) {
     float sum[4] = {};
 #pragma unroll
     for (int n = 0; n < 32; n++) sum[n % 4] = fmaf(kk[n], kk[n], sum[n % 4]);
-    return 0.5f * ((sum[0] + sum[1]) + (sum[2] + sum[3])) - (0.5f + CANCELS) * diagonal;
+    return 0.5f * ((sum[0] + sum[1]) + (sum[2] + sum[3])) - (0.5f + CANCELS<E>) * diagonal;
 }
 
 // The sum of a warp's threads to `to` [4 warps].
@@ -216,34 +224,57 @@ __device__ __forceinline__ void row_factors(float* vec, const float* c, int row,
 
 // Block column `warp` of A = X diag(beta) to `a_at`; for the backward of X, with zeros above it. LOW: what rounding A leaves to `low`, in
 // memory, laid out as in the image. L X is then a small sum of large terms, and what rounding X to TF32 leaves is multiplied, too: without,
-// 5.4e-3 were seen in o, with 3.1e-3 (all keys equal, beta 1). That of L, whose numbers are then nearly the same, and rounded alike, is not.
+// 5.4e-3 were seen in o, with 3.1e-3 (all keys equal, beta 1). That of L, whose numbers are then nearly the same, and rounded alike, is not in
+// bf16; in f16 it is, or 2.2e-3 are left in o and 4.7e-3 in ht: then L is EXACT.
 template <class I, Lie LIE, bool LOW = false>
 __device__ __forceinline__ void invert(const float* l, const float* beta, uint32_t a_at, char* low, int warp, int lane) {
     constexpr bool GRAD = LIE == Lie::PANEL;
+    constexpr bool PARTS = LOW && INVERTS_IN_PARTS<I>;
+    // Registers are few: no address is made before the branch that leads here, and beta is read where it is needed, or `prepare` spills.
+    if constexpr (PARTS) lane = lane_id();
     const int i = lane >> 2, j = lane & 3;
-    const float b0 = GRAD ? 1.f : beta[16 * warp + i], b1 = GRAD ? 1.f : beta[16 * warp + i + 8];
+    const float* beta_at = beta + 16 * warp + i;
+    const float beta0 = GRAD || PARTS ? 1.f : beta_at[0], beta1 = GRAD || PARTS ? 1.f : beta_at[8];
     // y[b]: sum_m X_(m, warp)^T L_bm^T over the m so far; then X_(b, warp)^T.
     float y[4][2][4] = {};
-    // dst [16, 16] += a src^T, a [16, 16] as a result, src in shared memory, rounded. Column j and j + 4 of a
+    // dst [16, 16] += a src^T, a [16, 16] as a result, src in shared memory. Column j and j + 4 of a
     // product's left operand, and row j and j + 4 of its right one, are named 2j and 2j + 1: the sum does not mind, and a result's
     // pairs of columns then fit as they are.
     auto multiply = [&](float (&dst)[2][4], const float (&a)[2][4], const float* src, int stride, auto known) {
-        // Of `a`, which is rounded already where that is known.
-        auto round = [&](float x) { return known ? __float_as_uint(x) : tf32(x); };
+        if constexpr (PARTS) {
+            // One after the other, as all at once spill: both rounded, what is left of a, what is left of src.
+#pragma unroll 1
+            for (int part = 0; part < 3; part++) {
+                auto left = [&](float x) { return part == 1 ? rest_tf32(x) : tf32(x); };
+                auto right = [&](float x) { return part == 2 ? rest_tf32(x) : tf32(x); };
 #pragma unroll
-        for (int s = 0; s < 2; s++) {
-            const uint32_t left[4] = {round(a[s][0]), round(a[s][2]), round(a[s][1]), round(a[s][3])};
+                for (int s = 0; s < 2; s++) {
+                    const uint32_t y[4] = {left(a[s][0]), left(a[s][2]), left(a[s][1]), left(a[s][3])};
 #pragma unroll
-            for (int n = 0; n < 2; n++) {
-                float2 x = *(const float2*)(src + (8 * n + i) * stride + 8 * s + 2 * j);
-                mma_tf32(dst[n], left, __float_as_uint(x.x), __float_as_uint(x.y));
+                    for (int n = 0; n < 2; n++) {
+                        const float2 x = *(const float2*)(src + (8 * n + i) * stride + 8 * s + 2 * j);
+                        mma_tf32(dst[n], y, right(x.x), right(x.y));
+                    }
+                }
             }
-            if constexpr (LOW) {
-                const uint32_t rest[4] = {rest_tf32(a[s][0]), rest_tf32(a[s][2]), rest_tf32(a[s][1]), rest_tf32(a[s][3])};
+        } else {
+            // Of `a`, which is rounded already where that is known; `src` always is.
+            auto left = [&](float x) { return known ? __float_as_uint(x) : tf32(x); };
+#pragma unroll
+            for (int s = 0; s < 2; s++) {
+                const uint32_t y[4] = {left(a[s][0]), left(a[s][2]), left(a[s][1]), left(a[s][3])};
 #pragma unroll
                 for (int n = 0; n < 2; n++) {
                     const float2 x = *(const float2*)(src + (8 * n + i) * stride + 8 * s + 2 * j);
-                    mma_tf32(dst[n], rest, __float_as_uint(x.x), __float_as_uint(x.y));
+                    mma_tf32(dst[n], y, __float_as_uint(x.x), __float_as_uint(x.y));
+                }
+                if constexpr (LOW) {
+                    const uint32_t rest[4] = {rest_tf32(a[s][0]), rest_tf32(a[s][2]), rest_tf32(a[s][1]), rest_tf32(a[s][3])};
+#pragma unroll
+                    for (int n = 0; n < 2; n++) {
+                        const float2 x = *(const float2*)(src + (8 * n + i) * stride + 8 * s + 2 * j);
+                        mma_tf32(dst[n], rest, __float_as_uint(x.x), __float_as_uint(x.y));
+                    }
                 }
             }
         }
@@ -273,8 +304,9 @@ __device__ __forceinline__ void invert(const float* l, const float* beta, uint32
             for (int n = 0; n < 2; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) t[n][e] = -y[b][n][e], y[b][n][e] = 0.f;
-            multiply(y[b], t, db + D_BYTES / 4, D_STRIDE, Int<0>{});
+            multiply(y[b], t, PARTS ? db : db + D_BYTES / 4, D_STRIDE, Int<0>{});
         }
+        const float b0 = PARTS ? shared_f32(smem_addr(beta_at)) : beta0, b1 = PARTS ? shared_f32(smem_addr(beta_at + 8)) : beta1;
         stsm_trans(to, I::pack(y[b][0][0] * b0, y[b][0][1] * b0), I::pack(y[b][0][2] * b1, y[b][0][3] * b1), I::pack(y[b][1][0] * b0, y[b][1][1] * b0),
                    I::pack(y[b][1][2] * b1, y[b][1][3] * b1));
         if constexpr (!LOW) {

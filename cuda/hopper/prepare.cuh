@@ -137,7 +137,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
         const float4 y = *(const float4*)x;
         return (y.x + y.y) + (y.z + y.w) > 0.f;
     };
-    if constexpr (ASKS) share_sum(excess_without_gates(kk, diagonal), sums, warp, lane);
+    if constexpr (ASKS) share_sum(excess_without_gates<E>(kk, diagonal), sums, warp, lane);
 
     for (int m = 0; m < group; m++) {
         const int h = head_of(m);
@@ -171,12 +171,17 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
         if constexpr (ASKS) {
             cancels = positive(sums);
             if (cancels) {
-                share_sum(excess(kk, c, warp, lane), sums + 4, warp, lane);
+                share_sum(excess<E>(kk, c, warp, lane), sums + 4, warp, lane);
                 __syncthreads();
                 cancels = positive(sums + 4);
             }
             if (tid == 0) p.cancels[(long long)h * p.places + chunk] = cancels;
             if (cancels) form_rest<I>(qk, c, low() + LOW_P, warp, lane);
+            if constexpr (INVERTS_IN_PARTS<I>)
+                if (cancels) {
+                    form<I, LIE, true>(kk, qk, c, beta, l, image + IMAGE_P, warp, ONE ? lane_id() : lane);  // either way, the other spills
+                    __syncthreads();
+                }
         }
         const uint32_t a_at = image + (GRAD ? GRAD_C : IMAGE_A);
         if (ASKS && cancels)

@@ -215,6 +215,13 @@ __device__ __forceinline__ uint32_t bytes_of(uint32_t x, uint32_t y, uint32_t wh
     return r;
 }
 
+// The thread's lane, asked anew: what is made of it is not made before.
+__device__ __forceinline__ int lane_id() {
+    int x;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(x));
+    return x;
+}
+
 // The nearest TF32 number, as bits.
 __device__ __forceinline__ uint32_t tf32(float x) {
     uint32_t r;

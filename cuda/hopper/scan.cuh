@@ -13,8 +13,8 @@
 // Products complete in the order in which they are issued, so what waits for one of them leaves those behind it in flight: each
 // step of S and of U, between which registers are rounded, is a group of its own, for ptxas makes it one whatever is said.
 //
-// CAREFUL, bf16: for segments in some chunk of which the sums cancel (CANCELS of forward.cuh). S and O are then small sums of large N, and
-// what rounding A, P and N leaves shows in them (up to 7e-2 where 4.4e-3 is left otherwise), so that it is multiplied, too:
+// CAREFUL: for segments in some chunk of which the sums cancel (CANCELS of forward.cuh). S and O are then small sums of large N, and
+// what rounding A, P and N leaves shows in them (up to 7e-2 where 4.4e-3 is left otherwise, in f16 2e-2 for 6e-4), so that it is multiplied, too:
 //   N^T = W^T (A + A_lo)^T     S^T += (M + M_lo) K, M = vec_state o N^T     O^T += (N + N_lo)^T P^T + N^T P_lo^T
 // W and S for U and S Q^T stay as they are: what is rounded there is like another V, or o, and does not grow. With outputs that is a kernel
 // of its own, beside the usual one: each leaves the other's segments alone as it begins. In one kernel ptxas has too few registers for both.

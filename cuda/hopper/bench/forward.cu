@@ -43,6 +43,8 @@ DECLARE(hopper_prepare_one_bf16_k128, const __grid_constant__ PrepareArgs, const
 DECLARE(hopper_prepare_one_f16_k128, const __grid_constant__ PrepareArgs, const __grid_constant__ PrepareMaps)
 DECLARE(hopper_scan_careful_bf16_k128, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
 DECLARE(hopper_scan_careful_bf16_k64, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
+DECLARE(hopper_scan_careful_f16_k128, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
+DECLARE(hopper_scan_careful_f16_k64, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
 DECLARE(hopper_warm, const __grid_constant__ CarryArgs)
 DECLARE(hopper_carry_k128, const __grid_constant__ CarryArgs)
 DECLARE(hopper_carry_k64, const __grid_constant__ CarryArgs)
@@ -210,14 +212,16 @@ struct Run {
     }
     // For the segments that the other one leaves alone: beside it, as the backend has it.
     void careful(cudaStream_t s) {
-        if (c.f16 || mix) return;
+        if (mix) return;
         const int bytes = c.k == 128 ? ScanSmem<128, 1, CAREFUL_STAGES, true, false, false, true>::BYTES : ScanSmem<64, 1, CAREFUL_STAGES, true, false, false, true>::BYTES;
-        LAUNCH(c.k == 128 ? (Kernel)hopper_scan_careful_bf16_k128 : (Kernel)hopper_scan_careful_bf16_k64, segments.size() * c.hv * (c.v / 64), 256, bytes, s, &sa, &maps);
+        const Kernel kernel = c.f16 ? c.k == 128 ? (Kernel)hopper_scan_careful_f16_k128 : (Kernel)hopper_scan_careful_f16_k64
+                                    : c.k == 128 ? (Kernel)hopper_scan_careful_bf16_k128 : (Kernel)hopper_scan_careful_bf16_k64;
+        LAUNCH(kernel, segments.size() * c.hv * (c.v / 64), 256, bytes, s, &sa, &maps);
     }
 
     // Of chunks and value heads: whether sums cancel there.
     vector<unsigned char> careful_cells() const {
-        vector<unsigned char> x(c.f16 || mix ? 0 : chunks.size() * c.hv);
+        vector<unsigned char> x(mix ? 0 : chunks.size() * c.hv);
         if (!x.empty()) CHECK(cudaMemcpy(x.data(), cancels.p, x.size(), cudaMemcpyDeviceToHost));
         return x;
     }
@@ -469,6 +473,10 @@ static vector<Case> cases() {
         add("keys alike, K 128", {300, 65}, 2, 4, 128, 128, false, Decay::Bench, false, false, false, 3, spread);
         add("keys alike, K 64", {300, 65}, 2, 4, 64, 64, false, Decay::Bench, true, false, true, 3, spread);
     }
+    for (float spread : {0.5f, 0.8f, 1.f}) {
+        add("keys alike, f16", {300, 65}, 2, 4, 128, 128, true, Decay::Bench, false, false, false, 3, spread);
+        add("keys alike, f16, K 64", {300, 65}, 2, 4, 64, 64, true, Decay::None, true, false, true, 3, spread);
+    }
     // Heads of which some cancel and others do not, at once.
     add("keys alike, l2norm", {130, 0, 700}, 2, 8, 128, 128, false, Decay::Mixed, true, true, false, 3, 0.9f, 2);
     add("no decay 4096", {4096}, 1, 2, 128, 128, false, Decay::None, false);
@@ -484,6 +492,8 @@ static vector<Case> cases() {
         add("cut, keys alike", {900, 64, 1, 129}, 2, 4, 128, 128, false, d, true, false, false, 5, 0.8f, 0, 4);
         add("cut, keys equal, K 64", {900, 64, 1, 129}, 2, 4, 64, 64, false, d, true, false, false, 5, 1.f, 0, 4);
     }
+    add("cut, f16, keys alike", {900, 64, 1, 129}, 2, 4, 128, 128, true, Decay::Bench, true, false, false, 5, 0.8f, 0, 4);
+    add("cut, f16, keys equal, K 64", {900, 64, 1, 129}, 2, 4, 64, 64, true, Decay::Bench, true, false, false, 5, 1.f, 0, 4);
     add("cut, f16", {1500, 64, 1, 129}, 2, 4, 128, 128, true, Decay::Bench, true, false, false, 5, 0, 0, 4);
     add("cut, f16, no decay", {4096}, 2, 4, 128, 128, true, Decay::None, true, false, false, 5, 0, 0, 8);
     add("cut, K 64, V 64", {1500, 64, 1, 129}, 2, 4, 64, 64, false, Decay::Bench, true, false, false, 0, 0, 0, 4);

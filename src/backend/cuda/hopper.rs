@@ -3,8 +3,8 @@
 //!
 //! The rows' tables are of chunks of 32 tokens and say where states are; a small kernel makes those of the Hopper kernels from them,
 //! on the device. Chunks of 64 tokens follow each other; of the places for chunks of 32 about half are left over. What
-//! `prepare` leaves for `scan` does not fit the rows' scratch: the backend has its own, as large as the largest prefill so far. Of bf16 that
-//! is two parts: rounded numbers, and what rounding leaves, which is written and read only where sums cancel (`cuda/hopper/scan.cuh`).
+//! `prepare` leaves for `scan` does not fit the rows' scratch: the backend has its own, as large as the largest prefill so far. It is
+//! two parts: rounded numbers, and what rounding leaves, which is written and read only where sums cancel (`cuda/hopper/scan.cuh`).
 //!
 //! Where sequences and heads are too few to fill the device, sequences are cut into segments that run at once (`cuda/hopper/carry.cuh`):
 //! which heads have forgotten what lies before a segment is decided on the device, from the gates.
@@ -23,7 +23,7 @@ use crate::shape::Dtype;
 
 /// Bytes that `prepare` leaves per chunk and value head: IMAGE_BYTES of forward.cuh.
 const IMAGE_BYTES: u64 = 2 * 5120 + 1024;
-/// Bytes that it leaves beside them where sums cancel, bf16 only: LOW_BYTES of forward.cuh.
+/// Bytes that it leaves beside them where sums cancel: LOW_BYTES of forward.cuh.
 const LOW_BYTES: u64 = 2 * 5120;
 /// Bytes of a panel `[64, 64]` of 16-bit numbers: PANEL of forward.cuh.
 pub(super) const PANEL: u32 = 64 * 128;
@@ -363,8 +363,8 @@ impl Hopper {
             4 * rows,
             4 * rows * k as u64 * v as u64,
             rows * transition_bytes(k.into()),
-            if f16 { 0 } else { (1 + whole * hv_64) * LOW_BYTES },
-            if f16 { 0 } else { whole * hv_64 },
+            (1 + whole * hv_64) * LOW_BYTES,
+            whole * hv_64,
         ];
         let mut offsets = [0; 10];
         let mut end = 0;
@@ -410,8 +410,8 @@ impl Hopper {
 
         let shape = [pair(hk, hv), pair(p.get("head_map"), v), 0, lows, cancels, whole];
 
+        let store = if f16 { "f16" } else { "bf16" };
         if special.cut > 0 {
-            let store = if f16 { "f16" } else { "bf16" };
             let (jobs, parts) = (places as u32 * hv, v / 64 + k / 64);
             // CarryArgs of forward.cuh.
             let threshold = if exact { f32::NEG_INFINITY } else { FORGOTTEN };
@@ -442,14 +442,12 @@ impl Hopper {
         let variant = self.function(shared, &special.scan, threads, special.scan_bytes, &[112, 512])?;
         let grid = [places as u32 * hv * (v / 64 / special.consumers), 1, 1];
         calls.push(Call::new("hopper_scan", variant, grid, launch.clone(), Some(14)));
-        if !f16 {
-            // Beside it, for the segments that it leaves alone: behind it in line for multiprocessors, as mostly there are none.
-            let name = format!("hopper_scan_careful_bf16_k{k}");
-            let variant = self.function(shared, &name, 256, careful_bytes(k), &[112, 512])?;
-            let grid = [places as u32 * hv * (v / 64), 1, 1];
-            let call = Call::new("hopper_scan_careful", variant, grid, launch, Some(14));
-            calls.push(Call { beside: true, ..call });
-        }
+        // Beside it, for the segments that it leaves alone: behind it in line for multiprocessors, as mostly there are none.
+        let name = format!("hopper_scan_careful_{store}_k{k}");
+        let variant = self.function(shared, &name, 256, careful_bytes(k), &[112, 512])?;
+        let grid = [places as u32 * hv * (v / 64), 1, 1];
+        let call = Call::new("hopper_scan_careful", variant, grid, launch, Some(14));
+        calls.push(Call { beside: true, ..call });
         Ok(true)
     }
 }

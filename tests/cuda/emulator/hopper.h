@@ -72,6 +72,7 @@ inline void mbar_inval(uint32_t bar) { memset(emulator::shared_base() + bar, 0xf
 inline void bar_sync(int id, int threads) { emulator::wait_named(id, threads); }
 
 inline void fence_proxy() {}
+inline int lane_id() { return threadIdx.x % 32; }
 inline bool elect() { return threadIdx.x % 32 == 0; }
 void tma_load(uint32_t dst, const CUtensorMap* map, int x, int y, uint32_t bar);
 inline void tma_prefetch(const CUtensorMap*) {}
