@@ -40,12 +40,17 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
     const int group = ONE ? 1 : p.hv / p.hk;
     const int chunk = blockIdx.x / p.hk, kh = blockIdx.x % p.hk;
     const int token = p.chunks[chunk].token, len = p.chunks[chunk].len;
-    constexpr bool ASKS = !GRAD && ASKS_CANCELS<E, I>;
+    constexpr bool ASKS = GRAD ? ASKS_GRAD<E> : ASKS_CANCELS<E, I>;
+    constexpr int LOW = GRAD ? GRAD_LOW_BYTES : LOW_BYTES;
     if constexpr (ASKS) {
         if (blockIdx.x == 0)
-            for (int n = tid; n < LOW_BYTES / 16; n += 128) *(uint4*)(p.lows + n * 16) = make_uint4(0, 0, 0, 0);
+            for (int n = tid; n < LOW / 16; n += 128) *(uint4*)(p.lows + n * 16) = make_uint4(0, 0, 0, 0);
     }
-    if (len == 0) return;  // an empty place of the table
+    if (len == 0) {  // an empty place of the table
+        if constexpr (ASKS && GRAD)
+            if (tid == 0) p.cancels[blockIdx.x] = 0;
+        return;
+    }
 
     const uint32_t sk = smem_addr(smem), sq = sk + PANELS * PANEL, image = smem_addr(smem + M::IMAGE);
     float* l = (float*)(smem + M::L);
@@ -132,6 +137,8 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         return (y.x + y.y) + (y.z + y.w) > 0.f;
     };
     if constexpr (ASKS) share_sum(excess_without_gates(kk, diagonal), sums, warp, lane);
+    bool group_cancels = false;
+    auto low_of = [&](int h) { return p.lows + (1 + (long long)chunk * p.hv + h) * LOW; };
 
     for (int m = 0; m < group; m++) {
         const int h = ONE ? kh : p.mod ? kh + m * p.hk : kh * group + m;
@@ -161,7 +168,20 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
         }
         __syncthreads();
         char* low = nullptr;
-        if constexpr (ASKS) {
+        if constexpr (ASKS && GRAD) {
+            // Of all value heads of the group at once, whose gradients are summed.
+            if (m == 0) {
+                if (positive(sums))
+                    for (int n = 0; n < group; n++) {
+                        share_sum(excess(kk, gates + n * 128, warp, lane), sums + 4, warp, lane);
+                        __syncthreads();
+                        group_cancels = group_cancels || positive(sums + 4);
+                        __syncthreads();
+                    }
+                if (tid == 0) p.cancels[blockIdx.x] = group_cancels;
+            }
+            if (group_cancels) form_rest<I, LIE>(qk, c, beta, low_of(h) + PANEL, warp, lane);
+        } else if constexpr (ASKS) {
             bool cancels = positive(sums);
             if (cancels) {
                 share_sum(excess(kk, c, warp, lane), sums + 4, warp, lane);
@@ -170,13 +190,13 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p) {
             }
             if (tid == 0) p.cancels[(long long)h * p.places + chunk] = cancels;
             if (cancels) {
-                low = p.lows + (1 + (long long)chunk * p.hv + h) * LOW_BYTES;
-                form_rest<I>(qk, c, low + LOW_P, warp, lane);
+                low = low_of(h);
+                form_rest<I>(qk, c, beta, low + LOW_P, warp, lane);
             }
         }
         const uint32_t a_at = image + (GRAD ? GRAD_C : IMAGE_A);
-        if (ASKS && low != nullptr)
-            invert<I, LIE, ASKS>(l, d, beta, a_at, low + LOW_A, warp, lane);
+        if (ASKS && (GRAD ? group_cancels : low != nullptr))
+            invert<I, LIE, ASKS>(l, d, beta, a_at, GRAD ? low_of(h) : low + LOW_A, warp, lane);
         else
             invert<I, LIE>(l, d, beta, a_at, nullptr, warp, lane);
         fence_proxy();
