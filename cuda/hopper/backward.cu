@@ -1,7 +1,7 @@
 // Entry points of the Hopper backward kernels (sm_90a), one per stored type, K and number of consumers, or K and V. HOPPER_ALL: also those
 // that the backend does not choose, for `bench`.
 #include "carry.cuh"
-#include "gradients.cuh"
+#include "gradients_careful.cuh"
 #include "prepare.cuh"
 #include "reverse.cuh"
 #include "scan.cuh"
@@ -37,6 +37,10 @@ GRADIENTS(hopper_gradients_bf16_k128_v64, Bf16, 128, 64)
 GRADIENTS(hopper_gradients_f16_k128_v128, F16, 128, 128)
 GRADIENTS(hopper_gradients_f16_k128_v64, F16, 128, 64)
 #endif
+
+#define CAREFUL(NAME, E, K, V) ENTRY_MAPS(NAME, 256, 1, GradientArgs, GradientMaps) { gradients_careful<E, K, V>(p, maps); }
+CAREFUL(hopper_gradients_careful_bf16_k128_v128, Bf16, 128, 128)
+CAREFUL(hopper_gradients_careful_bf16_k128_v64, Bf16, 128, 64)
 
 // Where sequences are cut: one consumer a block.
 #define STATE(NAME, E, K) ENTRY_MAPS(NAME, 256, 1, ScanArgs, ScanMaps) { scan<E, E, K, 1, 3, false, true>(p, maps); }

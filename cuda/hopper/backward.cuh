@@ -47,6 +47,21 @@ __device__ __forceinline__ char* keep_news(const Args& p, int chunk, int h, int 
     return (char*)p.o + (((long long)chunk * p.hv + h) * (p.v / 64) + part) * PANEL;
 }
 
+// Where sums cancel (CANCELS of forward.cuh), what rounding left is multiplied, too, where it would show (NOTES.md). A chunk counts as such for
+// all value heads of a key head if it does for one; there
+//   lows   two panels of zeros, for chunks of the same segment in which nothing cancels; [places, Hv] twos, what is left of C and P diag(beta), by
+//          `prepare`; then, by `keep`, what is left of e, as `news`
+//   rests  [places, Hv, V / 64] of K / 64 + 1 panels, by `reverse`: what is left of dS', as in `dstates`, and of dV^T [64 of V, 64 tokens]
+// `keep` and `reverse` leave theirs for all chunks of a segment in which there is one.
+template <class Args>
+__device__ __forceinline__ char* keep_news_rest(const char* lows, const Args& p, int chunk, int h, int part) {
+    return (char*)lows + (1 + (long long)p.places * p.hv) * GRAD_LOW_BYTES + (((long long)chunk * p.hv + h) * (p.v / 64) + part) * PANEL;
+}
+template <class Args>
+__device__ __forceinline__ char* keep_rests(const Args& p, int k, int chunk, int h, int part) {
+    return p.rests + (((long long)chunk * p.hv + h) * (p.v / 64) + part) * (k / 64 + 1) * PANEL;
+}
+
 // A warp's 16 rows of a transposed [64, 64 PANELS], packed as a product's left operand, to `to` in every panel of memory, by way of
 // `staging` (PANELS times 2048 bytes), whose last copies have been asked for by the lane that is elected.
 template <int PANELS, int N>
@@ -108,6 +123,9 @@ struct ReverseArgs {
     int v;            // V
     uint32_t* hung;   // host memory, or null: see mbar_wait
     const int* warm;  // [segments, Hv], for a pass that only carries: chunks from a segment's start on that its start's gradient depends on
+    const char* lows;
+    char* rests;
+    const unsigned char* cancels;  // [places, Hk]: 1 where sums of the chunk cancel for a head of the group
 };
 
 // `warm`: what the forward has, and the same from the segments' starts.
@@ -132,6 +150,10 @@ struct GradientArgs {
     int mod;
     int l2norm;  // dq and dk are those of q and k before their norms
     uint32_t* hung;
+    const unsigned char* cancels;  // [places, Hk]
+    const char* lows;              // this and the next for chunks in which sums cancel
+    char* rests;
+    int places, pad;
 };
 
 }  // namespace hopper

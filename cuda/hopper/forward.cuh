@@ -42,6 +42,7 @@ constexpr int GRAD_C = 0;
 constexpr int GRAD_P = PANEL;
 constexpr int GRAD_VEC = 2 * PANEL;
 constexpr int GRAD_BYTES = 2 * PANEL + 2048;
+constexpr int GRAD_LOW_BYTES = 2 * PANEL;  // what rounding C and P diag(beta) leaves where sums cancel; the first is of zeros, as above
 // Norms are in the exponents, so that e^(c_i - c_j) r_i r_j is one power: [64] each, in powers of two
 constexpr int VEC_C = 256;     // c - rk, of columns
 constexpr int VEC_BETA = 320;  // (beta itself)
@@ -69,6 +70,11 @@ template <>
 constexpr bool ASKS_CANCELS<Bf16, Bf16> = true;
 template <>
 constexpr bool ASKS_CANCELS<F16, F16> = true;
+// The same for the backward, whose f16 no pass gets.
+template <class E>
+constexpr bool ASKS_GRAD = false;
+template <>
+constexpr bool ASKS_GRAD<Bf16> = true;
 
 // Up to C tokens of one sequence.
 struct Chunk {
@@ -106,7 +112,7 @@ struct PrepareArgs {
     int mod;     // value head h has key head h mod Hk; else h / (Hv / Hk)
     int l2norm;  // divide q and k by sqrt(sum of squares + 1e-6)
     int places;  // chunks, empty ones too
-    char* lows;              // [1 + chunks x Hv, LOW_BYTES]
+    char* lows;              // [1 + chunks x Hv, LOW_BYTES]. For the backward see backward.cuh
     unsigned char* cancels;  // [Hv, places]: 1 where sums of the chunk cancel, and its place in `lows` is written
 };
 
@@ -128,7 +134,7 @@ struct ScanArgs {
     int mod;
     int v;           // V
     uint32_t* hung;  // host memory, or null: see mbar_wait
-    const char* lows;              // as for `prepare`; not for the backward
+    const char* lows;              // as for `prepare`; `keep` writes there, too
     const unsigned char* cancels;  // [Hv, places]
     int places;
     int pad;
@@ -153,6 +159,13 @@ __host__ __device__ constexpr int transition_stride(int k) { return k + 4; }
 __device__ __forceinline__ void clear_rows(uint32_t panel, int len, int tid, int threads) {
 #pragma unroll 1
     for (int n = len * 8 + tid; n < CHUNK * 8; n += threads) shared_zero_16(panel + n * 16);
+}
+
+// What rounding two numbers to I leaves, rounded.
+template <class I>
+__device__ __forceinline__ uint32_t pack_rest(float x, float y) {
+    const uint32_t high = I::pack(x, y);
+    return I::pack(x - I::lo(high), y - I::hi(high));
 }
 
 __device__ __forceinline__ int key_head(int h, int hk, int hv, int mod) { return mod ? h % hk : h / (hv / hk); }

@@ -142,8 +142,9 @@ __device__ __forceinline__ float panel_dot(uint32_t a, uint32_t b, int tid) {
     return sum;
 }
 
-// dc and dbeta from the sums of a head; dg is the sum of dc from a token to the chunk's end. One warp, two tokens a lane.
-__device__ __forceinline__ void store_gates(const GradientArgs& p, const float* sums, const float* vec, int token, int len, int h, int lane) {
+// dc and dbeta from the sums of a head; dg is the sum of dc from a token to the chunk's end. One warp, two tokens a lane. With `own`, dV_i . e_i:
+// dbeta_i = X_i . e_i, dV = beta o X, where the sum over a column and z cancel.
+__device__ __forceinline__ void store_gates(const GradientArgs& p, const float* sums, const float* vec, int token, int len, int h, int lane, const float* own = nullptr) {
     float dc[2], z_all = 0.f, dbeta[2];
     const float2 beta = *(const float2*)(vec + VEC_BETA + 2 * lane);
 #pragma unroll
@@ -168,6 +169,11 @@ __device__ __forceinline__ void store_gates(const GradientArgs& p, const float* 
     for (int step = 1; step < 32; step *= 2) {
         const float y = __shfl_sync(~0u, after, lane + step < 32 ? lane + step : lane);
         if (lane + step < 32) after += y;
+    }
+    if (own != nullptr) {
+        const float2 x = *(const float2*)(own + 2 * lane);
+        if (beta.x > 1e-20f) dbeta[0] = x.x / beta.x;
+        if (beta.y > 1e-20f) dbeta[1] = x.y / beta.y;
     }
     const long long at = (long long)(token + 2 * lane) * p.hv + h;
     if (2 * lane < len) p.dg[at] = after, p.dbeta[at] = dbeta[0];
@@ -214,16 +220,22 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
     const int group = p.hv / p.hk;
     auto head = [&](int kh, int m) { return p.mod ? kh + m * p.hk : kh * group + m; };
     // The block's share, for each role: `work` of a chunk and of a key head; the next chunk's place is on its way meanwhile. Empty places are behind
-    // all others.
+    // all others. Chunks in which sums cancel are left to gradients_careful.cuh.
     auto walk = [&](auto work) {
         const int chunks_on = gridDim.x / p.hk, heads_on = gridDim.x % p.hk;
         int chunk = blockIdx.x / p.hk, kh = blockIdx.x % p.hk;
-        Chunk c = chunk < p.chunk_count ? p.chunks[chunk] : Chunk{0, 0};
+        auto place = [&](int chunk, int kh) {
+            Chunk c = chunk < p.chunk_count ? p.chunks[chunk] : Chunk{0, 0};
+            if constexpr (ASKS_GRAD<E>)
+                if (chunk < p.chunk_count && p.cancels[chunk * p.hk + kh] != 0) c.len = -c.len;
+            return c;
+        };
+        Chunk c = place(chunk, kh);
         while (c.len != 0) {
             int after = chunk + chunks_on, kh_after = kh + heads_on;
             if (kh_after >= p.hk) kh_after -= p.hk, after++;
-            const Chunk coming = after < p.chunk_count ? p.chunks[after] : Chunk{0, 0};
-            work(chunk, kh, c);
+            const Chunk coming = place(after, kh_after);
+            if (!ASKS_GRAD<E> || c.len > 0) work(chunk, kh, c);
             chunk = after, kh = kh_after, c = coming;
         }
     };

@@ -157,34 +157,32 @@ __device__ __forceinline__ void share_sum(float x, float* to, int warp, int lane
     if (lane == 0) to[warp] = x;
 }
 
-// What rounding two numbers to I, or one to TF32, leaves, rounded.
-template <class I>
-__device__ __forceinline__ uint32_t pack_rest(float x, float y) {
-    const uint32_t high = I::pack(x, y);
-    return I::pack(x - I::lo(high), y - I::hi(high));
-}
-
+// What rounding a number to TF32 leaves, rounded.
 __device__ __forceinline__ uint32_t rest_tf32(float x) { return tf32(x - __uint_as_float(tf32(x))); }
 
-// What rounding P leaves to `low` in memory, laid out as in the image: P anew, as few chunks come here.
-template <class I>
-__device__ __forceinline__ void form_rest(const float (&qk)[32], const float* c, char* low, int warp, int lane) {
+// What rounding P, for the backward P diag(beta), leaves to `low` in memory, laid out as in the image: P anew, as few chunks come here.
+template <class I, Lie LIE = Lie::IMAGE>
+__device__ __forceinline__ void form_rest(const float (&qk)[32], const float* c, const float* beta, char* low, int warp, int lane) {
+    constexpr bool GRAD = LIE == Lie::PANEL;
     const int i = lane >> 2, j = lane & 3, row0 = 16 * warp + i, row1 = row0 + 8;
 #pragma unroll
     for (int x = 0; x < 4; x++) {
-        if (x > warp) continue;
+        if (x > warp) {
+            if constexpr (GRAD) *(uint4*)(low + swizzled(0, 16 * warp + (lane & 15), 2 * x + (lane >> 4))) = make_uint4(0, 0, 0, 0);
+            continue;
+        }
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             const int col = 16 * x + 8 * n + 2 * j;
-            const float2 cc = *(const float2*)(c + col);
+            const float2 cc = *(const float2*)(c + col), bb = GRAD ? *(const float2*)(beta + col) : make_float2(1.f, 1.f);
             const float* z = qk + 8 * x + 4 * n;
             auto part = [&](int row, float a, float b) {
-                return pack_rest<I>(row >= col ? exp2_fast(c[row] - cc.x) * a : 0.f, row > col ? exp2_fast(c[row] - cc.y) * b : 0.f);
+                return pack_rest<I>(row >= col ? exp2_fast(c[row] - cc.x) * bb.x * a : 0.f, row > col ? exp2_fast(c[row] - cc.y) * bb.y * b : 0.f);
             };
             // Row i of the blocks of rows 16 warp and + 8, columns 8 n.
-            char* to = low + image_columns(x) + 2 * (warp - x) * 256 + n * 128 + i * 16 + j * 4;
+            char* to = GRAD ? low + swizzled(0, row0, 2 * x + n) + j * 4 : low + image_columns(x) + 2 * (warp - x) * 256 + n * 128 + i * 16 + j * 4;
             *(uint32_t*)to = part(row0, z[0], z[1]);
-            *(uint32_t*)(to + 256) = part(row1, z[2], z[3]);
+            *(uint32_t*)(to + (GRAD ? 1024 : 256)) = part(row1, z[2], z[3]);
         }
     }
 }
@@ -222,7 +220,7 @@ __device__ __forceinline__ void row_factors(float* vec, const float* c, int row,
     if (row == 0) vec[VEC_LAST] = exp2_fast(last), vec[VEC_TOTAL] = last;
 }
 
-// Block column `warp` of A = X diag(beta) to `a_at`; for the backward of X, with zeros above it. LOW: what rounding A leaves to `low`, in
+// Block column `warp` of A = X diag(beta) to `a_at`; for the backward of X, with zeros above it. LOW: what rounding A, or C, leaves to `low`, in
 // memory, laid out as in the image. L X is then a small sum of large terms, and what rounding X to TF32 leaves is multiplied, too: without,
 // 5.4e-3 were seen in o, with 3.1e-3 (all keys equal, beta 1). That of L, whose numbers are then nearly the same, and rounded alike, is not in
 // bf16; in f16 it is, or 2.2e-3 are left in o and 4.7e-3 in ht: then L is EXACT.
@@ -231,7 +229,7 @@ __device__ __forceinline__ void invert(const float* l, const float* beta, uint32
     constexpr bool GRAD = LIE == Lie::PANEL;
     constexpr bool PARTS = LOW && INVERTS_IN_PARTS<I>;
     // Registers are few: no address is made before the branch that leads here, and beta is read where it is needed, or `prepare` spills.
-    if constexpr (PARTS) lane = lane_id();
+    if constexpr (PARTS || (LOW && GRAD)) lane = lane_id();
     const int i = lane >> 2, j = lane & 3;
     const float* beta_at = beta + 16 * warp + i;
     const float beta0 = GRAD || PARTS ? 1.f : beta_at[0], beta1 = GRAD || PARTS ? 1.f : beta_at[8];
@@ -286,6 +284,7 @@ __device__ __forceinline__ void invert(const float* l, const float* beta, uint32
         const uint32_t to = block_row<LIE>(a_at, warp, 2 * b + (block >> 1), block & 1, lane);
         if (b < warp) {
             if constexpr (GRAD) stsm(to, 0, 0, 0, 0);
+            if constexpr (GRAD && LOW) *(uint4*)(low + swizzled(0, 16 * b + (lane & 15), 2 * warp + (lane >> 4))) = make_uint4(0, 0, 0, 0);
             return;
         }
         const float* db = l + (L_BYTES / 4 + b * D_BLOCK);
@@ -324,7 +323,12 @@ __device__ __forceinline__ void invert(const float* l, const float* beta, uint32
                     const float by = half ? b1 : b0;
                     const uint32_t rest = pack_rest<I>(y[b][n][2 * half] * by, y[b][n][2 * half + 1] * by);
                     char* to = low + image_columns(warp) + (2 * (b - warp) + n) * 256 + half * 128 + 2 * j * 16 + i * 2;
-                    *(uint16_t*)to = (uint16_t)rest, *(uint16_t*)(to + 16) = (uint16_t)(rest >> 16);
+                    char* below = to + 16;
+                    if constexpr (GRAD) {
+                        const int row = 16 * b + 8 * n + 2 * j;
+                        to = low + swizzled(0, row, 2 * warp + half) + i * 2, below = low + swizzled(0, row + 1, 2 * warp + half) + i * 2;
+                    }
+                    *(uint16_t*)to = (uint16_t)rest, *(uint16_t*)below = (uint16_t)(rest >> 16);
                 }
         }
     };

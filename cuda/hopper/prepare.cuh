@@ -40,12 +40,17 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
     const int group = ONE ? 1 : p.hv / p.hk;
     const int chunk = blockIdx.x / p.hk, kh = blockIdx.x % p.hk;
     const int token = p.chunks[chunk].token, len = p.chunks[chunk].len;
-    constexpr bool ASKS = !GRAD && ASKS_CANCELS<E, I>;
+    constexpr bool ASKS = GRAD ? ASKS_GRAD<E> : ASKS_CANCELS<E, I>;
+    constexpr int LOW = GRAD ? GRAD_LOW_BYTES : LOW_BYTES;
     if constexpr (ASKS) {
         if (blockIdx.x == 0)
-            for (int n = tid; n < LOW_BYTES / 16; n += 128) *(uint4*)(p.lows + n * 16) = make_uint4(0, 0, 0, 0);
+            for (int n = tid; n < LOW / 16; n += 128) *(uint4*)(p.lows + n * 16) = make_uint4(0, 0, 0, 0);
     }
-    if (len == 0) return;  // an empty place of the table
+    if (len == 0) {  // an empty place of the table
+        if constexpr (ASKS && GRAD)
+            if (tid == 0) p.cancels[blockIdx.x] = 0;
+        return;
+    }
 
     const uint32_t sk = smem_addr(smem), sq = sk + PANELS * PANEL, image = smem_addr(smem + M::IMAGE), full = smem_addr(smem + M::FULL);
     float* l = (float*)(smem + M::L);
@@ -138,6 +143,9 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
         return (y.x + y.y) + (y.z + y.w) > 0.f;
     };
     if constexpr (ASKS) share_sum(excess_without_gates<E>(kk, diagonal), sums, warp, lane);
+    // Of the value head; GRAD: of any of the group.
+    bool cancels = false;
+    auto low_of = [&](int h) { return p.lows + (1 + (long long)chunk * p.hv + h) * LOW; };
 
     for (int m = 0; m < group; m++) {
         const int h = head_of(m);
@@ -166,9 +174,20 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
             if (lane == 0) vec[VEC_GROWS + row / 32] = grows;
         }
         __syncthreads();
-        bool cancels = false;
-        auto low = [&] { return p.lows + (1 + (long long)chunk * p.hv + h) * LOW_BYTES; };
-        if constexpr (ASKS) {
+        if constexpr (ASKS && GRAD) {
+            // Of all value heads of the group at once, whose gradients are summed. The lane is asked anew, or it spills (`invert`).
+            if (m == 0) {
+                if (positive(sums))
+                    for (int n = 0; n < group; n++) {
+                        share_sum(excess<E>(kk, gates + n * 128, warp, lane_id()), sums + 4, warp, lane);
+                        __syncthreads();
+                        cancels = cancels || positive(sums + 4);
+                        __syncthreads();
+                    }
+                if (tid == 0) p.cancels[blockIdx.x] = cancels;
+            }
+            if (cancels) form_rest<I, LIE>(qk, c, beta, low_of(h) + PANEL, warp, lane_id());
+        } else if constexpr (ASKS) {
             cancels = positive(sums);
             if (cancels) {
                 share_sum(excess<E>(kk, c, warp, lane), sums + 4, warp, lane);
@@ -176,7 +195,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
                 cancels = positive(sums + 4);
             }
             if (tid == 0) p.cancels[(long long)h * p.places + chunk] = cancels;
-            if (cancels) form_rest<I>(qk, c, low() + LOW_P, warp, lane);
+            if (cancels) form_rest<I>(qk, c, beta, low_of(h) + LOW_P, warp, lane);
             if constexpr (INVERTS_IN_PARTS<I>)
                 if (cancels) {
                     form<I, LIE, true>(kk, qk, c, beta, l, image + IMAGE_P, warp, ONE ? lane_id() : lane);  // either way, the other spills
@@ -185,7 +204,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
         }
         const uint32_t a_at = image + (GRAD ? GRAD_C : IMAGE_A);
         if (ASKS && cancels)
-            invert<I, LIE, ASKS>(l, beta, a_at, low() + LOW_A, warp, lane);
+            invert<I, LIE, ASKS>(l, beta, a_at, low_of(h) + (GRAD ? 0 : LOW_A), warp, lane);
         else
             invert<I, LIE>(l, beta, a_at, nullptr, warp, lane);
         fence_proxy();

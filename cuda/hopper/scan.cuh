@@ -18,7 +18,8 @@
 //   N^T = W^T (A + A_lo)^T     S^T += (M + M_lo) K, M = vec_state o N^T     O^T += (N + N_lo)^T P^T + N^T P_lo^T
 // W and S for U and S Q^T stay as they are: what is rounded there is like another V, or o, and does not grow. With outputs that is a kernel
 // of its own, beside the usual one: each leaves the other's segments alone as it begins. In one kernel ptxas has too few registers for both.
-// `state` has them, and goes on as the careful one.
+// `state` has them, and goes on as the careful one; so do the passes of the backward, to which only C_lo is new; `keep` also leaves what
+// rounding e leaves.
 //
 // E is the stored type, I the one in which A, P, W and N are multiplied: the same, or half inside bf16. Half there leaves
 // errors of 3e-3 where bf16 leaves 4.4e-3 (keys alike, cos 0.94: 4.9e-3 for 7.8e-3), for numbers of v below 65504.
@@ -87,7 +88,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     DYNAMIC_SHARED(smem_raw);
     using M = ScanSmem<K, WG, STAGES, OUT, GRAD, KEEP, CAREFUL>;
     static_assert(GRAD ? !OUT : !KEEP, "the image of the backward is for passes without outputs");
-    constexpr bool ASKS = !GRAD && (OUT || !CAREFUL) && ASKS_CANCELS<E, I>;
+    constexpr bool ASKS = GRAD ? !CAREFUL && ASKS_GRAD<E> : (OUT || !CAREFUL) && ASKS_CANCELS<E, I>;
     constexpr long long IMAGE = GRAD ? GRAD_BYTES : IMAGE_BYTES;
     constexpr int PANELS = K / 64;
     const int warpgroup = uniform(threadIdx.x / WARPGROUP), tid = threadIdx.x % WARPGROUP, warp = tid >> 5, lane = tid & 31;
@@ -116,10 +117,12 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     const int chunks = (tokens + CHUNK - 1) / CHUNK;
     const int first = 64 * WG * (transition ? part - parts_v : part);     // the block's first
 
+    // Whether sums of a chunk cancel; the backward asks for all value heads of a key head.
+    auto cancels_at = [&](int chunk) { return p.cancels[GRAD ? (long long)chunk * p.hk + kh : (long long)h * p.places + chunk] != 0; };
     // Asked for before all that follows, and there behind it.
     bool cancels = false;
     if constexpr (ASKS)
-        for (int n = threadIdx.x; n < chunks; n += (WG + 1) * WARPGROUP) cancels |= p.cancels[(long long)h * p.places + chunk + n] != 0;
+        for (int n = threadIdx.x; n < chunks; n += (WG + 1) * WARPGROUP) cancels |= cancels_at(chunk + n);
     // Mostly that is all that a careful scan does: blocks that wait for its multiprocessor get it at once.
     if constexpr (ASKS && CAREFUL)
         if (uniform(__syncthreads_or(cancels)) == 0) return;
@@ -157,8 +160,8 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                     for (uint32_t bar = full; bar < o_free + WG * 8; bar += 8) mbar_inval(bar);
                 __syncthreads();
                 // What is left of A takes the place of a stage.
-                static_assert(ScanSmem<K, WG, STAGES - 1, OUT, false, false, true>::BYTES <= M::BYTES, "shared memory of the launch");
-                scan<E, I, K, WG, STAGES - 1, OUT, false, false, true>(p, maps);
+                static_assert(ScanSmem<K, WG, STAGES - 1, OUT, GRAD, KEEP, true>::BYTES <= M::BYTES, "shared memory of the launch");
+                scan<E, I, K, WG, STAGES - 1, OUT, GRAD, KEEP, true>(p, maps);
             }
             return;
         }
@@ -177,7 +180,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             uint32_t phase = 1;
             for (int n = 0; n < chunks; n++) {
                 // What is left of A and P, by its number: two registers less than its address. Asked for before the wait.
-                const int low_at = CAREFUL && p.cancels[(long long)h * p.places + chunk + n] != 0 ? 1 + (chunk + n) * p.hv + h : 0;
+                const int low_at = CAREFUL && !GRAD && cancels_at(chunk + n) ? 1 + (chunk + n) * p.hv + h : 0;
                 mbar_wait(empty + 8 * s, phase, p.hung, HUNG_PRODUCER + s);
                 const uint32_t bar = full + 8 * s, to = base + s * M::STAGE;
                 const int row = token + n * CHUNK;
@@ -192,7 +195,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                     bulk_load(to + M::A, image + GRAD_C, PANEL, bar);
                 else
                     load_low(to + M::A, image + IMAGE_A, bar);
-                if constexpr (CAREFUL) load_low(to + M::A_LO, p.lows + (long long)low_at * LOW_BYTES + LOW_A, bar);
+                if constexpr (CAREFUL && !GRAD) load_low(to + M::A_LO, p.lows + (long long)low_at * LOW_BYTES + LOW_A, bar);
                 bulk_load(to + M::VEC, image + (GRAD ? GRAD_VEC : IMAGE_VEC), 1024, bar);
                 if constexpr (OUT) {
 #pragma unroll
@@ -201,6 +204,16 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                     if constexpr (CAREFUL) load_low(to + M::P_LO, p.lows + (long long)low_at * LOW_BYTES + LOW_P, bar);
                 }
                 image += p.hv * IMAGE;
+                if (++s == STAGES) s = 0, phase ^= 1;
+            }
+        } else if (CAREFUL && GRAD && warp == 1 && elect()) {
+            // What is left of C, whose bytes warp 0 expects with the others: it has no registers for it beside two consumers (24 a thread).
+            int s = 0;
+            uint32_t phase = 1;
+            for (int n = 0; n < chunks; n++) {
+                const int low_at = cancels_at(chunk + n) ? 1 + (chunk + n) * p.hv + h : 0;
+                mbar_wait(empty + 8 * s, phase, p.hung, HUNG_PRODUCER + s);
+                bulk_load(base + s * M::STAGE + M::A_LO, p.lows + (long long)low_at * GRAD_LOW_BYTES, PANEL, full + 8 * s);
                 if (++s == STAGES) s = 0, phase ^= 1;
             }
         } else if (OUT && warp >= 1 && warp <= WG) {
@@ -349,6 +362,11 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
 #pragma unroll
                 for (int y = 0; y < 16; y++) x[y] = E::pack(u[2 * y], u[2 * y + 1]);
                 keep_rows<1>(kept + K / 64 * 2048, keep_news(p, chunk + n, h, column / 64) + warp * 2048, x, lane);
+                if constexpr (CAREFUL) {
+#pragma unroll
+                    for (int y = 0; y < 16; y++) x[y] = pack_rest<E>(u[2 * y], u[2 * y + 1]);
+                    keep_rows<1>(kept + K / 64 * 2048, keep_news_rest(p.lows, p, chunk + n, h, column / 64) + warp * 2048, x, lane);
+                }
             }
         };
         constexpr auto Z = Int<0>{};

@@ -8,7 +8,7 @@
 // Each case poisons scratch and outputs with NaN; an answer must be finite, within its bound, and the same in every bit when
 // run again. tests/cuda/emulator/runtime.h says how the checks run without a GPU.
 #include "../carry.cuh"
-#include "../gradients.cuh"
+#include "../gradients_careful.cuh"
 #include "../prepare.cuh"
 #include "../reverse.cuh"
 #include "../scan.cuh"
@@ -42,6 +42,8 @@ DECLARE(hopper_grad_carry_k128, const __grid_constant__ CarryArgs)
 DECLARE(hopper_reverse_carry_k128, const __grid_constant__ CarryArgs)
 OF_K(bf16, k128)
 OF_K(f16, k128)
+DECLARE(hopper_gradients_careful_bf16_k128_v64, const __grid_constant__ GradientArgs, const __grid_constant__ GradientMaps)
+DECLARE(hopper_gradients_careful_bf16_k128_v128, const __grid_constant__ GradientArgs, const __grid_constant__ GradientMaps)
 
 typedef const void* Kernel;
 // The kernel for a case: by type, then by what follows. K is 128: what else there is, the backend leaves to the general kernels.
@@ -115,6 +117,7 @@ struct Run {
     Buffer q, k, v, d_o, g, beta, h0, dht;
     Buffer dq, dk, dv, dg, dbeta, dh0;
     Buffer images, states, dstates, news, d_chunks, d_segments;
+    Buffer lows, rests, cancels;  // bf16: where sums cancel
     PrepareArgs pa;
     PrepareMaps pm;
     ScanArgs ka;
@@ -155,6 +158,10 @@ struct Run {
         for (Buffer* b : {&h0, &dht, &dh0}) b->make((size_t)n * c.hv * c.k * c.v * 4);
         images.make(places * GRAD_BYTES), news.make(places * CHUNK * c.v * 2);
         states.make(places * c.v / 64 * kept_bytes(c.k)), dstates.make(states.bytes);
+        if (!c.f16) {
+            lows.make((1 + places) * GRAD_LOW_BYTES + places * (c.v / 64) * PANEL), rests.make(places * c.v / 64 * (c.k / 64 + 1) * PANEL);
+            cancels.make(chunks.size() * c.hk);
+        }
         d_chunks.make(chunks.size() * sizeof(Chunk)), d_segments.make(segments.size() * sizeof(Segment));
         CHECK(cudaMemcpy(d_chunks.p, chunks.data(), d_chunks.bytes, cudaMemcpyHostToDevice));
         CHECK(cudaMemcpy(d_segments.p, segments.data(), d_segments.bytes, cudaMemcpyHostToDevice));
@@ -188,15 +195,18 @@ struct Run {
         gm.dq = tensor_map(dq.p, rows, c.hk * c.k, c.f16), gm.dk = tensor_map(dk.p, rows, c.hk * c.k, c.f16);
         const float scale = 1.f / sqrtf((float)c.k);
         pm = {map_q, map_k};
-        pa = {(float*)g.p, (float*)beta.p, (Chunk*)d_chunks.p, (char*)images.p, scale, c.hk, c.hv, c.mod, c.l2norm};
-        ka = {(Segment*)d_segments.p, (char*)images.p, (float*)(c.cut ? starts.p : h0.p), nullptr, (float*)states.p, nullptr, news.p, 0, c.hk, c.hv, c.mod, c.v, hung_device()};
-        ra = {(Segment*)d_back.p, (char*)images.p, (float*)(c.cut ? ends.p : dht.p), (float*)dh0.p, (char*)dstates.p, dv.p, c.hv * c.v, c.hk, c.hv, c.mod, c.v, hung_device(), nullptr};
+        pa = {(float*)g.p, (float*)beta.p, (Chunk*)d_chunks.p, (char*)images.p, scale, c.hk, c.hv, c.mod, c.l2norm, (int)chunks.size(), (char*)lows.p, (unsigned char*)cancels.p};
+        ka = {(Segment*)d_segments.p, (char*)images.p, (float*)(c.cut ? starts.p : h0.p), nullptr, (float*)states.p, nullptr, news.p, 0, c.hk, c.hv, c.mod, c.v, hung_device(),
+              (char*)lows.p, (unsigned char*)cancels.p, (int)chunks.size()};
+        ra = {(Segment*)d_back.p, (char*)images.p, (float*)(c.cut ? ends.p : dht.p), (float*)dh0.p, (char*)dstates.p, dv.p, c.hv * c.v, c.hk, c.hv, c.mod, c.v, hung_device(), nullptr,
+              (char*)lows.p, (char*)rests.p, (unsigned char*)cancels.p};
         ca = {(Segment*)d_ordered.p, (Cut*)d_cuts.p, (char*)images.p, (int*)warm.p, (float*)h0.p, (float*)starts.p, (float*)transitions.p, -12.f,
               c.hv, c.v};
         cb = ca, cb.h0 = (float*)dht.p, cb.states = (float*)ends.p;
         wa = {ca, (int*)warm_back.p};
         ga = {(Chunk*)d_chunks.p, (char*)images.p, (char*)states.p, (char*)dstates.p, (char*)news.p, dq.p, dk.p, (float*)dg.p, (float*)dbeta.p,
-              c.hk * c.k, c.hk * c.k, scale, (int)chunks.size(), c.hk, c.hv, c.mod, c.l2norm, hung_device()};
+              c.hk * c.k, c.hk * c.k, scale, (int)chunks.size(), c.hk, c.hv, c.mod, c.l2norm, hung_device(),
+              (unsigned char*)cancels.p, (char*)lows.p, (char*)rests.p, (int)chunks.size()};
         // Two consumers share the loads of a block; with few blocks, one each fills the chip better. As the backend has it.
         wg = c.wg ? c.wg : c.v % 128 != 0 || (c.cut ? 4 : 3) * (c.cut ? ((int)chunks.size() + c.cut - 1) / c.cut : n) * c.hv <= 3 * multiprocessors() ? 1 : 2;
     }
@@ -205,7 +215,7 @@ struct Run {
 
     void poison() {
         for (Buffer* b : outputs()) CHECK(cudaMemset(b->p, 0xff, b->bytes));
-        for (Buffer* b : {&images, &states, &dstates, &news, &warm, &warm_back, &starts, &ends, &transitions})
+        for (Buffer* b : {&images, &states, &dstates, &news, &warm, &warm_back, &starts, &ends, &transitions, &lows, &rests, &cancels})
             if (b->bytes) CHECK(cudaMemset(b->p, 0xff, b->bytes));
     }
 
@@ -225,7 +235,7 @@ struct Run {
         ReverseArgs back = ra;
         back.segments = (Segment*)d_ordered.p, back.dstates_out = (float*)ends.p, back.warm = (int*)warm_back.p;
         const int bytes = ScanSmem<128, 1, 3, false, true>::BYTES;
-        const int back_bytes = ReverseSmem<128, 1, 3>::BYTES;
+        const int back_bytes = REVERSE_BYTES<128, 1, 3>;
         beside(
             s, [&](cudaStream_t s) { LAUNCH(BY_TYPE(c.f16, hopper_grad_state, ), jobs * (c.v / 64 + c.k / 64), 256, bytes, s, &state, &km); },
             [&](cudaStream_t s) { LAUNCH(BY_TYPE(c.f16, hopper_reverse_state, ), jobs * (c.v / 64), 256, back_bytes, s, &back, &rm); });
@@ -244,7 +254,7 @@ struct Run {
         LAUNCH(kernel, scan_blocks(), (wg + 1) * 128, bytes, s, &args, &km);
     }
     void reverse(cudaStream_t s) {
-        const int bytes = wg == 2 ? ReverseSmem<128, 2, 2>::BYTES : ReverseSmem<128, 1, 3>::BYTES;
+        const int bytes = wg == 2 ? REVERSE_BYTES<128, 2, 2> : REVERSE_BYTES<128, 1, 3>;
         const Kernel kernel = wg == 2 ? BY_TYPE(c.f16, hopper_reverse, _w2) : BY_TYPE(c.f16, hopper_reverse, _w1);
         LAUNCH(kernel, scan_blocks(), (wg + 1) * 128, bytes, s, &ra, &rm);
     }
@@ -252,7 +262,14 @@ struct Run {
         const int bytes = c.v == 128 ? GradientSmem<128, 128>::BYTES : GradientSmem<128, 64>::BYTES;
         const Kernel kernel = c.f16 ? c.v == 128 ? (Kernel)hopper_gradients_f16_k128_v128 : (Kernel)hopper_gradients_f16_k128_v64
                                     : c.v == 128 ? (Kernel)hopper_gradients_bf16_k128_v128 : (Kernel)hopper_gradients_bf16_k128_v64;
-        LAUNCH(kernel, std::min<size_t>(multiprocessors(), chunks.size() * c.hk), 384, bytes, s, &ga, &gm);
+        const size_t blocks = std::min<size_t>(multiprocessors(), chunks.size() * c.hk);
+        const int careful_bytes = c.v == 128 ? CarefulSmem<128, 128>::BYTES : CarefulSmem<128, 64>::BYTES;
+        const Kernel careful = c.v == 128 ? (Kernel)hopper_gradients_careful_bf16_k128_v128 : (Kernel)hopper_gradients_careful_bf16_k128_v64;
+        beside(
+            s, [&](cudaStream_t s) { LAUNCH(kernel, blocks, 384, bytes, s, &ga, &gm); },
+            [&](cudaStream_t s) {
+                if (!c.f16) LAUNCH(careful, blocks, 256, careful_bytes, s, &ga, &gm);
+            });
     }
     void scans(cudaStream_t s) { beside(s, [&](cudaStream_t s) { keep(s); }, [&](cudaStream_t s) { reverse(s); }); }
     void all(cudaStream_t s) { prepare(s), carry(s), scans(s), gradients(s); }
@@ -477,6 +494,9 @@ static vector<Case> cases() {
         add("one head, cut", {1100}, 1, 1, 128, 128, f16, Decay::None, true, true, false, 0, 0, 0, 4);
     }
     add("keys alike", {300}, 1, 2, 128, 128, false, Decay::Slow, true, false, false, 0, 0.5f);
+    for (int wg : {1, 2}) add("keys alike", {300, 65}, 2, 4, 128, 128, false, Decay::Slow, true, true, true, 7, 0.5f, wg);
+    add("keys alike, V 64", {200, 64}, 1, 3, 128, 64, false, Decay::None, true, false, false, 0, 0.5f);
+    add("keys alike, cut", {700, 64, 1, 129}, 2, 4, 128, 128, false, Decay::Mixed, true, false, false, 5, 0.5f, 0, 2);
     for (Decay d : {Decay::Mixed, Decay::None, Decay::Slow, Decay::Bench, Decay::Cliffs}) add("cut", {700, 64, 1, 129}, 2, 8, 128, 128, false, d, true, false, false, 5, 0, 0, 2);
     add("cut, f16", {700, 64, 0, 129}, 2, 8, 128, 128, true, Decay::Bench, true, false, false, 5, 0, 2, 2);
     add("cut, no states", {700, 64, 1, 129}, 2, 8, 128, 128, false, Decay::Bench, false, true, false, 5, 0, 0, 3);

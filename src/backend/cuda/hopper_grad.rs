@@ -3,8 +3,8 @@
 //!
 //! A piece of a [`crate::gdn::Backward`] has two halves in its pass, with those of other pieces between them: `gdn_prepare` and a
 //! `gdn_scan` that saves; then `gdn_grad_scan`, `gdn_grad_chunk`, `gdn_grad_qk` and `gdn_grad_gates`. What the Hopper kernels leave for each
-//! other lies in the rows' own scratch, which is larger: in ws the images, in saved S and then e, in dsaved dS'. So either both
-//! halves are replaced or none, and each half finds the other to decide it.
+//! other lies in the rows' own scratch, which is larger: in ws the images and where sums cancel, in saved S, e and what is left of C, P and e there, in
+//! dsaved dS' and what is left of it and of dV. So either both halves are replaced or none, and each half finds the other to decide it.
 
 use super::Shared;
 use super::hopper::{
@@ -50,13 +50,13 @@ pub struct SpecialGrad {
     pub cut: u32,
 }
 
-/// Where the memory for segments starts in `saved`, behind S and e of all chunks, and what is in it: for each segment and head how many chunks
+/// Where the memory for segments starts in `saved`, behind S, e and what is left of C, P and e of all chunks, and what is in it: for each segment and head how many chunks
 /// its end's state depends on, the same of its start's gradient, the state before it, the gradient of the state behind it, and the
 /// transition over the segment before.
 fn segment_memory(chunks: u64, segments: u64, k: u32, v: u32, hv: u32) -> ([u64; 5], u64) {
     let (k, v, hv) = (k as u64, v as u64, hv as u64);
     let sizes = [4, 4, 4 * k * v, 4 * k * v, transition_bytes(k)].map(|bytes| bytes * (segments + 1) * hv);
-    let mut end = kept_bytes(chunks, k, v).next_multiple_of(256);
+    let mut end = (kept_bytes(chunks, k, v) + lows_bytes(chunks, v)).next_multiple_of(256);
     let offsets = sizes.map(|size| {
         let offset = end;
         end += size.next_multiple_of(256);
@@ -73,6 +73,26 @@ fn state_bytes(k: u64, v: u64) -> u64 {
 /// Bytes of S and e of so many chunks and heads.
 fn kept_bytes(chunks: u64, k: u64, v: u64) -> u64 {
     chunks * (state_bytes(k, v) + 2 * 64 * v)
+}
+
+/// Bytes of what rounding leaves of C, P and e of so many chunks and heads, behind zeros: `lows` of backward.cuh.
+fn lows_bytes(chunks: u64, v: u64) -> u64 {
+    (2 * (1 + chunks) + chunks * v / 64) * u64::from(PANEL)
+}
+
+/// The same of dS' and dV: `rests`.
+fn rests_bytes(chunks: u64, k: u64, v: u64) -> u64 {
+    chunks * (v / 64) * (k / 64 + 1) * u64::from(PANEL)
+}
+
+/// Chunks of 64 tokens at most, of sequences that have so many of 32.
+fn whole_chunks(chunks: u32, sequences: u32) -> u32 {
+    (chunks + sequences).div_ceil(2).min(chunks)
+}
+
+/// Where `ws` says in which chunks sums cancel, behind the images of so many chunks and heads.
+fn cancels_at(chunks: u64) -> u64 {
+    (chunks * GRAD_BYTES).next_multiple_of(256)
 }
 
 fn same(a: &View, b: &View) -> bool {
@@ -156,9 +176,13 @@ pub fn special_grad(pass: &Pass, at: usize, multiprocessors: u32, cut: Option<u3
     if pairs.iter().any(|(a, b)| !same(a, b)) {
         return None;
     }
-    let (chunks, state) = (prepare.grid[0] as u64 * hv as u64, state_bytes(k as u64, v as u64));
-    let kept = kept_bytes(chunks, k as u64, v as u64);
-    let needs = [(ws, chunks * GRAD_BYTES), (saved, kept), (dsaved, chunks * state)];
+    let whole = whole_chunks(prepare.grid[0], scan.grid[0]);
+    let (chunks, k_64, v_64) = (whole as u64 * hv as u64, k as u64, v as u64);
+    let needs = [
+        (ws, cancels_at(chunks) + whole as u64 * p.get("hk") as u64),
+        (saved, kept_bytes(chunks, k_64, v_64) + lows_bytes(chunks, v_64)),
+        (dsaved, chunks * state_bytes(k_64, v_64) + rests_bytes(chunks, k_64, v_64)),
+    ];
     if needs.iter().any(|(view, bytes)| view.bytes < *bytes) {
         return None;
     }
@@ -193,7 +217,7 @@ pub fn special_grad(pass: &Pass, at: usize, multiprocessors: u32, cut: Option<u3
         true => (Half::Forward, 2),
         false => (Half::Backward, 4),
     };
-    let blocks = multiprocessors.min(prepare.grid[0] * p.get("hk"));
+    let blocks = multiprocessors.min(whole * p.get("hk"));
     Some(SpecialGrad { half, launches, kind: format!("{name}_k{k}"), consumers, blocks, cut })
 }
 
@@ -208,17 +232,23 @@ fn state_bytes_of(k: u32) -> u32 {
     3 * ((k / 64 + 2) * PANEL + 1024) + 128 + 1024
 }
 
-/// ReverseSmem::BYTES of reverse.cuh, with 3 stages, or with 2 for two consumers.
+/// REVERSE_BYTES of reverse.cuh, with 3 stages, or with 2 for two consumers; 2 where sums cancel, with two panels more.
 fn reverse_bytes(k: u32, consumers: u32) -> u32 {
     let stages = if consumers == 2 { 2 } else { 3 };
     let stage = (2 * (k / 64) + consumers + 2) * PANEL + 1024;
-    stages * stage + consumers * (k / 64 + 1) * PANEL + 128 + 1024
+    (stages * stage).max(2 * (stage + 2 * PANEL)) + consumers * (k / 64 + 1) * PANEL + 128 + 1024
 }
 
 /// GradientSmem::BYTES of gradients.cuh.
 fn gradient_bytes(k: u32) -> u32 {
     let (slots, slot) = (8, k / 64 * PANEL);
     slots * slot + 2 * 2 * slot + 2 * PANEL + 4 * 2048 + 2 * 4160 + 1024 + slots * 16 + 128 + 1024
+}
+
+/// CarefulSmem::BYTES of gradients_careful.cuh.
+fn careful_bytes(k: u32, v: u32) -> u32 {
+    let panels = 2 * (k / 64) + 5 * (v / 64) + 2 * (v / 64) * (k / 64) + 3;
+    panels * PANEL + 2048 + 4160 + 256 + 1024 + 64 + 1024
 }
 
 impl Hopper {
@@ -241,7 +271,7 @@ impl Hopper {
             Ok(calls)
         };
         let (forward, mut backward) = (half(Half::Forward, 0..2)?, half(Half::Backward, 2..6)?);
-        let last = backward.pop();
+        let last = backward.split_off(backward.len() - 2);
         // The tables are there already; what is left is beside the last ones of the forward half, each beside its like.
         let mut backward = backward.into_iter().skip(1);
         let alone = forward.len() - backward.len();
@@ -284,14 +314,18 @@ impl Hopper {
         let map = |launch: usize, i: usize, name: &str, width: u32| {
             map_of(shared, &launches[launch], i, name, addresses[launch][i], width, f16)
         };
-        let states = places as u64 * hv as u64 * state_bytes(k as u64, v as u64);
+        let whole = whole_chunks(places, sequences);
 
         // Segments, each of them a place of the tables, and what belongs to them.
-        let (cut, chunks) = (special.cut, places as u64 * hv as u64);
+        let (cut, chunks) = (special.cut, whole as u64 * hv as u64);
+        let states = chunks * state_bytes(k as u64, v as u64);
         let segments = super::hopper::places(sequences as u64, places as u64, cut) as u32;
         let saved = if forward { at[7] } else { addresses[1][3] };
         let [warm, warm_back, starts, ends, transitions] =
             segment_memory(chunks, segments as u64, k, v, hv).0.map(|offset| saved + offset);
+        // Where sums cancel.
+        let lows = saved + kept_bytes(chunks, k as u64, v as u64);
+        let cancels = (if forward { addresses[0][5] } else { at[3] }) + cancels_at(chunks);
         let of_segments = segments as u64 * SEGMENT_BYTES;
         let sizes = [places as u64 * CHUNK_BYTES, of_segments, of_segments, of_segments, sequences as u64 * CUT_BYTES];
         let mut needed = 0;
@@ -321,8 +355,6 @@ impl Hopper {
         let scan_grid = [segments * hv * (v / 64 / consumers), 1, 1];
         let threads = (consumers + 1) * 128;
         let shape = [pair(hk, hv), pair(head_map, v), 0];
-        // Behind it in ScanArgs of forward.cuh, for the forward alone.
-        let unused = [0; 3];
         if forward {
             let p = Numbers(&launches[0]);
             let [before, after] = [&addresses[0], &addresses[1]];
@@ -335,15 +367,16 @@ impl Hopper {
                 before[5],
                 pair(p.get("scale"), hk),
                 pair(hv, head_map),
-                pair(p.get("l2norm"), places),
-                0,
-                0,
+                pair(p.get("l2norm"), whole),
+                lows,
+                cancels,
             ];
             let launch = [&args[..], &map(0, 0, "q", hk * k)?, &map(0, 1, "k", hk * k)?].concat();
             let bytes = prepare_bytes(k, hv / hk, GRAD_BYTES as u32);
             let variant = self.function(shared, &format!("hopper_grad_prepare_{kind}"), 128, bytes, &[72, 256])?;
-            calls.push(Call::new("hopper_grad_prepare", variant, [places * hk, 1, 1], launch, Some(9)));
+            calls.push(Call::new("hopper_grad_prepare", variant, [whole * hk, 1, 1], launch, Some(9)));
 
+            let asked = [lows, cancels, whole.into()];
             // ScanArgs, then ScanMaps, whose maps of q and o are not used.
             let (key, value) = (map(1, 1, "k", hk * k)?, map(1, 2, "v", hv * v)?);
             let maps = [key, key, value, value].concat();
@@ -354,7 +387,7 @@ impl Hopper {
                 calls.push(Call::new("hopper_grad_warm", variant, [jobs, 1, 1], launch, None));
 
                 let args = [ordered, before[5], 0, starts, transitions, warm, 0, 0];
-                let launch = [&args[..], &shape, &unused, &maps].concat();
+                let launch = [&args[..], &shape, &asked, &maps].concat();
                 let bytes = state_bytes_of(k);
                 let variant = self.function(shared, &format!("hopper_grad_state_{kind}"), 256, bytes, &[112, 512])?;
                 let grid = [jobs * (v / 64 + k / 64), 1, 1];
@@ -368,7 +401,7 @@ impl Hopper {
             // Without segments states are read and written in place.
             let from = if cut > 0 { starts } else { after[6] };
             let args = [own, before[5], from, after[6], after[7], 0, after[7] + states, 0];
-            let launch = [&args[..], &shape, &unused, &maps].concat();
+            let launch = [&args[..], &shape, &asked, &maps].concat();
             let name = format!("hopper_keep_{kind}_w{consumers}");
             let variant = self.function(shared, &name, threads, keep_bytes(k, consumers), &[112, 512])?;
             calls.push(Call::new("hopper_keep", variant, scan_grid, launch, Some(14)));
@@ -381,16 +414,17 @@ impl Hopper {
         let d_o = map(0, 2, "do", hv * v)?;
         // ReverseArgs of backward.cuh, then ReverseMaps.
         let (dv, dv_stride) = (at16(of_chunk[6], &c, "dv_off"), u64::from(c.get("dv_stride")));
+        let rests = at[7] + states;
         let reverse = |segments: u64, from: u64, to: u64, warm: u64| {
             let args = [segments, at[3], from, to, at[7], dv, dv_stride];
-            [&args[..], &shape, &[warm], &qk.concat(), &d_o].concat()
+            [&args[..], &shape, &[warm, lows, rests, cancels], &qk.concat(), &d_o].concat()
         };
         if cut > 0 {
             let launch = reverse(ordered, 0, ends, warm_back);
             let name = format!("hopper_reverse_state_{kind}");
-            let variant = self.function(shared, &name, 256, reverse_bytes(k, 1), &[88, 384])?;
+            let variant = self.function(shared, &name, 256, reverse_bytes(k, 1), &[112, 384])?;
             let grid = [jobs * (v / 64), 1, 1];
-            calls.push(Call::new("hopper_reverse_state", variant, grid, launch, Some(11)));
+            calls.push(Call::new("hopper_reverse_state", variant, grid, launch, Some(14)));
 
             let launch = carry(at[3], at[6], ends);
             let name = format!("hopper_reverse_carry_k{k}");
@@ -400,8 +434,8 @@ impl Hopper {
         // Without segments the gradient of the states is read and written in place.
         let launch = if cut > 0 { reverse(back, ends, at[6], 0) } else { reverse(own, at[6], at[6], 0) };
         let name = format!("hopper_reverse_{kind}_w{consumers}");
-        let variant = self.function(shared, &name, threads, reverse_bytes(k, consumers), &[88, 384])?;
-        calls.push(Call::new("hopper_reverse", variant, scan_grid, launch, Some(11)));
+        let variant = self.function(shared, &name, threads, reverse_bytes(k, consumers), &[112, 384])?;
+        calls.push(Call::new("hopper_reverse", variant, scan_grid, launch, Some(14)));
 
         // GradientArgs, then GradientMaps.
         let gate_off = 4 * u64::from(gates.get("g_off"));
@@ -417,19 +451,28 @@ impl Hopper {
             of_gates[3] + gate_off,
             x.get("dq_stride").into(),
             x.get("dk_stride").into(),
-            pair(c.get("scale"), places),
+            pair(c.get("scale"), whole),
             pair(hk, hv),
             pair(head_map, x.get("l2norm")),
             0,
+            cancels,
+            lows,
+            rests,
+            whole.into(),
         ];
         let of_qk_maps = [map(2, 6, "dq", hk * k)?, map(2, 7, "dk", hk * k)?].concat();
         let maps = [&qk.concat()[..], &d_o, &map(1, 6, "dv", hv * v)?, &of_qk_maps].concat();
         // The maps are aligned to 64 bytes from the start of the parameters, not of the vector: the driver copies each by itself.
         let launch = [&args[..], &maps].concat();
         let name = format!("hopper_gradients_{kind}_v{v}");
-        let variant = self.function(shared, &name, 384, gradient_bytes(k), &[120, 768])?;
+        let variant = self.function(shared, &name, 384, gradient_bytes(k), &[152, 768])?;
         let grid = [special.blocks, 1, 1];
-        calls.push(Call::new("hopper_gradients", variant, grid, launch, Some(15)));
+        calls.push(Call::new("hopper_gradients", variant, grid, launch.clone(), Some(19)));
+        // The chunks that it leaves alone.
+        let name = format!("hopper_gradients_careful_{kind}_v{v}");
+        let variant = self.function(shared, &name, 256, careful_bytes(k, v), &[152, 768])?;
+        let careful = Call::new("hopper_gradients_careful", variant, grid, launch, Some(19));
+        calls.push(Call { beside: true, ..careful });
         Ok(())
     }
 }
