@@ -146,7 +146,7 @@ fn gradients_of_keys_that_are_alike() {
         (heads(1, 4, 128, 128), &[330, 0, 65], 0),
         (heads(2, 4, 128, 64), &[200, 129], 0),
         (Heads::new(2, 4, 128, 128, HeadMap::Mod).unwrap(), &[390], 0),
-        (heads(1, 4, 128, 128), &[700, 70], 4),
+        (heads(1, 2, 128, 128), &[1100, 70], 8),
     ];
     let mut bad = Vec::new();
     for (i, (heads, lens, cut)) in shapes.iter().enumerate() {
