@@ -295,12 +295,12 @@ fn as_opened() {
 }
 
 #[test]
-fn prefills_take_the_kernels_by_default_and_backward_passes_when_asked() {
-    for (value, prefills, backwards) in [(None, true, false), (Some("0"), false, false), (Some("1"), true, true)] {
+fn passes_take_the_kernels_unless_told_not_to() {
+    for (value, taken) in [(None, true), (Some("0"), false), (Some("1"), true)] {
         let env: Vec<(&str, &str)> = value.iter().map(|value| ("GATEDELTA_HOPPER", *value)).collect();
         let Some(text) = super::child("hopper::as_opened", "arch=90,tell=1", &env) else { return };
-        assert_eq!(text.contains("kernel hopper_scan_bf16_k128_w1\n"), prefills, "{value:?}: {text}");
-        assert_eq!(text.contains("kernel hopper_keep_bf16_k128_w1\n"), backwards, "{value:?}: {text}");
+        assert_eq!(text.contains("kernel hopper_scan_bf16_k128_w1\n"), taken, "{value:?}: {text}");
+        assert_eq!(text.contains("kernel hopper_keep_bf16_k128_w1\n"), taken, "{value:?}: {text}");
     }
     let Some(text) = super::child("hopper::as_opened", "arch=80,tell=1", &[("GATEDELTA_HOPPER", "1")]) else { return };
     assert!(!text.contains("kernel hopper_"), "another architecture: {text}");
