@@ -32,8 +32,7 @@ pub struct OpenOptions {
     /// Use the kernels for Hopper in the place of a prefill's rows, where they apply: sm_90, q, k and v of 16 bits and heads of 64 or 128. On
     /// unless the environment variable `GATEDELTA_HOPPER` is 0.
     pub hopper: bool,
-    /// The same of a backward pass: bf16 and a K of 128. Where keys are nearly alike, gradients have errors of up to 2e-2 there
-    /// (`cuda/hopper/NOTES.md`), so that this is off unless `GATEDELTA_HOPPER` is 1.
+    /// The same of a backward pass: bf16 and a K of 128. On unless `GATEDELTA_HOPPER` is 0.
     pub hopper_grad: bool,
     /// Chunks of 64 tokens in the segments that they cut sequences into, 0 for never; none: as is best for the device. The
     /// environment variable `GATEDELTA_HOPPER_CUT`.
@@ -48,7 +47,7 @@ impl Default for OpenOptions {
         let hopper = std::env::var("GATEDELTA_HOPPER");
         OpenOptions {
             hopper: hopper.as_deref() != Ok("0"),
-            hopper_grad: hopper.as_deref() == Ok("1"),
+            hopper_grad: hopper.as_deref() != Ok("0"),
             hopper_cut: std::env::var("GATEDELTA_HOPPER_CUT").ok().and_then(|v| v.parse().ok()),
             hopper_matmul: std::env::var_os("GATEDELTA_HOPPER_MATMUL").is_none_or(|v| v != "0"),
         }
