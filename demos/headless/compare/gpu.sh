@@ -112,7 +112,7 @@ run() {
         # Whole logs are long, and what failed is in the log already.
         tail -c 200000 "$out/warm.log" >"$out/warm.tail" && mv "$out/warm.tail" "$out/warm.log"
         ;;
-    ours) GATEDELTA_HOPPER=1 ours "$(share 28)" --device cuda --store bf16 --scratch 8192 ;;
+    ours) ours "$(share 28)" --device cuda --store bf16 --scratch 8192 ;;
     general) GATEDELTA_HOPPER=0 ours "$(share 12)" --device cuda --store bf16 --scratch 8192 ;;
     webgpu) ours "$(share 10)" --device nvidia --store bf16 ;;
     # The first rows of each kind compile; those of the other kind shall not use their time up.
