@@ -205,7 +205,7 @@ fn gradients_of_keys_that_are_alike() {
     for (i, (heads, lens, cut)) in shapes.iter().enumerate() {
         let cuda = Cuda::open(&devices.found[0], &options(*cut)).unwrap();
         for (j, cosine) in [0.2, 0.8, 0.94, 0.98, 1.0].into_iter().enumerate() {
-            let batch = alike(*heads, lens, cosine, (i + j) % 3 == 0, 500 + (i + j) as u64);
+            let batch = alike(*heads, lens, Dtype::Bf16, cosine, (i + j) % 3 == 0, 500 + (i + j) as u64);
             let mut random = Random::new(17 + (i + j) as u64);
             let d_o: Vec<f32> =
                 random.normals(batch.v.len()).iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect();
