@@ -135,7 +135,7 @@ struct ScanArgs {
     int v;           // V
     uint32_t* hung;  // host memory, or null: see mbar_wait
     const char* lows;              // as for `prepare`; `keep` writes there, too
-    const unsigned char* cancels;  // [Hv, places]
+    const unsigned char* cancels;  // [Hv, places]; for the backward [places, Hk]
     int places;
     int pad;
 };

@@ -70,6 +70,22 @@ __device__ __forceinline__ void row_dots(float (&sums)[2], const float (&x)[K / 
     }
 }
 
+// What has been multiplied, [64, 64], its rows times add0, add1, to the sum of dQ or dK; its rows' products with those of Q or K, times
+// dot0, dot1, to `to` [64].
+template <class E>
+__device__ __forceinline__ void take_product(const float (&x)[32], float (&sum)[32], const char* rows, float dot0, float dot1, float add0, float add1, float* to, int row0,
+                                             int j) {
+    float dots[2] = {0.f, 0.f};
+    row_dots<E, 64>(dots, x, rows, row0, j);
+#pragma unroll
+    for (int b = 0; b < 8; b++) {
+        float* at = sum + 4 * b;
+        at[0] += add0 * x[4 * b], at[1] += add0 * x[4 * b + 1], at[2] += add1 * x[4 * b + 2], at[3] += add1 * x[4 * b + 3];
+    }
+    const float lo = dot0 * quad_sum(dots[0]), hi = dot1 * quad_sum(dots[1]);
+    if (j == 0) to[row0] = lo, to[row0 + 8] = hi;
+}
+
 // d [64, N] += or = a b^T over the 64 numbers of a panel each; a [64 rows, 64] K-major or, TRANS_A, [64, 64 rows].
 template <class E, int TRANS_A, int TRANS_B, int N>
 __device__ __forceinline__ void multiply_panels(float (&d)[N], uint32_t a, uint32_t b, int add) {
@@ -383,18 +399,8 @@ __device__ __forceinline__ void gradients(const GradientArgs& p, const GradientM
                 for (int y = 0; y < PARTS; y++) multiply_panels<E, trans, 1>(x, place(left) + y * PANEL, place(right + y) + warpgroup * PANEL, y > 0);
                 wgmma_commit();
             };
-            // What has been multiplied, its rows times add0, add1, to the sum of dQ or dK; its rows' products with those of Q or K, times
-            // dot0, dot1, to `to`.
             auto take = [&](const float (&x)[32], float (&sum)[32], const char* rows, float dot0, float dot1, float add0, float add1, float* to) {
-                float dots[2] = {0.f, 0.f};
-                row_dots<E, 64>(dots, x, rows, row0, j);
-#pragma unroll
-                for (int b = 0; b < 8; b++) {
-                    float* at = sum + 4 * b;
-                    at[0] += add0 * x[4 * b], at[1] += add0 * x[4 * b + 1], at[2] += add1 * x[4 * b + 2], at[3] += add1 * x[4 * b + 3];
-                }
-                const float lo = dot0 * quad_sum(dots[0]), hi = dot1 * quad_sum(dots[1]);
-                if (j == 0) to[row0] = lo, to[row1] = hi;
+                take_product<E>(x, sum, rows, dot0, dot1, add0, add1, to, row0, j);
             };
             // The tile of M1 or M2 becomes E1 or D; its sums over rows and columns.
             auto work_up = [&](const float (&own)[32]) {

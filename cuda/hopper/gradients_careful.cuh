@@ -199,19 +199,9 @@ __device__ __forceinline__ void gradients_careful(const GradientArgs& p, const G
                     }
                 }
             }
-            // What has been multiplied, its rows times add0, add1, to the sum of dQ or dK; its rows' products with those of Q or K, times
-            // dot0, dot1, to `to`.
             float* row_sums = sums + 64 * warpgroup;
             auto take = [&](const float (&x)[32], float (&sum)[32], const char* rows, float dot0, float dot1, float add0, float add1, float* to) {
-                float dots[2] = {0.f, 0.f};
-                row_dots<E, 64>(dots, x, rows, row0, j);
-#pragma unroll
-                for (int b = 0; b < 8; b++) {
-                    float* y = sum + 4 * b;
-                    y[0] += add0 * x[4 * b], y[1] += add0 * x[4 * b + 1], y[2] += add1 * x[4 * b + 2], y[3] += add1 * x[4 * b + 3];
-                }
-                const float lo = dot0 * quad_sum(dots[0]), hi = dot1 * quad_sum(dots[1]);
-                if (j == 0) to[row0] = lo, to[row1] = hi;
+                take_product<E>(x, sum, rows, dot0, dot1, add0, add1, to, row0, j);
             };
             take(other, dk, k_rows, exp2_fast(vec[VEC_TOTAL] - vec[VEC_C + row0]), exp2_fast(vec[VEC_TOTAL] - vec[VEC_C + row1]), vec[VEC_STATE + row0],
                  vec[VEC_STATE + row1], row_sums + SUM_Z);

@@ -232,9 +232,9 @@ fn gradients_of_keys_that_are_alike() {
                     worst = worst.max(error(&f, &e));
                 }
                 what += &format!(" {name} {all:.1e} ({worst:.1e})");
-                // dg of equal keys is a sum of nearly nothing; so may dbeta of one head be.
+                // dg and dbeta of one head may be sums of nearly nothing. dg of equal keys is in any case: 1.4e-2 (general kernels 5.6e-3).
                 let bounded = if name == "dg" || name == "dbeta" { all } else { worst };
-                good &= bounded <= 5e-3 || name == "dg" && cosine == 1.0;
+                good &= bounded <= if name == "dg" && cosine == 1.0 { 2e-2 } else { 5e-3 };
             }
             println!("{what}");
             if !good {

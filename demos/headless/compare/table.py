@@ -78,8 +78,7 @@ class Results:
 def side_of(line):
     """A side, and how it was asked to compute where that is not the default."""
     options = line.get("options") or {}
-    hopper = options.get("hopper")
-    asked = ["hopper" if hopper is True else f"hopper {hopper}"] if hopper else []
+    asked = ["hopper"] if options.get("hopper") else []
     asked += [f"cut {options['cut']}"] if options.get("cut") is not None else []
     asked += [f"hopper cut {options['hopper_cut']}"] if options.get("hopper_cut") is not None else []
     asked += ["exact"] if options.get("exact") else []

@@ -134,12 +134,7 @@ pub fn run(backend: &dyn Backend, path: &Path, ask: &Ask<'_>, json: bool) -> Res
         "cut": ask.options.cut,
         "exact": ask.options.exact,
         "scratch_bytes": ask.options.scratch,
-        // By default prefills take the Hopper kernels, where they apply.
-        "hopper": match variable("GATEDELTA_HOPPER").as_deref() {
-            Some("0") => json!(false),
-            Some("1") => json!(true),
-            _ => json!("prefills"),
-        },
+        "hopper": caps.kind == tune::Kind::Cuda && variable("GATEDELTA_HOPPER").as_deref() != Some("0"),
         "hopper_cut": variable("GATEDELTA_HOPPER_CUT").and_then(|v| v.parse::<u32>().ok()),
     });
     if json {
