@@ -9,7 +9,8 @@
 //   N = A (V - e^c o (K S))           O = s e^c o (Q S) + P N           S <- e^(c_C) S + K^T (e^(c_C - c) o N)
 //
 // `prepare` makes A, P and the vectors, for all chunks at once; `scan` walks the chunks of one sequence. With L2 norms, K and Q
-// stay as they are and their factors rk, rq go into A, P and the vectors.
+// stay as they are and their factors rk, rq go into A, P and the vectors. Where each value head has a key head of its own and memory is the
+// bound, the scan makes P of the Q and K that it has anyway (scores.cuh), and `prepare` reads no Q.
 #pragma once
 #include "roles.cuh"
 #include "types.cuh"
@@ -22,19 +23,22 @@ constexpr int PANEL = CHUNK * 128;  // bytes of a panel [64, 64]
 // The image of one chunk and value head. A and P are lower triangular: of columns 16 x to 16 x + 15 the rows from 16 x on are
 // kept, in blocks of 8 x 8 (128 bytes, rows contiguous), two blocks side by side, then the 8 rows below.
 constexpr int IMAGE_A = 0;
-constexpr int IMAGE_P = 5120;
-constexpr int IMAGE_VEC = 2 * 5120;  // f32: [64] e^c rk, [64] e^(c_C - c) rk, [64] s e^c rq, then the numbers below
-constexpr int IMAGE_BYTES = 2 * 5120 + 1024;
+constexpr int IMAGE_VEC = 5120;  // f32: [64] e^c rk, [64] e^(c_C - c) rk, [64] s e^c rq, then the numbers below
+constexpr int VEC_BYTES = 1040;
+constexpr int IMAGE_P = IMAGE_VEC + VEC_BYTES;  // where the scan makes P, nothing
+constexpr int IMAGE_BYTES = IMAGE_P + 5120;
 // What rounding A and P leaves, of a chunk and value head in which sums cancel (`CANCELS`): both as in the image.
 constexpr int LOW_A = 0;
 constexpr int LOW_P = 5120;
 constexpr int LOW_BYTES = 2 * 5120;  // the first is of zeros, for chunks where nothing cancels; then those of chunks and heads
 // Where columns 16 x begin.
 __host__ __device__ constexpr int image_columns(int x) { return 256 * (8 * x - x * (x - 1)); }
-constexpr int VEC_IN = 0, VEC_STATE = 64, VEC_OUT = 128;
+constexpr int VEC_IN = 0, VEC_STATE = 64;
+constexpr int VEC_OUT = 128;    // where the scan makes P, c log2(e), of which it makes s e^c rq
 constexpr int VEC_LAST = 192;   // e^(c_C)
 constexpr int VEC_TOTAL = 193;  // c_C log2(e)
 constexpr int VEC_GROWS = 194;  // 1 if beta |k|^2 > 2 for some token of the first half; next: of the second
+constexpr int VEC_KEYS = 196;   // where the scan makes P: [64] c log2(e) - log2(rk), so that e^(c_i - c_j) rk_j is one power
 
 // The image that the backward starts from (backward.cuh): C and P diag(beta) [64, 64] as whole panels, as both are also read
 // transposed, and the vectors; that of the state with beta in it.
@@ -137,6 +141,8 @@ struct ScanArgs {
     const char* lows;              // as for `prepare`; `keep` writes there, too
     const unsigned char* cancels;  // [Hv, places]; for the backward [places, Hk]
     int places;
+    int l2norm;  // these two as for `prepare`
+    float scale;
     int pad;
 };
 

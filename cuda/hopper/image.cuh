@@ -8,15 +8,25 @@
 
 namespace hopper {
 
-// Shared memory of the inverse, in f32: L [64, 64], behind it the blocks D, and these rounded to TF32.
+// Shared memory of the inverse, in f32: L [64, 64], with the blocks D where it has nothing, above its diagonal, and behind it these rounded to TF32.
 constexpr int L_STRIDE = 72;  // 8 mod 32: pairs of 8 rows hit all banks
-constexpr int D_STRIDE = 24;  // the same
-constexpr int D_BLOCK = 16 * D_STRIDE + 16;
+constexpr int R_STRIDE = 24;  // of the rounded blocks, the same
+constexpr int R_BLOCK = 16 * R_STRIDE + 16;
 constexpr int L_BYTES = CHUNK * L_STRIDE * 4;
-constexpr int D_BYTES = 4 * D_BLOCK * 4;
+constexpr int R_BYTES = 4 * R_BLOCK * 4;
 
 // How A and P lie: columns of 16, as in the image in memory; panels, for the backward.
 enum class Lie { IMAGE, PANEL };
+
+// Where the rounded D_b and D_b itself start, from L's start, and how far its rows are apart. The backward, which has the room, keeps it behind the
+// others: there ptxas has no register for another place.
+__device__ __forceinline__ int r_at(int b) { return L_BYTES / 4 + b * R_BLOCK; }
+template <Lie LIE>
+__device__ __forceinline__ int d_at(int b) {
+    return LIE == Lie::PANEL ? r_at(b) + R_BYTES / 4 : (b >> 1) * 16 * L_STRIDE + 32 + (b & 1) * 16;
+}
+template <Lie LIE>
+constexpr int D_STRIDE = LIE == Lie::PANEL ? R_STRIDE : L_STRIDE;
 
 // Where this lane's row of 8 numbers starts: row lane % 8 of the block of rows 8 r to 8 r + 7, columns 16 x + 8 half on.
 template <Lie LIE>
@@ -42,13 +52,13 @@ __device__ __forceinline__ float2 sum_gates(float2 x, int lane) {
 // |row|^2 of a tile [64, K], in two neighbouring threads, a half of the row each; one starts with other units than the other, or both
 // would read the same banks.
 template <class E, int K>
-__device__ __forceinline__ float half_square(const char* tile, int row, int half) {
+__device__ __forceinline__ float half_square(uint32_t tile, int row, int half) {
     constexpr int UNITS = K / 16;
     float sum[2] = {};
-#pragma unroll
+#pragma unroll 2
     for (int u = 0; u < UNITS; u++) {
         const int unit = half * UNITS + (u ^ (half * (UNITS / 2)));
-        const uint4 x = *(const uint4*)(tile + swizzled((unit / 8) * PANEL, row, unit % 8));
+        const uint4 x = shared_16(swizzled(tile + (unit / 8) * PANEL, row, unit % 8));
         const uint32_t w[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
         for (int n = 0; n < 4; n++) sum[0] = fmaf(E::lo(w[n]), E::lo(w[n]), sum[0]), sum[1] = fmaf(E::hi(w[n]), E::hi(w[n]), sum[1]);
@@ -75,10 +85,11 @@ constexpr bool INVERTS_IN_PARTS<F16> = true;
 // The nearest TF32 numbers. Each is three instructions, so that what several warps multiply is rounded where it is written.
 __device__ __forceinline__ float2 rounded_tf32(float2 x) { return make_float2(__uint_as_float(tf32(x.x)), __uint_as_float(tf32(x.y))); }
 
-// L = strictlower(beta_i G_ij kk_ij) to `l`, blocks below the diagonal rounded to TF32 (unless EXACT); P = G_ij qk_ij for i >= j to `p_at`. For the backward beta_j in both.
-template <class I, Lie LIE, bool EXACT = false>
-__device__ __forceinline__ void form(const float (&kk)[32], const float (&qk)[32], const float* c, const float* beta, float* l, uint32_t p_at, int warp, int lane) {
-    constexpr bool GRAD = LIE == Lie::PANEL;
+// L = strictlower(beta_i G_ij kk_ij) to `l`, blocks below the diagonal rounded to TF32 (unless EXACT); P = G_ij qk_ij for i >= j to `p_at`, if there is Q K^T. For the
+// backward beta_j in both.
+template <class I, Lie LIE, bool EXACT = false, int N>
+__device__ __forceinline__ void form(const float (&kk)[32], const float (&qk)[N], const float* c, const float* beta, float* l, uint32_t p_at, int warp, int lane) {
+    constexpr bool GRAD = LIE == Lie::PANEL, WITH_P = N == 32;
     const int i = lane >> 2, j = lane & 3, row0 = 16 * warp + i, row1 = row0 + 8;
     const float c0 = c[row0], c1 = c[row1], b0 = beta[row0], b1 = beta[row1];
 #pragma unroll
@@ -102,17 +113,20 @@ __device__ __forceinline__ void form(const float (&kk)[32], const float (&qk)[32
                 float2 bb = *(const float2*)(beta + col);
                 b00 = b10 = bb.x, b01 = b11 = bb.y;
             }
-            const float *y = kk + 8 * x + 4 * n, *z = qk + 8 * x + 4 * n;
+            const float* y = kk + 8 * x + 4 * n;
             float2 l0 = make_float2(row0 > col ? b00 * g00 * y[0] : 0.f, row0 > col + 1 ? b01 * g01 * y[1] : 0.f);
             float2 l1 = make_float2(row1 > col ? b10 * g10 * y[2] : 0.f, row1 > col + 1 ? b11 * g11 * y[3] : 0.f);
             if (!EXACT && x != warp) l0 = rounded_tf32(l0), l1 = rounded_tf32(l1);
             *(float2*)(l + row0 * L_STRIDE + col) = l0;
             *(float2*)(l + row1 * L_STRIDE + col) = l1;
             if constexpr (GRAD) g00 *= b00, g01 *= b01, g10 *= b10, g11 *= b11;
-            lo[n] = I::pack(row0 >= col ? g00 * z[0] : 0.f, row0 > col ? g01 * z[1] : 0.f);
-            hi[n] = I::pack(row1 >= col ? g10 * z[2] : 0.f, row1 > col ? g11 * z[3] : 0.f);
+            if constexpr (WITH_P) {
+                const float* z = qk + 8 * x + 4 * n;
+                lo[n] = I::pack(row0 >= col ? g00 * z[0] : 0.f, row0 > col ? g01 * z[1] : 0.f);
+                hi[n] = I::pack(row1 >= col ? g10 * z[2] : 0.f, row1 > col ? g11 * z[3] : 0.f);
+            }
         }
-        stsm(to, lo[0], hi[0], lo[1], hi[1]);
+        if constexpr (WITH_P) stsm(to, lo[0], hi[0], lo[1], hi[1]);
     }
 }
 
@@ -188,6 +202,7 @@ __device__ __forceinline__ void form_rest(const float (&qk)[32], const float* c,
 }
 
 // Column t % 16 of D_b, b = t / 16: x_r = [r = column] - sum_(m < r) L_rm x_m; rounded to TF32, too. 64 threads, t from 0.
+template <Lie LIE>
 __device__ __forceinline__ void substitute(float* l, int t) {
     const int b = t >> 4, column = t & 15;
     const float* lb = l + 16 * b * L_STRIDE + 16 * b;
@@ -206,17 +221,19 @@ __device__ __forceinline__ void substitute(float* l, int t) {
         }
 #pragma unroll
     for (int r = 0; r < 16; r++) {
-        float* to = l + (L_BYTES / 4 + b * D_BLOCK + r * D_STRIDE + column);
-        to[0] = x[r], to[D_BYTES / 4] = __uint_as_float(tf32(x[r]));
+        l[d_at<LIE>(b) + r * D_STRIDE<LIE> + column] = x[r];
+        l[r_at(b) + r * R_STRIDE + column] = __uint_as_float(tf32(x[r]));
     }
 }
 
-// The vectors of one row.
+// The vectors of one row. WITH_P: of rq, too, s included.
+template <bool WITH_P>
 __device__ __forceinline__ void row_factors(float* vec, const float* c, int row, int len, float rk, float rq) {
     const float last = c[CHUNK - 1], e = exp2_fast(c[row]);
     vec[VEC_IN + row] = e * rk;
     vec[VEC_STATE + row] = row < len ? exp2_fast(last - c[row]) * rk : 0.f;
-    vec[VEC_OUT + row] = e * rq;
+    vec[VEC_OUT + row] = WITH_P ? e * rq : c[row];
+    if constexpr (!WITH_P) vec[VEC_KEYS + row] = c[row] - log2f(rk);
     if (row == 0) vec[VEC_LAST] = exp2_fast(last), vec[VEC_TOTAL] = last;
 }
 
@@ -287,12 +304,12 @@ __device__ __forceinline__ void invert(const float* l, const float* beta, uint32
             if constexpr (GRAD && LOW) *(uint4*)(low + swizzled(0, 16 * b + (lane & 15), 2 * warp + (lane >> 4))) = make_uint4(0, 0, 0, 0);
             return;
         }
-        const float* db = l + (L_BYTES / 4 + b * D_BLOCK);
+        const float* db = l + d_at<LIE>(b);
         if (b == warp) {
 #pragma unroll
             for (int n = 0; n < 2; n++) {
-                const float* from = db + (8 * n + 2 * j) * D_STRIDE + i;
-                y[b][n][0] = from[0], y[b][n][1] = from[D_STRIDE], y[b][n][2] = from[8], y[b][n][3] = from[D_STRIDE + 8];
+                const float* from = db + (8 * n + 2 * j) * D_STRIDE<LIE> + i;
+                y[b][n][0] = from[0], y[b][n][1] = from[D_STRIDE<LIE>], y[b][n][2] = from[8], y[b][n][3] = from[D_STRIDE<LIE> + 8];
             }
         } else {
 #pragma unroll
@@ -303,7 +320,7 @@ __device__ __forceinline__ void invert(const float* l, const float* beta, uint32
             for (int n = 0; n < 2; n++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) t[n][e] = -y[b][n][e], y[b][n][e] = 0.f;
-            multiply(y[b], t, PARTS ? db : db + D_BYTES / 4, D_STRIDE, Int<0>{});
+            multiply(y[b], t, PARTS ? db : l + r_at(b), PARTS ? D_STRIDE<LIE> : R_STRIDE, Int<0>{});
         }
         const float b0 = PARTS ? shared_f32(smem_addr(beta_at)) : beta0, b1 = PARTS ? shared_f32(smem_addr(beta_at + 8)) : beta1;
         stsm_trans(to, I::pack(y[b][0][0] * b0, y[b][0][1] * b0), I::pack(y[b][0][2] * b1, y[b][0][3] * b1), I::pack(y[b][1][0] * b0, y[b][1][1] * b0),

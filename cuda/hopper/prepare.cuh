@@ -1,24 +1,24 @@
 // `prepare`: A, P and the vectors of one chunk for all value heads of one key head.
 //
 // One warpgroup per (chunk, key head): K K^T and Q K^T once by wgmma, kept in registers; then per value head the gates, the
-// inverse and the image. Grid: chunks x Hk. Blocks overlap each other (4 or 5 per SM); there are no roles.
+// inverse and the image. Grid: chunks x Hk. Blocks overlap each other (4 or 6 per SM); there are no roles. Where the scan makes P there is no Q.
 #pragma once
 #include "image.cuh"
 
 namespace hopper {
 
 // Shared memory, in bytes from a base on 1024. Lifetimes:
-//   K, Q    loads .. the end of K K^T, Q K^T and the norms
-//   L, D    the value heads; over K and Q. D twice: as it is, and rounded to TF32, as L's blocks below the diagonal are
+//   K[, Q]  loads .. the end of K K^T, Q K^T and the norms
+//   L, D    the value heads; over K and Q. D twice: as it is, and behind L rounded to TF32, as L's blocks below the diagonal are
 //   image   the value heads; each is stored before the next overwrites it
 //   sums    of the four warps: of the key head, before the first value head .. behind its L; of a value head, behind its L
-template <int K, bool GRAD = false>
+template <int K, bool GRAD = false, bool WITH_P = true>
 struct PrepareSmem {
     static constexpr int L = 0;
-    static constexpr int END_LD = L_BYTES + 2 * D_BYTES;
-    static constexpr int TILES = 2 * CHUNK * K * 2;
+    static constexpr int END_LD = L_BYTES + (GRAD ? 2 : 1) * R_BYTES;
+    static constexpr int TILES = (WITH_P ? 2 : 1) * CHUNK * K * 2;
     static constexpr int IMAGE = ((TILES > END_LD ? TILES : END_LD) + 1023) / 1024 * 1024;
-    static constexpr int NORMS = IMAGE + (GRAD ? GRAD_BYTES : IMAGE_BYTES);  // f32: rk [64], rq [64], |k|^2 [64]
+    static constexpr int NORMS = IMAGE + (GRAD ? GRAD_BYTES : WITH_P ? IMAGE_BYTES : IMAGE_P);  // f32: rk [64], rq [64], |k|^2 [64]
     static constexpr int SUMS = NORMS + 768;           // f32: [4] of the key head, [4] of a value head
     static constexpr int FULL = SUMS + 32;             // barrier: K and Q are there
     static constexpr int GATES = FULL + 16;            // f32, per value head: c log2(e) [64], beta [64]
@@ -26,15 +26,15 @@ struct PrepareSmem {
 };
 
 // I is the type of A and P. GRAD: the image of the backward, with C = (I + strictlower(G o K K^T) diag(beta))^-1: A = diag(beta) C.
-// ONE: as many key heads as value heads.
-template <class E, class I, int K, bool GRAD = false, bool ONE = false>
+// ONE: as many key heads as value heads. WITH_P: or the scan makes P.
+template <class E, class I, int K, bool GRAD = false, bool ONE = false, bool WITH_P = true>
 __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps& maps) {
     DYNAMIC_SHARED(smem_raw);
     // On 1024 already, behind the system's 1024 bytes, as there is no static shared memory: no room is left for rounding up. Without these words
     // ptxas spills.
     char* smem = align_1024(smem_raw);
-    using M = PrepareSmem<K, GRAD>;
-    constexpr int PANELS = K / 64;
+    using M = PrepareSmem<K, GRAD, WITH_P>;
+    constexpr int PANELS = K / 64, TILES = (WITH_P ? 2 : 1) * PANELS;
     constexpr Lie LIE = GRAD ? Lie::PANEL : Lie::IMAGE;
     const int tid = threadIdx.x, warp = tid >> 5, lane = tid & 31, i = lane >> 2, j = lane & 3;
     const int group = ONE ? 1 : p.hv / p.hk;
@@ -58,15 +58,15 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
     float *rq = rk + 64, *square = rk + 128;
     float* gates = (float*)(smem + M::GATES);
 
-    // K and Q [64, K]
+    // K [64, K], and Q
     if (warp == 0 && elect()) {
         mbar_init(full, 1);
         mbar_init_fence();
-        mbar_expect(full, 2 * PANELS * PANEL);
+        mbar_expect(full, TILES * PANEL);
 #pragma unroll
         for (int x = 0; x < PANELS; x++) {
             tma_load(sk + x * PANEL, &maps.k, kh * K + 64 * x, token, full);
-            tma_load(sq + x * PANEL, &maps.q, kh * K + 64 * x, token, full);
+            if constexpr (WITH_P) tma_load(sq + x * PANEL, &maps.q, kh * K + 64 * x, token, full);
         }
     }
     auto head_of = [&](int m) { return ONE ? kh : p.mod ? kh + m * p.hk : kh * group + m; };
@@ -89,32 +89,37 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
     mbar_wait(full, 0, nullptr, 0);
     // Behind the chunk lies what follows it in memory.
     if (len < CHUNK) {
-        for (int x = 0; x < 2 * PANELS; x++) clear_rows(sk + x * PANEL, len, tid, 128);
+        for (int x = 0; x < TILES; x++) clear_rows(sk + x * PANEL, len, tid, 128);
         fence_proxy();
         __syncthreads();
     }
 
     // kk = K K^T, qk = Q K^T: rows 16 warp + i, + 8.
-    float kk[32], qk[32];
-    const uint64_t tile_k = desc_k_major(uniform(sk)), tile_q = desc_k_major(uniform(sq));
+    float kk[32], qk[WITH_P ? 32 : 1];
+    const uint64_t tile_k = desc_k_major(uniform(sk));
     wgmma_fence();
 #pragma unroll
     for (int s = 0; s < K / 16; s++) {
         uint64_t k = desc_step(tile_k, (s / 4) * PANEL + (s % 4) * 32);
         E::mma_ss(kk, k, k, s > 0);
     }
+    if constexpr (WITH_P) {
+        const uint64_t tile_q = desc_k_major(uniform(sq));
 #pragma unroll
-    for (int s = 0; s < K / 16; s++) {
-        uint32_t at = (s / 4) * PANEL + (s % 4) * 32;
-        E::mma_ss(qk, desc_step(tile_q, at), desc_step(tile_k, at), s > 0);
+        for (int s = 0; s < K / 16; s++) {
+            uint32_t at = (s / 4) * PANEL + (s % 4) * 32;
+            E::mma_ss(qk, desc_step(tile_q, at), desc_step(tile_k, at), s > 0);
+        }
     }
     wgmma_commit();
     // Norms: of Q two threads a row, of K what the diagonal of K K^T says, which lies in blocks 2 warp and 2 warp + 1 of 8 columns.
-    if (p.l2norm) {
-        const float sum = half_square<E, K>(smem + PANELS * PANEL, tid / 2, tid % 2);
-        if (tid % 2 == 0) rq[tid / 2] = rsqrtf(sum + 1e-6f);
-    } else if (tid < 64) {
-        rq[tid] = 1.f;
+    if constexpr (WITH_P) {
+        if (p.l2norm) {
+            const float sum = half_square<E, K>(sq, tid / 2, tid % 2);
+            if (tid % 2 == 0) rq[tid / 2] = rsqrtf(sum + 1e-6f);
+        } else if (tid < 64) {
+            rq[tid] = 1.f;
+        }
     }
     wgmma_wait<0>();
     hold(kk);
@@ -135,7 +140,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
 
     // Fold the norms of both sides in, once for all heads.
     fold_norms(kk, rk[row0], rk[row1], rk, j);
-    fold_norms(qk, rq[row0] * p.scale, rq[row1] * p.scale, rk, j);
+    if constexpr (WITH_P) fold_norms(qk, rq[row0] * p.scale, rq[row1] * p.scale, rk, j);
     // As G <= 1, no value head's sums cancel where those without gates do not: mostly none do, and nothing more is asked.
     float* sums = (float*)(smem + M::SUMS);
     auto positive = [](const float* x) {
@@ -159,11 +164,11 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
         form<I, LIE>(kk, qk, c, beta, l, image + (GRAD ? GRAD_P : IMAGE_P), warp, lane);
         __syncthreads();
         if (tid < 64) {
-            substitute(l, tid);
+            substitute<LIE>(l, tid);
         } else {
             int row = tid - 64;
             float* vec = (float*)(smem + M::IMAGE + (GRAD ? GRAD_VEC : IMAGE_VEC));
-            row_factors(vec, c, row, len, rk[row], p.scale * rq[row]);
+            row_factors<WITH_P>(vec, c, row, len, rk[row], WITH_P ? p.scale * rq[row] : 0.f);
             if constexpr (GRAD) {
                 vec[VEC_STATE + row] *= beta[row];
                 const float power = log2f(rk[row]);
@@ -195,7 +200,8 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
                 cancels = positive(sums + 4);
             }
             if (tid == 0) p.cancels[(long long)h * p.places + chunk] = cancels;
-            if (cancels) form_rest<I>(qk, c, beta, low_of(h) + LOW_P, warp, lane);
+            if constexpr (WITH_P)
+                if (cancels) form_rest<I>(qk, c, beta, low_of(h) + LOW_P, warp, lane);
             if constexpr (INVERTS_IN_PARTS<I>)
                 if (cancels) {
                     form<I, LIE, true>(kk, qk, c, beta, l, image + IMAGE_P, warp, ONE ? lane_id() : lane);  // either way, the other spills
@@ -211,7 +217,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
         __syncthreads();
         if (tid == 0) {
             constexpr int BYTES = GRAD ? GRAD_BYTES : IMAGE_BYTES;
-            bulk_store(p.images + ((long long)chunk * p.hv + h) * BYTES, image, BYTES);
+            bulk_store(p.images + ((long long)chunk * p.hv + h) * BYTES, image, WITH_P ? BYTES : IMAGE_P);
             bulk_commit();
         }
     }

@@ -54,12 +54,15 @@ __device__ __forceinline__ void warp_arrive(uint32_t bar, int lane) {
     if (WARP_ARRIVALS == 32 || lane == 0) mbar_arrive(bar);
 }
 
-// Registers of a thread where two consumers are served by a third warpgroup. A block keeps what it was launched with, 168 a thread: who
-// asks for more than the others have left waits for ever.
-template <int K>
+// Registers of a thread where consumers are served by a warpgroup; MAKES: and another one makes what they multiply. A block keeps what it
+// was launched with, so much a thread: who asks for more than the others have left waits for ever.
+template <int K, int CONSUMERS = 2, bool MAKES = false>
 struct Registers {
-    static constexpr int SERVER = K > 64 ? 24 : 40, CONSUMER = K > 64 ? 240 : 232;
-    static_assert(SERVER + 2 * CONSUMER <= 3 * 168, "a block has no more");
+    static constexpr int WARPGROUPS = CONSUMERS + 1 + MAKES, LAUNCHED = WARPGROUPS == 4 ? 128 : 168;
+    static constexpr int SERVER = K > 64 && CONSUMERS > 1 ? 24 : 40;
+    static constexpr int CONSUMER = CONSUMERS == 1 ? 256 : MAKES ? 216 : K > 64 ? 240 : 232;
+    static constexpr int MAKER = !MAKES ? 0 : CONSUMERS == 1 ? 152 : 56;
+    static_assert(SERVER + CONSUMERS * CONSUMER + MAKER <= WARPGROUPS * LAUNCHED, "a block has no more");
 };
 
 // ---- tiles ---------------------------------------------------------------------------------------------------------

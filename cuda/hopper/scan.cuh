@@ -4,7 +4,7 @@
 // Roles. Warpgroups 0 .. WG-1 are consumers: each owns 64 of the V columns of the state, transposed, S^T [64, K] f32 as a wgmma
 // accumulator, and does all products of its columns; consumers never wait for each other. Warpgroup WG serves them: a lane of its
 // warp 0 issues all loads, warp 1 + w stores O of consumer w, and warp 0 with those that have no O zeroes the rows behind a sequence's
-// end. WG = V / 64 / parts; the grid's parts take the rest of V.
+// end. MAKES: warpgroup WG + 1 makes P (scores.cuh), which is loaded otherwise. WG = V / 64 / parts; the grid's parts take the rest of V.
 //
 // Everything on the serial chain stays in registers: a product's result, scaled and rounded, is the left operand of the next.
 //   U^T = S^T K^T     W^T = V^T - vec_in o U^T     N^T = W^T A^T     S^T <- e^(c_C) S^T + (vec_state o N^T) K
@@ -25,20 +25,22 @@
 // errors of 3e-3 where bf16 leaves 4.4e-3 (keys alike, cos 0.94: 4.9e-3 for 7.8e-3), for numbers of v below 65504.
 //
 // Barriers: full[s] (the producer's bytes), empty[s] (a lane of each consumer warp), tail (a lane of each warp that zeroes: the last
-// chunk, which is not whole, is there and zeroed; consumers wait for it instead of full[s]), o_full[w] (a lane of each warp of consumer
+// chunk, which is not whole, is there and zeroed; who multiplies waits for it instead of full[s]), made[s] (a lane of each warp that makes P: it is
+// there, and so is the rows' factor), o_full[w] (a lane of each warp of consumer
 // w: its O is in its staging), o_free[w] (the storing lane: it has been read). Named: 8, the warps that zero, when the last load is issued.
 #pragma once
 #include "backward.cuh"
+#include "scores.cuh"
 
 namespace hopper {
 
 // Shared memory, in bytes from a base on 1024.
 //   stage s   [Q,] K [64, K], V [64, 64 WG], A, [P,] vectors: from the producer's loads (empty[s] taken) until all consumers
-//             arrived on empty[s], after their last product of that chunk; ring of STAGES. The blocks of A and P above the
-//             diagonal are zeroed once: no load touches them. CAREFUL: A_lo, P_lo behind them, the same
+//             arrived on empty[s], after their last product of that chunk; ring of STAGES. MAKES: P from full[s] on, made[s] says so, until then.
+//             The blocks of A and P above the diagonal are zeroed once: nothing touches them. CAREFUL: A_lo, P_lo behind them, the same
 //   staging   per consumer, O [64 tokens, 64] of a chunk as a panel: from the consumer's stores (o_free[w] taken) until the storing warp
 //             has read it. KEEP: per consumer warp, S^T [16, K], e^T [16, 64], read by the copies that one lane asks for
-template <int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false, bool CAREFUL = false>
+template <int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false, bool CAREFUL = false, bool MAKES = false>
 struct ScanSmem {
     static constexpr int KT = 0;
     static constexpr int V = KT + (K / 64) * PANEL;
@@ -48,18 +50,23 @@ struct ScanSmem {
     static constexpr int A_LO = P + (OUT ? PANEL : 0);
     static constexpr int P_LO = A_LO + (CAREFUL ? PANEL : 0);
     static constexpr int VEC = P_LO + (CAREFUL && OUT ? PANEL : 0);
-    static constexpr int STAGE = VEC + 1024;
+    static constexpr int STAGE = VEC + (MAKES ? 2048 : 1024);
     static constexpr int STAGING = STAGES * STAGE;
     static constexpr int BARRIERS = STAGING + (OUT ? WG * PANEL : KEEP ? WG * (K / 64 + 1) * PANEL : 0);
     static constexpr int BYTES = BARRIERS + 128 + 1024;
-    static constexpr int LOADED = STAGE - (GRAD ? 0 : (OUT ? 2 : 1) * (CAREFUL ? 2 : 1)) * (PANEL - 5120);
+    // Of a chunk's vectors; all that is loaded.
+    static constexpr int VECTORS = MAKES ? VEC_BYTES : 1024;
+    static constexpr int LOADED = A + (CAREFUL ? 2 : 1) * (GRAD ? PANEL : (OUT && !MAKES ? 2 : 1) * 5120) + VECTORS;
 };
+
+// Threads of a block: consumers, who serves them, who makes P.
+__host__ __device__ constexpr int scan_threads(int consumers, bool makes) { return (consumers + 1 + makes) * WARPGROUP; }
 
 // Stages of the careful scan with outputs.
 constexpr int CAREFUL_STAGES = 2;
 
 // Codes in `hung`.
-enum : uint32_t { HUNG_PRODUCER = 0x100, HUNG_CONSUMER = 0x200, HUNG_STORE = 0x300, HUNG_TAIL = 0x400 };
+enum : uint32_t { HUNG_PRODUCER = 0x100, HUNG_CONSUMER = 0x200, HUNG_STORE = 0x300, HUNG_TAIL = 0x400, HUNG_MAKER = 0x500 };
 
 // Zeroes what the first `panels` panels of a stage have from row `len` on, for products, when its last loads (phase `parity` of `full`)
 // are there, and says so; warp `at` of `warps`. No phase of `full` before that one may be open, as it could pass for it.
@@ -83,17 +90,21 @@ __device__ __forceinline__ void load_low(uint32_t to, const char* from, uint32_t
     for (int x = 0; x < 4; x++) bulk_load(to + x * 2048 + x * 512, from + image_columns(x), 2048 - x * 512, bar);
 }
 
-template <class E, class I, int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false, bool CAREFUL = false>
+template <class E, class I, int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false, bool CAREFUL = false, bool MAKES = false>
 __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     DYNAMIC_SHARED(smem_raw);
-    using M = ScanSmem<K, WG, STAGES, OUT, GRAD, KEEP, CAREFUL>;
+    using M = ScanSmem<K, WG, STAGES, OUT, GRAD, KEEP, CAREFUL, MAKES>;
+    static_assert(OUT || !MAKES, "P is for outputs");
     static_assert(GRAD ? !OUT : !KEEP, "the image of the backward is for passes without outputs");
     constexpr bool ASKS = GRAD ? !CAREFUL && ASKS_GRAD<E> : (OUT || !CAREFUL) && ASKS_CANCELS<E, I>;
     constexpr long long IMAGE = GRAD ? GRAD_BYTES : IMAGE_BYTES;
     constexpr int PANELS = K / 64;
     const int warpgroup = uniform(threadIdx.x / WARPGROUP), tid = threadIdx.x % WARPGROUP, warp = tid >> 5, lane = tid & 31;
     const uint32_t base = smem_addr(align_1024(smem_raw)), full = base + M::BARRIERS, empty = full + STAGES * 8, tail = empty + STAGES * 8;
-    const uint32_t o_full = tail + 8, o_free = o_full + WG * 8;
+    const uint32_t o_full = tail + 8, o_free = o_full + WG * 8, made = o_free + WG * 8;
+    constexpr int THREADS = scan_threads(WG, MAKES);
+    constexpr bool SHARES = MAKES || WG > 1;  // roles have registers of their own
+    using Own = Registers<K, WG, MAKES>;
     constexpr int CLEARING = OUT ? 1 + WG : 1;  // the first of the warps that zero, beside warp 0
 
     // The block's share: a segment, a value head, a part of V. For `state`, parts of K after those of V: the transition.
@@ -122,7 +133,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     // Asked for before all that follows, and there behind it.
     bool cancels = false;
     if constexpr (ASKS)
-        for (int n = threadIdx.x; n < chunks; n += (WG + 1) * WARPGROUP) cancels |= cancels_at(chunk + n);
+        for (int n = threadIdx.x; n < chunks; n += THREADS) cancels |= cancels_at(chunk + n);
     // Mostly that is all that a careful scan does: blocks that wait for its multiprocessor get it at once.
     if constexpr (ASKS && CAREFUL)
         if (uniform(__syncthreads_or(cancels)) == 0) return;
@@ -130,6 +141,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         for (int s = 0; s < STAGES; s++) {
             mbar_init(full + 8 * s, 1);
             mbar_init(empty + 8 * s, WG * 4 * WARP_ARRIVALS);
+            if constexpr (MAKES) mbar_init(made + 8 * s, 4 * WARP_ARRIVALS);
         }
         mbar_init(tail, (5 - CLEARING) * WARP_ARRIVALS);
         for (int w = 0; w < WG; w++) {
@@ -138,7 +150,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         }
         mbar_init_fence();
     }
-    for (int n = threadIdx.x; n < STAGES * (PANEL / 16); n += (WG + 1) * WARPGROUP) {
+    for (int n = threadIdx.x; n < STAGES * (PANEL / 16); n += THREADS) {
         const uint32_t at = base + n / (PANEL / 16) * M::STAGE + n % (PANEL / 16) * 16;
         int x = n % (PANEL / 16) / 128, row16 = n % 128 / 32;
         if (!GRAD && row16 < x) {
@@ -169,84 +181,119 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         __syncthreads();
     }
 
-    if (warpgroup == WG) {
-        if constexpr (WG > 1) regs_down<Registers<K>::SERVER>();
-        if (uniform(warp) == 0 && elect()) {
-            tma_prefetch(&maps.k);
-            tma_prefetch(&maps.v);
-            if constexpr (OUT) tma_prefetch(&maps.q);
-            const char* image = p.images + ((long long)chunk * p.hv + h) * IMAGE;
-            int s = 0;
-            uint32_t phase = 1;
-            for (int n = 0; n < chunks; n++) {
-                // What is left of A and P, by its number: two registers less than its address. Asked for before the wait.
-                const int low_at = CAREFUL && !GRAD && cancels_at(chunk + n) ? 1 + (chunk + n) * p.hv + h : 0;
-                mbar_wait(empty + 8 * s, phase, p.hung, HUNG_PRODUCER + s);
-                const uint32_t bar = full + 8 * s, to = base + s * M::STAGE;
-                const int row = token + n * CHUNK;
-                mbar_expect(bar, M::LOADED - (transition ? WG * PANEL : 0));
+    // What says that the tiles of chunk n are in stage `st`, and zeroed behind the sequence's end; its phase is 0 where they end.
+    auto whole = [&](int n) { return tokens - n * CHUNK >= CHUNK; };
+    auto bar_of = [&](int n, int st) { return whole(n) ? full + 8 * st : tail; };
+
+    // Loads of chunk n into stage s, by one lane.
+    auto load = [&](int n, int s, uint32_t phase) {
+        // What is left of A and P, by its number: two registers less than its address. Asked for before the wait.
+        const int low_at = CAREFUL && !GRAD && cancels_at(chunk + n) ? 1 + (chunk + n) * p.hv + h : 0;
+        mbar_wait(empty + 8 * s, phase, p.hung, HUNG_PRODUCER + s);
+        const uint32_t bar = full + 8 * s, to = base + s * M::STAGE;
+        const int row = token + n * CHUNK;
+        const char* image = p.images + ((long long)(chunk + n) * p.hv + h) * IMAGE;
+        mbar_expect(bar, M::LOADED - (transition ? WG * PANEL : 0));
 #pragma unroll
-                for (int x = 0; x < PANELS; x++) tma_load(to + M::KT + x * PANEL, &maps.k, kh * K + 64 * x, row, bar);
-                if (!transition) {
+        for (int x = 0; x < PANELS; x++) tma_load(to + M::KT + x * PANEL, &maps.k, kh * K + 64 * x, row, bar);
+        if (!transition) {
 #pragma unroll
-                    for (int x = 0; x < WG; x++) tma_load(to + M::V + x * PANEL, &maps.v, h * p.v + first + 64 * x, row, bar);
-                }
-                if constexpr (GRAD)
-                    bulk_load(to + M::A, image + GRAD_C, PANEL, bar);
-                else
-                    load_low(to + M::A, image + IMAGE_A, bar);
-                if constexpr (CAREFUL && !GRAD) load_low(to + M::A_LO, p.lows + (long long)low_at * LOW_BYTES + LOW_A, bar);
-                bulk_load(to + M::VEC, image + (GRAD ? GRAD_VEC : IMAGE_VEC), 1024, bar);
-                if constexpr (OUT) {
-#pragma unroll
-                    for (int x = 0; x < PANELS; x++) tma_load(to + M::Q + x * PANEL, &maps.q, kh * K + 64 * x, row, bar);
-                    load_low(to + M::P, image + IMAGE_P, bar);
-                    if constexpr (CAREFUL) load_low(to + M::P_LO, p.lows + (long long)low_at * LOW_BYTES + LOW_P, bar);
-                }
-                image += p.hv * IMAGE;
-                if (++s == STAGES) s = 0, phase ^= 1;
-            }
-        } else if (CAREFUL && GRAD && warp == 1 && elect()) {
-            // What is left of C, whose bytes warp 0 expects with the others: it has no registers for it beside two consumers (24 a thread).
-            int s = 0;
-            uint32_t phase = 1;
-            for (int n = 0; n < chunks; n++) {
-                const int low_at = cancels_at(chunk + n) ? 1 + (chunk + n) * p.hv + h : 0;
-                mbar_wait(empty + 8 * s, phase, p.hung, HUNG_PRODUCER + s);
-                bulk_load(base + s * M::STAGE + M::A_LO, p.lows + (long long)low_at * GRAD_LOW_BYTES, PANEL, full + 8 * s);
-                if (++s == STAGES) s = 0, phase ^= 1;
-            }
-        } else if (OUT && warp >= 1 && warp <= WG) {
-            // O of a whole chunk by the copy engine; of one that is not, the rows that are there.
-            const int w = warp - 1, column = h * p.v + first + 64 * w;
-            const uint32_t from = base + M::STAGING + w * PANEL;
-            if (lane == 0) tma_prefetch(&maps.o);
-            for (int n = 0; n < chunks; n++) {
-                mbar_wait(o_full + 8 * w, n & 1, p.hung, HUNG_STORE + w);
-                const int row = token + n * CHUNK, len = tokens - n * CHUNK;
-                if (len < CHUNK) {
-                    char* to = (char*)p.o + ((row + (lane >> 3)) * p.o_stride + column) * 2 + (lane & 7) * 16;
-#pragma unroll 1
-                    for (int r = lane >> 3; r < len; r += 4, to += 8 * p.o_stride) *(uint4*)to = shared_16(swizzled(from, r, lane & 7));
-                } else if (elect()) {
-                    tma_store(&maps.o, column, row, from);
-                    bulk_commit();
-                    bulk_wait_read();
-                    mbar_arrive(o_free + 8 * w);
-                }
-                __syncwarp();
-            }
-            if (elect()) bulk_wait();
+            for (int x = 0; x < WG; x++) tma_load(to + M::V + x * PANEL, &maps.v, h * p.v + first + 64 * x, row, bar);
         }
-        if ((warp == 0 || warp >= CLEARING) && tokens % CHUNK != 0) {
+        if constexpr (GRAD)
+            bulk_load(to + M::A, image + GRAD_C, PANEL, bar);
+        else
+            load_low(to + M::A, image + IMAGE_A, bar);
+        if constexpr (CAREFUL && !GRAD) load_low(to + M::A_LO, p.lows + (long long)low_at * LOW_BYTES + LOW_A, bar);
+        bulk_load(to + M::VEC, image + (GRAD ? GRAD_VEC : IMAGE_VEC), M::VECTORS, bar);
+        if constexpr (OUT) {
+#pragma unroll
+            for (int x = 0; x < PANELS; x++) tma_load(to + M::Q + x * PANEL, &maps.q, kh * K + 64 * x, row, bar);
+        }
+        if constexpr (OUT && !MAKES) {
+            load_low(to + M::P, image + IMAGE_P, bar);
+            if constexpr (CAREFUL) load_low(to + M::P_LO, p.lows + (long long)low_at * LOW_BYTES + LOW_P, bar);
+        }
+    };
+    // O of chunk n, by warp 1 + w: of a whole chunk by the copy engine; of one that is not, the rows that are there.
+    auto store = [&](int n) {
+        const int w = warp - 1, column = h * p.v + first + 64 * w;
+        const uint32_t from = base + M::STAGING + w * PANEL;
+        mbar_wait(o_full + 8 * w, n & 1, p.hung, HUNG_STORE + w);
+        const int row = token + n * CHUNK, len = tokens - n * CHUNK;
+        if (len < CHUNK) {
+            char* to = (char*)p.o + ((row + (lane >> 3)) * p.o_stride + column) * 2 + (lane & 7) * 16;
+#pragma unroll 1
+            for (int r = lane >> 3; r < len; r += 4, to += 8 * p.o_stride) *(uint4*)to = shared_16(swizzled(from, r, lane & 7));
+        } else if (elect()) {
+            tma_store(&maps.o, column, row, from);
+            bulk_commit();
+            bulk_wait_read();
+            mbar_arrive(o_free + 8 * w);
+        }
+        __syncwarp();
+    };
+    const bool stores = OUT && warp >= 1 && warp <= WG;
+    // The rows behind the end of the last chunk, by the warps that store nothing, behind the last load.
+    auto clear = [&] {
+        if (!stores && tokens % CHUNK != 0) {
             const int n = chunks - 1, s = n % STAGES;
             __syncwarp();
             bar_sync(8, (5 - CLEARING) * 32);
             clear_tail(base + s * M::STAGE, (OUT ? 2 : 1) * PANELS + WG, tokens % CHUNK, full + 8 * s, n / STAGES & 1, tail, warp == 0 ? 0 : warp - CLEARING + 1, 5 - CLEARING,
                        lane, p.hung);
         }
+    };
+
+    if (MAKES && warpgroup == WG + 1) {
+        regs_down<Own::MAKER>();
+        const uint32_t own_warp = uniform(warp);
+        int s = 0;
+        uint32_t phase = 0;
+        for (int n = 0; n < chunks; n++) {
+            const uint32_t at = base + s * M::STAGE;
+            mbar_wait(bar_of(n, s), whole(n) ? phase : 0, p.hung, HUNG_MAKER + s);
+            // Beside two consumers asked anew, so that what is made of them is not kept from chunk to chunk: registers are few.
+            constexpr bool ANEW = WG > 1;
+            uint32_t which = own_warp;
+            if constexpr (ANEW) hold(which);
+            const int which_lane = ANEW ? lane_id() : lane;
+            scores<E, I, K, ANEW ? 32 : 64, CAREFUL>(at + M::Q, at + M::KT, at + M::VEC, at + M::P, at + M::P_LO, p.scale, p.l2norm, which, which_lane);
+            fence_proxy();
+            __syncwarp();
+            warp_arrive(made + 8 * s, which_lane);
+            if (++s == STAGES) s = 0, phase ^= 1;
+        }
+    } else if (warpgroup == WG) {
+        if constexpr (SHARES) regs_down<Own::SERVER>();
+        if (uniform(warp) == 0 && elect()) {
+            tma_prefetch(&maps.k);
+            tma_prefetch(&maps.v);
+            if constexpr (OUT) tma_prefetch(&maps.q);
+        }
+        if (stores && lane == 0) tma_prefetch(&maps.o);
+        int s = 0;
+        uint32_t phase = 1;
+        if (uniform(warp) == 0 && elect()) {
+            for (int n = 0; n < chunks; n++) {
+                load(n, s, phase);
+                if (++s == STAGES) s = 0, phase ^= 1;
+            }
+        } else if (CAREFUL && GRAD && warp == 1 && elect()) {
+            // What is left of C, whose bytes warp 0 expects with the others: it has no registers for it beside two consumers (24 a thread).
+            for (int n = 0; n < chunks; n++) {
+                const int low_at = cancels_at(chunk + n) ? 1 + (chunk + n) * p.hv + h : 0;
+                mbar_wait(empty + 8 * s, phase, p.hung, HUNG_PRODUCER + s);
+                bulk_load(base + s * M::STAGE + M::A_LO, p.lows + (long long)low_at * GRAD_LOW_BYTES, PANEL, full + 8 * s);
+                if (++s == STAGES) s = 0, phase ^= 1;
+            }
+        } else if (stores) {
+            for (int n = 0; n < chunks; n++) store(n);
+        }
+        clear();
+        if (stores && elect()) bulk_wait();
     } else {
-        if constexpr (WG > 1) regs_up<Registers<K>::CONSUMER>();
+        if constexpr (SHARES) regs_up<Own::CONSUMER>();
         const int i = lane >> 2, j = lane & 3;
         const int column = first + 64 * warpgroup;  // of the state, the consumer's first
         const int v0 = column + 16 * warp + i;      // the thread's first; the other is v0 + 8
@@ -280,9 +327,6 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         constexpr bool TWO = GRAD || CAREFUL;
         uint32_t sb[K / 4], w[16], rest[TWO ? 16 : 1];
 
-        // What says that the tiles of chunk n are in stage `st`, and zeroed behind the sequence's end; and the phase of it.
-        auto whole = [&](int n) { return tokens - n * CHUNK >= CHUNK; };
-        auto bar_of = [&](int n, int st) { return whole(n) ? full + 8 * st : tail; };
         const uint32_t code = HUNG_CONSUMER + 16 * warpgroup;
         // o^T = S^T Q^T for the stage at `at`, columns from 16 FROM to 16 TO of S.
         auto multiply_q = [&](uint32_t at, auto from, auto to) {
@@ -318,12 +362,17 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         uint32_t v[4][4];
         float2 c[8];
         float last = 1.f;
+        auto load_factors = [&](uint32_t at) {
+#pragma unroll
+            for (int b = 0; b < 8; b++) c[b] = shared_f32x2(at + M::VEC + 4 * (VEC_IN + 8 * b + 2 * j));
+        };
+        // Beside two consumers and who makes P, registers are few while U is issued: O is finished before, and U's factors come behind it.
+        constexpr bool FEW = MAKES && WG > 1;
         auto load_v = [&](uint32_t at) {
             last = shared_f32(at + M::VEC + 4 * VEC_LAST);
 #pragma unroll
             for (int b = 0; b < 4; b++) ldsm_trans(v[b], at + M::V + warpgroup * PANEL + lane_at + b * 2048);
-#pragma unroll
-            for (int b = 0; b < 8; b++) c[b] = shared_f32x2(at + M::VEC + 4 * (VEC_IN + 8 * b + 2 * j));
+            if constexpr (!FEW) load_factors(at);
         };
         // W^T = V^T - vec_in o U^T, when U is there; behind it half of S^T Q^T may be in flight.
         auto make_w = [&] {
@@ -379,9 +428,15 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             mbar_wait(bar_of(0, 0), 0, p.hung, code);
             load_v(base);
             multiply_state(base);
+            if constexpr (FEW) load_factors(base);
             if constexpr (OUT) multiply_q(base, Z, HALF);
             keep_state(0);
             make_w();
+            // Or ptxas keeps registers for what is in flight here through the loop.
+            if constexpr (FEW) {
+                wgmma_wait<0>();
+                hold(o);
+            }
         }
         // O in the staging is for its warp.
         auto give_o = [&]() {
@@ -417,11 +472,13 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             const uint32_t bar = more ? bar_of(n + 1, next) : full + 8 * st, parity = more ? whole(n + 1) ? next_phase : 0 : phase;
             const bool there = mbar_try(bar, parity);
             float2 cs[8], co[8];
+            auto load_out_factors = [&] {
 #pragma unroll
-            for (int b = 0; b < 8; b++) {
-                cs[b] = shared_f32x2(factors + 4 * (VEC_STATE + 8 * b));
-                if constexpr (OUT) co[b] = shared_f32x2(factors + 4 * (VEC_OUT + 8 * b));
-            }
+                for (int b = 0; b < 8; b++) co[b] = shared_f32x2(factors + 4 * (VEC_OUT + 8 * b));
+            };
+#pragma unroll
+            for (int b = 0; b < 8; b++) cs[b] = shared_f32x2(factors + 4 * (VEC_STATE + 8 * b));
+            if constexpr (OUT && !MAKES) load_out_factors();
             if constexpr (KEEPS_LOW<E> && KEEP)
                 if (counts(last)) keep_low<K>(keep_states(p, K, chunk + n, h, column / 64) + K / 64 * PANEL, s, sb, tid);
             // Before a branch, or ptxas moves them behind the wait.
@@ -462,6 +519,10 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             const uint32_t free = o_free + 8 * warpgroup, free_parity = (n & 1) ^ 1;
             bool place = true;
             if constexpr (OUT) {
+                if constexpr (MAKES) {
+                    mbar_wait(made + 8 * st, phase, p.hung, code + 9);
+                    load_out_factors();
+                }
 #pragma unroll
                 for (int x = 0; x < 16; x++) {
                     nb[x] = I::pack(u[2 * x], u[2 * x + 1]);
@@ -485,28 +546,38 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             } else {
                 keep_news_of(n);
             }
-            // CAREFUL: for O too, as its registers are needed.
-            if constexpr (CAREFUL) {
+            auto release = [&] {
+                __syncwarp();
+                warp_arrive(empty + 8 * st, lane);
+            };
+            auto finish_o = [&] {
+                if (__builtin_expect(!place, 0)) mbar_wait(free, free_parity, p.hung, code + 8);
+                put_o();
+                hold(o);
+            };
+            // For O too, where its registers are needed.
+            if constexpr (CAREFUL || FEW) {
                 wgmma_wait<0>();
                 hold(o);
-            } else {
-                load_v(at_next);
             }
+            if constexpr (FEW) {
+                release();
+                finish_o();
+            }
+            if constexpr (!CAREFUL) load_v(at_next);
             wgmma_wait<OUT>();
             hold(s);
 
             // U, W and half of S^T Q^T of the next chunk.
             multiply_state(at_next);
+            if constexpr (FEW) load_factors(at_next);
             if constexpr (OUT) {
                 wgmma_wait<K / 32>();
                 hold(o);
             }
-            __syncwarp();
-            warp_arrive(empty + 8 * st, lane);
+            if constexpr (!FEW) release();
             if constexpr (OUT) {
-                if (__builtin_expect(!place, 0)) mbar_wait(free, free_parity, p.hung, code + 8);
-                put_o();
-                hold(o);
+                if constexpr (!FEW) finish_o();
                 wgmma_fence();
                 multiply_q(at_next, Z, HALF);
             }

@@ -18,6 +18,7 @@ namespace hopper {
 #define NUMBERS_32_TO_63                                                              \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NUMBERS_0_TO_15 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define SUMS_8(d, n) \
     "+f"(d[n]), "+f"(d[n + 1]), "+f"(d[n + 2]), "+f"(d[n + 3]), "+f"(d[n + 4]), "+f"(d[n + 5]), "+f"(d[n + 6]), "+f"(d[n + 7])
 #define SUMS_32(d, n) SUMS_8(d, n), SUMS_8(d, n + 8), SUMS_8(d, n + 16), SUMS_8(d, n + 24)
@@ -39,6 +40,13 @@ namespace hopper {
                      " {" NUMBERS_0_TO_31 ", " NUMBERS_32_TO_63 "}, {%64, %65, %66, %67}, %68, p, 1, 1, %70;\n}"                \
                      : SUMS_32(d, 0), SUMS_32(d, 32)                                                                           \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TRANS));                               \
+    }                                                                                                                          \
+    template <int TRANS_A = 0, int TRANS_B = 0>                                                                                \
+    static __device__ __forceinline__ void mma_ss(float (&d)[16], uint64_t a, uint64_t b, int add) {                           \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32." T "." T            \
+                     " {" NUMBERS_0_TO_15 "}, %16, %17, p, 1, 1, %19, %20;\n}"                                                  \
+                     : SUMS_8(d, 0), SUMS_8(d, 8)                                                                              \
+                     : "l"(a), "l"(b), "r"(add), "n"(TRANS_A), "n"(TRANS_B));                                                   \
     }                                                                                                                          \
     template <int TRANS_A = 0, int TRANS_B = 0>                                                                                \
     static __device__ __forceinline__ void mma_ss(float (&d)[32], uint64_t a, uint64_t b, int add) {                           \
@@ -85,6 +93,7 @@ struct F16 {
 #undef SUMS_8
 #undef NUMBERS_32_TO_63
 #undef NUMBERS_0_TO_31
+#undef NUMBERS_0_TO_15
 
 }  // namespace hopper
 

@@ -100,12 +100,18 @@ fn prefills_of_16_bits_and_released_heads_are_replaced() {
             assert!(found.prepare_bytes.max(found.scan_bytes) <= 227 << 10, "{found:?}");
         }
     }
-    // A value head for each key head: the kernel with a block more at once.
-    for (k, prepare) in [(128, "hopper_prepare_one_f16_k128"), (64, "hopper_prepare_f16_k64")] {
-        let found = special(&launches_of(1, k, 64, Dtype::F16, 0), 0, 132, None).unwrap();
-        assert_eq!(found.prepare, prepare);
-        // What five blocks of an H100 may have, with the 1024 bytes that the system takes of each.
-        assert!(5 * (found.prepare_bytes + 1024) <= 228 << 10, "{found:?}");
+    // A value head for each key head: with few blocks the kernel with a block more at once; with many the scan makes P.
+    for (k, v, multiprocessors, prepare, scan, blocks) in [
+        (128, 64, 132, "hopper_prepare_one_f16_k128", "hopper_scan_f16_k128_w1", 5),
+        (128, 64, 1, "hopper_prepare_keys_f16_k128", "hopper_scan_making_f16_k128_w1", 6),
+        (128, 128, 1, "hopper_prepare_keys_f16_k128", "hopper_scan_making_f16_k128_w2", 6),
+        (64, 64, 1, "hopper_prepare_f16_k64", "hopper_scan_f16_k64_w1", 5),
+    ] {
+        let found = special(&launches_of(1, k, v, Dtype::F16, 0), 0, multiprocessors, None).unwrap();
+        assert_eq!((found.prepare.as_str(), found.scan.as_str()), (prepare, scan));
+        // What so many blocks of an H100 may have, with the 1024 bytes that the system takes of each.
+        assert!(blocks * (found.prepare_bytes + 1024) <= 228 << 10, "{found:?}");
+        assert!(found.scan_bytes <= 227 << 10, "{found:?}");
     }
     // Few blocks take one consumer each, many two.
     let pass = launches(128, 128, Dtype::Bf16, 0);

@@ -1,8 +1,8 @@
 // Tests and times the Hopper forward kernels: a program of its own, beside the crate.
 //
-//   nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 -Xcompiler -O3,-mavx2,-mfma,-pthread -DHOPPER_ALL -o forward forward.cu bench/forward.cu
+//   nvcc -gencode=arch=compute_90a,code=sm_90a -O3 -std=c++17 -Xcompiler -O3,-mavx2,-mfma,-pthread -o forward forward.cu bench/forward.cu
 //   ./forward check            every case against float64, stage by stage where it fails
-//   ./forward time             the shapes that predictions were made for
+//   ./forward time             the shapes that predictions were made for, or one of them (LOADS=1: P from `prepare` everywhere)
 //   ./forward one ...          a single pass, for a profiler
 //
 // Each case poisons scratch and outputs with NaN; an answer must be finite, within its bound, and the same in every bit when
@@ -38,13 +38,20 @@ OF_K(bf16_k128)
 OF_K(bf16_k64)
 OF_K(f16_k128)
 OF_K(f16_k64)
-OF_K(mix_k128)
 DECLARE(hopper_prepare_one_bf16_k128, const __grid_constant__ PrepareArgs, const __grid_constant__ PrepareMaps)
 DECLARE(hopper_prepare_one_f16_k128, const __grid_constant__ PrepareArgs, const __grid_constant__ PrepareMaps)
+DECLARE(hopper_prepare_keys_bf16_k128, const __grid_constant__ PrepareArgs, const __grid_constant__ PrepareMaps)
+DECLARE(hopper_prepare_keys_f16_k128, const __grid_constant__ PrepareArgs, const __grid_constant__ PrepareMaps)
 DECLARE(hopper_scan_careful_bf16_k128, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
 DECLARE(hopper_scan_careful_bf16_k64, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
 DECLARE(hopper_scan_careful_f16_k128, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
 DECLARE(hopper_scan_careful_f16_k64, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
+DECLARE(hopper_scan_making_bf16_k128_w2, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
+DECLARE(hopper_scan_making_bf16_k128_w1, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
+DECLARE(hopper_scan_making_f16_k128_w2, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
+DECLARE(hopper_scan_making_f16_k128_w1, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
+DECLARE(hopper_scan_making_careful_bf16_k128, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
+DECLARE(hopper_scan_making_careful_f16_k128, const __grid_constant__ ScanArgs, const __grid_constant__ ScanMaps)
 DECLARE(hopper_warm, const __grid_constant__ CarryArgs)
 DECLARE(hopper_carry_k128, const __grid_constant__ CarryArgs)
 DECLARE(hopper_carry_k64, const __grid_constant__ CarryArgs)
@@ -52,9 +59,8 @@ DECLARE(hopper_carry_k64, const __grid_constant__ CarryArgs)
 typedef const void* Kernel;
 // The kernel for a case, by its types and K.
 #define OF_CASE(HEAD, TAIL)                                                                                       \
-    (mix ? (Kernel)HEAD##_mix_k128##TAIL                                                                          \
-         : c.f16 ? c.k == 128 ? (Kernel)HEAD##_f16_k128##TAIL : (Kernel)HEAD##_f16_k64##TAIL                      \
-                 : c.k == 128 ? (Kernel)HEAD##_bf16_k128##TAIL : (Kernel)HEAD##_bf16_k64##TAIL)
+    (c.f16 ? c.k == 128 ? (Kernel)HEAD##_f16_k128##TAIL : (Kernel)HEAD##_f16_k64##TAIL                            \
+           : c.k == 128 ? (Kernel)HEAD##_bf16_k128##TAIL : (Kernel)HEAD##_bf16_k64##TAIL)
 
 struct Case {
     const char* name;
@@ -90,11 +96,11 @@ struct Run {
     ScanArgs sa, sta;
     CarryArgs ca;
     int wg;
-    bool mix;  // half inside bf16: environment variable MIX
+    bool one, makes;  // whether key heads are as many as value heads; whether the scan makes P
 
     explicit Run(const Case& c, uint64_t seed) : c(c) {
         n = (int)c.lens.size();
-        mix = getenv("MIX") && !c.f16 && c.k == 128;
+        one = c.hk == c.hv && c.k == 128, makes = one && !getenv("LOADS");
         cu.push_back(0);
         for (int s = 0; s < n; s++) {
             int step = c.cut ? c.cut * CHUNK : std::max(1, c.lens[s]), first = (int)segments.size();
@@ -145,7 +151,7 @@ struct Run {
         pa = {(float*)g.p, (float*)beta.p, (Chunk*)d_chunks.p, (char*)images.p, scale, c.hk, c.hv, c.mod, c.l2norm,
               (int)chunks.size(), (char*)lows.p, (unsigned char*)cancels.p};
         sa = {(Segment*)d_segments.p, (char*)images.p, (float*)(c.cut ? starts.p : h0.p), (float*)ht.p, nullptr, nullptr, o.p, c.hv * c.v,
-              c.hk, c.hv, c.mod, c.v, hung_device(), (char*)lows.p, (unsigned char*)cancels.p, (int)chunks.size()};
+              c.hk, c.hv, c.mod, c.v, hung_device(), (char*)lows.p, (unsigned char*)cancels.p, (int)chunks.size(), c.l2norm, scale};
         sta = {(Segment*)d_ordered.p, (char*)images.p, nullptr, (float*)starts.p, (float*)transitions.p, (int*)warm.p, nullptr, 0,
                c.hk, c.hv, c.mod, c.v, hung_device(), (char*)lows.p, (unsigned char*)cancels.p, (int)chunks.size()};
         ca = {(Segment*)d_ordered.p, (Cut*)d_cuts.p, (char*)images.p, (int*)warm.p, (float*)h0.p, (float*)starts.p, (float*)transitions.p,
@@ -161,9 +167,10 @@ struct Run {
 
     void prepare(cudaStream_t s) {
         if (chunks.empty()) return;
-        int bytes = c.k == 128 ? PrepareSmem<128>::bytes(c.hv / c.hk) : PrepareSmem<64>::bytes(c.hv / c.hk);
-        const bool one = c.hk == c.hv && c.k == 128 && !mix;
-        Kernel kernel = !one ? OF_CASE(hopper_prepare, ) : c.f16 ? (Kernel)hopper_prepare_one_f16_k128 : (Kernel)hopper_prepare_one_bf16_k128;
+        int bytes = makes ? PrepareSmem<128, false, false>::bytes(1) : c.k == 128 ? PrepareSmem<128>::bytes(c.hv / c.hk) : PrepareSmem<64>::bytes(c.hv / c.hk);
+        Kernel kernel = makes ? c.f16 ? (Kernel)hopper_prepare_keys_f16_k128 : (Kernel)hopper_prepare_keys_bf16_k128
+                        : one ? c.f16 ? (Kernel)hopper_prepare_one_f16_k128 : (Kernel)hopper_prepare_one_bf16_k128
+                              : OF_CASE(hopper_prepare, );
         LAUNCH(kernel, chunks.size() * c.hk, 128, bytes, s, &pa, &pm);
     }
 
@@ -206,22 +213,33 @@ struct Run {
     }
 
     void usual(cudaStream_t s) {
+        if (makes) {
+            const Kernel kernel = c.f16 ? wg == 2 ? (Kernel)hopper_scan_making_f16_k128_w2 : (Kernel)hopper_scan_making_f16_k128_w1
+                                        : wg == 2 ? (Kernel)hopper_scan_making_bf16_k128_w2 : (Kernel)hopper_scan_making_bf16_k128_w1;
+            const int bytes = wg == 2 ? ScanSmem<128, 2, 3, true, false, false, false, true>::BYTES : ScanSmem<128, 1, 3, true, false, false, false, true>::BYTES;
+            LAUNCH(kernel, segments.size() * c.hv * (c.v / 64 / wg), scan_threads(wg, true), bytes, s, &sa, &maps);
+            return;
+        }
         int bytes = c.k == 128 ? wg == 2 ? ScanSmem<128, 2, 3, true>::BYTES : ScanSmem<128, 1, 3, true>::BYTES
                                : wg == 2 ? ScanSmem<64, 2, 3, true>::BYTES : ScanSmem<64, 1, 3, true>::BYTES;
-        LAUNCH(wg == 2 ? OF_CASE(hopper_scan, _w2) : OF_CASE(hopper_scan, _w1), segments.size() * c.hv * (c.v / 64 / wg), (wg + 1) * 128, bytes, s, &sa, &maps);
+        LAUNCH(wg == 2 ? OF_CASE(hopper_scan, _w2) : OF_CASE(hopper_scan, _w1), segments.size() * c.hv * (c.v / 64 / wg), scan_threads(wg, false), bytes, s, &sa, &maps);
     }
     // For the segments that the other one leaves alone: beside it, as the backend has it.
     void careful(cudaStream_t s) {
-        if (mix) return;
+        if (makes) {
+            const int bytes = ScanSmem<128, 1, CAREFUL_STAGES, true, false, false, true, true>::BYTES;
+            LAUNCH(c.f16 ? (Kernel)hopper_scan_making_careful_f16_k128 : (Kernel)hopper_scan_making_careful_bf16_k128, segments.size() * c.hv * (c.v / 64), scan_threads(1, true), bytes, s, &sa, &maps);
+            return;
+        }
         const int bytes = c.k == 128 ? ScanSmem<128, 1, CAREFUL_STAGES, true, false, false, true>::BYTES : ScanSmem<64, 1, CAREFUL_STAGES, true, false, false, true>::BYTES;
         const Kernel kernel = c.f16 ? c.k == 128 ? (Kernel)hopper_scan_careful_f16_k128 : (Kernel)hopper_scan_careful_f16_k64
                                     : c.k == 128 ? (Kernel)hopper_scan_careful_bf16_k128 : (Kernel)hopper_scan_careful_bf16_k64;
-        LAUNCH(kernel, segments.size() * c.hv * (c.v / 64), 256, bytes, s, &sa, &maps);
+        LAUNCH(kernel, segments.size() * c.hv * (c.v / 64), scan_threads(1, false), bytes, s, &sa, &maps);
     }
 
     // Of chunks and value heads: whether sums cancel there.
     vector<unsigned char> careful_cells() const {
-        vector<unsigned char> x(mix ? 0 : chunks.size() * c.hv);
+        vector<unsigned char> x(chunks.size() * c.hv);
         if (!x.empty()) CHECK(cudaMemcpy(x.data(), cancels.p, x.size(), cudaMemcpyDeviceToHost));
         return x;
     }
@@ -300,7 +318,7 @@ static void reference(const Run& r, const Host& x, int s, int h, vector<Sum>& by
     for (int i = 0; i < 4; i++) worst_part[i] = parts[i].value();
 }
 
-// What `prepare` left for one chunk and head, against float64: errors of A, P and the three vectors.
+// What `prepare` left for one chunk and head, against float64: errors of A, P and the vectors.
 static void check_images(const Run& r, const Host& x, int chunk, int h, double* errors) {
     const Case& c = r.c;
     int kh = c.mod ? h % c.hk : h / (c.hv / c.hk), K = c.k, len = r.chunks[chunk].len, token = r.chunks[chunk].token;
@@ -312,7 +330,7 @@ static void check_images(const Run& r, const Host& x, int chunk, int h, double* 
         size_t byte = panel + image_columns(x) + (2 * ((i - 16 * x) / 8) + j / 8 % 2) * 128 + i % 8 * 16 + j % 8 * 2;
         uint16_t bits;
         memcpy(&bits, &image[byte], 2);
-        return from16(bits, c.f16 || r.mix);
+        return from16(bits, c.f16);
     };
     const float* vec = (const float*)&image[IMAGE_VEC];
     vector<double> cs(CHUNK), beta(CHUNK, 0.0), rk(CHUNK, 1.0), rq(CHUNK, 1.0);
@@ -348,12 +366,16 @@ static void check_images(const Run& r, const Host& x, int chunk, int h, double* 
             for (int m = j; m < i; m++) z -= L[i][m] * X[m][j];
             X[i][j] = i < j ? 0 : z;
             a.add(at(IMAGE_A, i, j), X[i][j] * beta[j]);
-            p.add(at(IMAGE_P, i, j), i >= j ? scale * exp(cs[i] - cs[j]) * dot(q[i], k[j]) : 0.0);
+            if (!r.makes) p.add(at(IMAGE_P, i, j), i >= j ? scale * exp(cs[i] - cs[j]) * dot(q[i], k[j]) : 0.0);
         }
     for (int i = 0; i < CHUNK; i++) {
         if (i < len) v[0].add(vec[VEC_IN + i], exp(cs[i]) * rk[i]);
         v[1].add(vec[VEC_STATE + i], i < len ? exp(cs[CHUNK - 1] - cs[i]) * rk[i] : 0.0);
-        if (i < len) v[2].add(vec[VEC_OUT + i], scale * exp(cs[i]) * rq[i]);
+        if (i >= len) continue;
+        if (r.makes)
+            v[2].add(vec[VEC_OUT + i], cs[i] * LOG2E), v[2].add(vec[VEC_KEYS + i], cs[i] * LOG2E - log2(rk[i]));
+        else
+            v[2].add(vec[VEC_OUT + i], scale * exp(cs[i]) * rq[i]);
     }
     errors[0] = a.value(), errors[1] = p.value();
     for (int i = 0; i < 3; i++) errors[2 + i] = v[i].value();
@@ -416,7 +438,7 @@ static bool check(const Case& c, int repeats) {
     int careful = 0;
     for (unsigned char flag : r.careful_cells()) careful += flag != 0;
     printf("%-4s %-22s %s K%d V%d %d/%d %-8s %s cut%d careful %d of %d  o %.2e (worst head %.2e) ht %.2e | A %.1e P %.1e vec %.0e %.0e %.0e%s%s\n", ok ? "ok" : "FAIL", c.name,
-           c.f16 ? "f16 " : r.mix ? "mix " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), r.wg == 2 ? "wg2" : "wg1", c.cut, careful, (int)r.chunks.size() * c.hv, o.value(), worst, ht.value(), images[0], images[1],
+           c.f16 ? "f16 " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), r.wg == 2 ? "wg2" : "wg1", c.cut, careful, (int)r.chunks.size() * c.hv, o.value(), worst, ht.value(), images[0], images[1],
            images[2], images[3], images[4], differ ? "  RUNS DIFFER" : "", pad_kept ? "" : "  PAD WRITTEN");
     if (!ok) {
         for (size_t i = 0, shown = 0; i < jobs.size() && shown < 3; i++) {
@@ -544,6 +566,11 @@ int main(int argc, char** argv) {
         return failed != 0;
     }
 #ifndef GATEDELTA_EMULATOR
+    if (what == "time" && argc > 5) {  // length, sequences, Hk, Hv, consumers, chunks of a segment
+        auto number = [&](int i) { return i < argc ? atoi(argv[i]) : 0; };
+        time_case("case", vector<int>(number(3), number(2)), number(4), number(5), number(6), number(7), Decay::Bench, 20);
+        return 0;
+    }
     if (what == "time") {
         int wg = argc > 2 ? atoi(argv[2]) : 0, cut = argc > 3 ? atoi(argv[3]) : 0;
         const int n = 20;

@@ -21,8 +21,11 @@ use crate::kernel::gdn;
 use crate::pass::{Launch, Pass};
 use crate::shape::Dtype;
 
-/// Bytes that `prepare` leaves per chunk and value head: IMAGE_BYTES of forward.cuh.
-const IMAGE_BYTES: u64 = 2 * 5120 + 1024;
+/// Bytes that `prepare` leaves per chunk and value head, A with the vectors and P: IMAGE_BYTES of forward.cuh.
+const IMAGE_BYTES: u64 = IMAGE_P + 5120;
+const IMAGE_P: u64 = 5120 + 1040;
+/// The same for the backward: GRAD_BYTES of forward.cuh.
+pub(super) const GRAD_BYTES: u64 = 2 * PANEL as u64 + 2048;
 /// Bytes that it leaves beside them where sums cancel: LOW_BYTES of forward.cuh.
 const LOW_BYTES: u64 = 2 * 5120;
 /// Bytes of a panel `[64, 64]` of 16-bit numbers: PANEL of forward.cuh.
@@ -49,8 +52,10 @@ pub struct Special {
     pub scan: String,
     /// Its bytes of shared memory.
     pub scan_bytes: u32,
-    /// Warpgroups of 64 columns of V that a block of it has, beside the one that loads.
+    /// Warpgroups of 64 columns of V that a block of it has, beside those that load and make.
     pub consumers: u32,
+    /// Whether the kernel for segments makes P, of Q and K, which otherwise comes from that for chunks.
+    pub makes: bool,
     /// Chunks of 64 tokens in a segment; 0: sequences stay whole.
     pub cut: u32,
 }
@@ -114,13 +119,27 @@ pub fn special(pass: &Pass, at: usize, multiprocessors: u32, cut: Option<u32>) -
     let segments = places(sequences, prepare.grid[0] as u64, cut);
     // Two consumers share the loads of a block; with few blocks, one each fills the device better.
     let consumers = if v % 128 != 0 || 3 * segments * heads < 2 * multiprocessors as u64 { 1 } else { 2 };
+    // With a key head for each value head P saves no product, and where blocks fill the device memory is the bound: the scan then makes it (H200: 4096x8
+    // 16/16 0.235 ms for 0.281, 8 heads 0.131 for 0.150; with 32 blocks of one consumer 0.176 for 0.160, and the same with 64).
+    let one = (group, k) == (1, 128);
+    let makes = one && 3 * segments * scan.grid[1] as u64 * v as u64 / 64 >= 2 * multiprocessors as u64;
     Some(Special {
         launches: 2,
-        prepare: format!("hopper_prepare_{}{name}_k{k}", if (group, k) == (1, 128) { "one_" } else { "" }),
-        prepare_bytes: prepare_bytes(k, group, IMAGE_BYTES as u32),
-        scan: format!("hopper_scan_{name}_k{k}_w{consumers}"),
-        scan_bytes: scan_bytes(k, consumers, true),
+        prepare: format!(
+            "hopper_prepare_{}{name}_k{k}",
+            if makes {
+                "keys_"
+            } else if one {
+                "one_"
+            } else {
+                ""
+            }
+        ),
+        prepare_bytes: prepare_bytes(if makes { Prepare::Keys } else { Prepare::Forward }, k, group),
+        scan: format!("hopper_scan_{}{name}_k{k}_w{consumers}", if makes { "making_" } else { "" }),
+        scan_bytes: scan_bytes(k, consumers, true, makes),
         consumers,
+        makes,
         cut,
     })
 }
@@ -179,24 +198,47 @@ pub(super) fn places(sequences: u64, chunks: u64, cut: u32) -> u64 {
     if cut == 0 { sequences } else { sequences + (chunks + sequences).div_ceil(2 * cut as u64) }
 }
 
+/// What `prepare` works on: keys alone, as the scan makes P; keys and queries; those for a backward pass.
+#[derive(Clone, Copy)]
+pub(super) enum Prepare {
+    Keys,
+    Forward,
+    Backward,
+}
+
 /// PrepareSmem::bytes of prepare.cuh.
-pub(super) fn prepare_bytes(k: u32, group: u32, image_bytes: u32) -> u32 {
-    let inverse = 64 * 72 * 4 + 2 * 4 * (16 * 24 + 16) * 4;
-    let tiles = 2 * 64 * k * 2;
-    let image = tiles.max(inverse).div_ceil(1024) * 1024;
-    image + image_bytes + 768 + 32 + 16 + group * 512
+pub(super) fn prepare_bytes(what: Prepare, k: u32, group: u32) -> u32 {
+    // Tiles [64, K]; how often it keeps the blocks D apart; the image.
+    let (tiles, blocks, image) = match what {
+        Prepare::Keys => (1, 1, IMAGE_P as u32),
+        Prepare::Forward => (2, 1, IMAGE_BYTES as u32),
+        Prepare::Backward => (2, 2, GRAD_BYTES as u32),
+    };
+    let inverse = 64 * 72 * 4 + blocks * 4 * (16 * 24 + 16) * 4;
+    let before = (tiles * 64 * k * 2).max(inverse).next_multiple_of(1024);
+    before + image + 768 + 32 + 16 + group * 512
+}
+
+/// Bytes of the vectors in a stage of a scan.
+fn vectors(makes: bool) -> u32 {
+    if makes { 2048 } else { 1024 }
 }
 
 /// ScanSmem::BYTES of scan.cuh, with 3 stages.
-fn scan_bytes(k: u32, consumers: u32, outputs: bool) -> u32 {
+fn scan_bytes(k: u32, consumers: u32, outputs: bool, makes: bool) -> u32 {
     let (tiles, triangles) = if outputs { (2, 2) } else { (1, 1) };
-    let stage = tiles * (k / 64) * PANEL + consumers * PANEL + triangles * PANEL + 1024;
+    let stage = tiles * (k / 64) * PANEL + consumers * PANEL + triangles * PANEL + vectors(makes);
     3 * stage + if outputs { consumers * PANEL } else { 0 } + 128 + 1024
 }
 
 /// ScanSmem::BYTES of scan.cuh for the careful scan, with 2 stages.
-fn careful_bytes(k: u32) -> u32 {
-    2 * ((2 * (k / 64) + 1 + 4) * PANEL + 1024) + PANEL + 128 + 1024
+fn careful_bytes(k: u32, makes: bool) -> u32 {
+    2 * ((2 * (k / 64) + 1 + 4) * PANEL + vectors(makes)) + PANEL + 128 + 1024
+}
+
+/// scan_threads of scan.cuh.
+fn scan_threads(consumers: u32, makes: bool) -> u32 {
+    128 * (consumers + 1 + u32::from(makes))
 }
 
 /// Appends the call that makes the tables: beside one that puts states in their place, which has nothing to do with them.
@@ -408,7 +450,8 @@ impl Hopper {
         let grid = [whole as u32 * hk, 1, 1];
         calls.push(Call::new("hopper_prepare", variant, grid, launch, Some(9)));
 
-        let shape = [pair(hk, hv), pair(p.get("head_map"), v), 0, lows, cancels, whole];
+        let norms = [pair(whole as u32, p.get("l2norm")), p.get("scale").into()];
+        let shape = [&[pair(hk, hv), pair(p.get("head_map"), v), 0, lows, cancels], &norms[..]].concat();
 
         let store = if f16 { "f16" } else { "bf16" };
         if special.cut > 0 {
@@ -424,9 +467,9 @@ impl Hopper {
             let args = [ordered, images, 0, starts, transitions, warm, 0, 0];
             let launch = [&args[..], &shape, &maps].concat();
             let name = format!("hopper_state_{store}_k{k}");
-            let variant = self.function(shared, &name, 256, scan_bytes(k, 1, false), &[112, 512])?;
+            let variant = self.function(shared, &name, 256, scan_bytes(k, 1, false, false), &[120, 512])?;
             let grid = [jobs * parts, 1, 1];
-            calls.push(Call::new("hopper_state", variant, grid, launch, Some(14)));
+            calls.push(Call::new("hopper_state", variant, grid, launch, Some(15)));
 
             let name = format!("hopper_carry_k{k}");
             let variant = self.function(shared, &name, k, carry_bytes(k), &[72])?;
@@ -438,15 +481,17 @@ impl Hopper {
         let from = if special.cut == 0 { after[6] } else { starts };
         let args = [segment_table, images, from, after[6], 0, 0, at16(after[7], "o_off"), s.get("o_stride").into()];
         let launch = [&args[..], &shape, &maps].concat();
-        let threads = (special.consumers + 1) * 128;
-        let variant = self.function(shared, &special.scan, threads, special.scan_bytes, &[112, 512])?;
+        let threads = scan_threads(special.consumers, special.makes);
+        let variant = self.function(shared, &special.scan, threads, special.scan_bytes, &[120, 512])?;
         let grid = [places as u32 * hv * (v / 64 / special.consumers), 1, 1];
-        calls.push(Call::new("hopper_scan", variant, grid, launch.clone(), Some(14)));
+        calls.push(Call::new("hopper_scan", variant, grid, launch.clone(), Some(15)));
         // Beside it, for the segments that it leaves alone: behind it in line for multiprocessors, as mostly there are none.
-        let name = format!("hopper_scan_careful_{store}_k{k}");
-        let variant = self.function(shared, &name, 256, careful_bytes(k), &[112, 512])?;
+        let making = if special.makes { "making_" } else { "" };
+        let name = format!("hopper_scan_{making}careful_{store}_k{k}");
+        let (threads, bytes) = (scan_threads(1, special.makes), careful_bytes(k, special.makes));
+        let variant = self.function(shared, &name, threads, bytes, &[120, 512])?;
         let grid = [places as u32 * hv * (v / 64), 1, 1];
-        let call = Call::new("hopper_scan_careful", variant, grid, launch, Some(14));
+        let call = Call::new("hopper_scan_careful", variant, grid, launch, Some(15));
         calls.push(Call { beside: true, ..call });
         Ok(true)
     }

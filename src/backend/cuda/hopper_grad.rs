@@ -8,8 +8,8 @@
 
 use super::Shared;
 use super::hopper::{
-    BACKWARD, CARRY_COLUMNS, CHUNK_BYTES, CUT_BYTES, FORGOTTEN, Hopper, Numbers, PANEL, SEGMENT_BYTES, carry_bytes,
-    longest, map_of, places, prepare_bytes, push_tables, transition_bytes,
+    BACKWARD, CARRY_COLUMNS, CHUNK_BYTES, CUT_BYTES, FORGOTTEN, GRAD_BYTES, Hopper, Numbers, PANEL, Prepare,
+    SEGMENT_BYTES, carry_bytes, longest, map_of, places, prepare_bytes, push_tables, transition_bytes,
 };
 use super::launch::Call;
 use crate::backend::View;
@@ -17,9 +17,6 @@ use crate::error::{Error, Result};
 use crate::kernel::{gdn, gdn_grad};
 use crate::pass::{Launch, Pass};
 use crate::shape::Dtype;
-
-/// Bytes that `prepare` leaves per chunk and value head: GRAD_BYTES of forward.cuh.
-const GRAD_BYTES: u64 = 2 * PANEL as u64 + 2048;
 
 /// Which half of a piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -372,11 +369,11 @@ impl Hopper {
                 cancels,
             ];
             let launch = [&args[..], &map(0, 0, "q", hk * k)?, &map(0, 1, "k", hk * k)?].concat();
-            let bytes = prepare_bytes(k, hv / hk, GRAD_BYTES as u32);
+            let bytes = prepare_bytes(Prepare::Backward, k, hv / hk);
             let variant = self.function(shared, &format!("hopper_grad_prepare_{kind}"), 128, bytes, &[72, 256])?;
             calls.push(Call::new("hopper_grad_prepare", variant, [whole * hk, 1, 1], launch, Some(9)));
 
-            let asked = [lows, cancels, whole.into()];
+            let asked = [lows, cancels, whole.into(), 0];
             // ScanArgs, then ScanMaps, whose maps of q and o are not used.
             let (key, value) = (map(1, 1, "k", hk * k)?, map(1, 2, "v", hv * v)?);
             let maps = [key, key, value, value].concat();
@@ -389,9 +386,9 @@ impl Hopper {
                 let args = [ordered, before[5], 0, starts, transitions, warm, 0, 0];
                 let launch = [&args[..], &shape, &asked, &maps].concat();
                 let bytes = state_bytes_of(k);
-                let variant = self.function(shared, &format!("hopper_grad_state_{kind}"), 256, bytes, &[112, 512])?;
+                let variant = self.function(shared, &format!("hopper_grad_state_{kind}"), 256, bytes, &[120, 512])?;
                 let grid = [jobs * (v / 64 + k / 64), 1, 1];
-                calls.push(Call::new("hopper_grad_state", variant, grid, launch, Some(14)));
+                calls.push(Call::new("hopper_grad_state", variant, grid, launch, Some(15)));
 
                 let launch = carry(before[5], after[6], starts);
                 let name = format!("hopper_grad_carry_k{k}");
@@ -403,8 +400,8 @@ impl Hopper {
             let args = [own, before[5], from, after[6], after[7], 0, after[7] + states, 0];
             let launch = [&args[..], &shape, &asked, &maps].concat();
             let name = format!("hopper_keep_{kind}_w{consumers}");
-            let variant = self.function(shared, &name, threads, keep_bytes(k, consumers), &[112, 512])?;
-            calls.push(Call::new("hopper_keep", variant, scan_grid, launch, Some(14)));
+            let variant = self.function(shared, &name, threads, keep_bytes(k, consumers), &[120, 512])?;
+            calls.push(Call::new("hopper_keep", variant, scan_grid, launch, Some(15)));
             return Ok(());
         }
 
