@@ -24,9 +24,11 @@ constexpr int PANEL = CHUNK * 128;  // bytes of a panel [64, 64]
 // kept, in blocks of 8 x 8 (128 bytes, rows contiguous), two blocks side by side, then the 8 rows below.
 constexpr int IMAGE_A = 0;
 constexpr int IMAGE_VEC = 5120;  // f32: [64] e^c rk, [64] e^(c_C - c) rk, [64] s e^c rq, then the numbers below
+constexpr int IMAGE_P = IMAGE_VEC + 1024;
+constexpr int IMAGE_BYTES = IMAGE_P + 5120;  // on 128 bytes, or each copy of it touches a line more: 2 % of a prefill
+// Where the scan makes P: of the vectors, whose last 16 bytes lie where P would, and of A and them.
 constexpr int VEC_BYTES = 1040;
-constexpr int IMAGE_P = IMAGE_VEC + VEC_BYTES;  // where the scan makes P, nothing
-constexpr int IMAGE_BYTES = IMAGE_P + 5120;
+constexpr int KEYS_BYTES = IMAGE_VEC + VEC_BYTES;
 // What rounding A and P leaves, of a chunk and value head in which sums cancel (`CANCELS`): both as in the image.
 constexpr int LOW_A = 0;
 constexpr int LOW_P = 5120;

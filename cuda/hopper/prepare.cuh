@@ -18,7 +18,7 @@ struct PrepareSmem {
     static constexpr int END_LD = L_BYTES + (GRAD ? 2 : 1) * R_BYTES;
     static constexpr int TILES = (WITH_P ? 2 : 1) * CHUNK * K * 2;
     static constexpr int IMAGE = ((TILES > END_LD ? TILES : END_LD) + 1023) / 1024 * 1024;
-    static constexpr int NORMS = IMAGE + (GRAD ? GRAD_BYTES : WITH_P ? IMAGE_BYTES : IMAGE_P);  // f32: rk [64], rq [64], |k|^2 [64]
+    static constexpr int NORMS = IMAGE + (GRAD ? GRAD_BYTES : WITH_P ? IMAGE_BYTES : KEYS_BYTES);  // f32: rk [64], rq [64], |k|^2 [64]
     static constexpr int SUMS = NORMS + 768;           // f32: [4] of the key head, [4] of a value head
     static constexpr int FULL = SUMS + 32;             // barrier: K and Q are there
     static constexpr int GATES = FULL + 16;            // f32, per value head: c log2(e) [64], beta [64]
@@ -195,7 +195,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
         } else if constexpr (ASKS) {
             cancels = positive(sums);
             if (cancels) {
-                share_sum(excess<E>(kk, c, warp, lane), sums + 4, warp, lane);
+                share_sum(excess<E>(kk, c, warp, ONE ? lane_id() : lane), sums + 4, warp, lane);
                 __syncthreads();
                 cancels = positive(sums + 4);
             }
@@ -217,7 +217,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
         __syncthreads();
         if (tid == 0) {
             constexpr int BYTES = GRAD ? GRAD_BYTES : IMAGE_BYTES;
-            bulk_store(p.images + ((long long)chunk * p.hv + h) * BYTES, image, WITH_P ? BYTES : IMAGE_P);
+            bulk_store(p.images + ((long long)chunk * p.hv + h) * BYTES, image, WITH_P ? BYTES : KEYS_BYTES);
             bulk_commit();
         }
     }

@@ -21,9 +21,10 @@ use crate::kernel::gdn;
 use crate::pass::{Launch, Pass};
 use crate::shape::Dtype;
 
-/// Bytes that `prepare` leaves per chunk and value head, A with the vectors and P: IMAGE_BYTES of forward.cuh.
-const IMAGE_BYTES: u64 = IMAGE_P + 5120;
-const IMAGE_P: u64 = 5120 + 1040;
+/// Bytes that `prepare` leaves per chunk and value head: IMAGE_BYTES of forward.cuh.
+const IMAGE_BYTES: u64 = 2 * 5120 + 1024;
+/// Where the scan makes P: KEYS_BYTES of forward.cuh.
+const KEYS_BYTES: u32 = 5120 + 1040;
 /// The same for the backward: GRAD_BYTES of forward.cuh.
 pub(super) const GRAD_BYTES: u64 = 2 * PANEL as u64 + 2048;
 /// Bytes that it leaves beside them where sums cancel: LOW_BYTES of forward.cuh.
@@ -116,7 +117,7 @@ pub fn special(pass: &Pass, at: usize, multiprocessors: u32, cut: Option<u32>) -
     let heads = scan.grid[1] as u64 * (v as u64).div_ceil(128);
     let cut =
         cut.unwrap_or_else(|| FORWARD.best_cut(longest(pass, sequences, chunks), chunks * heads, multiprocessors));
-    let segments = places(sequences, prepare.grid[0] as u64, cut);
+    let segments = segments(sequences, chunks, cut);
     // Two consumers share the loads of a block; with few blocks, one each fills the device better.
     let consumers = if v % 128 != 0 || 3 * segments * heads < 2 * multiprocessors as u64 { 1 } else { 2 };
     // With a key head for each value head P saves no product, and where blocks fill the device memory is the bound: the scan then makes it (H200: 4096x8
@@ -192,6 +193,12 @@ pub(super) fn longest(pass: &Pass, sequences: u64, chunks: u64) -> u64 {
     }
 }
 
+/// About how many segments so many sequences with so many chunks of 64 tokens have: each but one ends, in the mean, in the middle of one.
+fn segments(sequences: u64, chunks: u64, cut: u32) -> u64 {
+    let cut = u64::from(cut);
+    if cut == 0 { sequences } else { (chunks + sequences.saturating_sub(1) * cut / 2).div_ceil(cut).max(sequences) }
+}
+
 /// Segments at most of so many sequences that have so many chunks of 32 tokens.
 pub(super) fn places(sequences: u64, chunks: u64, cut: u32) -> u64 {
     // A sequence of n chunks of 32 has at most (n + 1) / 2 of 64.
@@ -210,7 +217,7 @@ pub(super) enum Prepare {
 pub(super) fn prepare_bytes(what: Prepare, k: u32, group: u32) -> u32 {
     // Tiles [64, K]; how often it keeps the blocks D apart; the image.
     let (tiles, blocks, image) = match what {
-        Prepare::Keys => (1, 1, IMAGE_P as u32),
+        Prepare::Keys => (1, 1, KEYS_BYTES),
         Prepare::Forward => (2, 1, IMAGE_BYTES as u32),
         Prepare::Backward => (2, 2, GRAD_BYTES as u32),
     };
