@@ -8,13 +8,13 @@
 
 using namespace hopper;
 
-#define PREPARE(NAME, E, K) ENTRY_MAPS(NAME, 128, 4, PrepareArgs, PrepareMaps) { prepare<E, E, K, true>(p, maps); }
+#define PREPARE(NAME, E, K) ENTRY_MAPS(NAME, 128, 4, PrepareArgs, PrepareMaps) { prepare<E, K, true>(p, maps); }
 PREPARE(hopper_grad_prepare_bf16_k128, Bf16, 128)
 #ifdef HOPPER_ALL
 PREPARE(hopper_grad_prepare_f16_k128, F16, 128)
 #endif
 
-#define KEEP(NAME, E, K, WG) ENTRY_MAPS(NAME, (WG + 1) * 128, 1, ScanArgs, ScanMaps) { scan<E, E, K, WG, 3, false, true, true>(p, maps); }
+#define KEEP(NAME, E, K, WG) ENTRY_MAPS(NAME, (WG + 1) * 128, 1, ScanArgs, ScanMaps) { scan<E, K, WG, 3, false, true, true>(p, maps); }
 KEEP(hopper_keep_bf16_k128_w2, Bf16, 128, 2)
 KEEP(hopper_keep_bf16_k128_w1, Bf16, 128, 1)
 #ifdef HOPPER_ALL
@@ -43,7 +43,7 @@ CAREFUL(hopper_gradients_careful_bf16_k128_v128, Bf16, 128, 128)
 CAREFUL(hopper_gradients_careful_bf16_k128_v64, Bf16, 128, 64)
 
 // Where sequences are cut: one consumer a block.
-#define STATE(NAME, E, K) ENTRY_MAPS(NAME, 256, 1, ScanArgs, ScanMaps) { scan<E, E, K, 1, 3, false, true>(p, maps); }
+#define STATE(NAME, E, K) ENTRY_MAPS(NAME, 256, 1, ScanArgs, ScanMaps) { scan<E, K, 1, 3, false, true>(p, maps); }
 STATE(hopper_grad_state_bf16_k128, Bf16, 128)
 #ifdef HOPPER_ALL
 STATE(hopper_grad_state_f16_k128, F16, 128)

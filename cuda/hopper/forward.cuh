@@ -69,14 +69,7 @@ constexpr float CANCELS = 0.75f;
 template <>
 constexpr float CANCELS<F16> = 1.5f;
 
-// Types stored and multiplied for which that is asked.
-template <class E, class I>
-constexpr bool ASKS_CANCELS = false;
-template <>
-constexpr bool ASKS_CANCELS<Bf16, Bf16> = true;
-template <>
-constexpr bool ASKS_CANCELS<F16, F16> = true;
-// The same for the backward, whose f16 no pass gets.
+// Whether that is asked for the backward, whose f16 no pass gets.
 template <class E>
 constexpr bool ASKS_GRAD = false;
 template <>

@@ -25,9 +25,9 @@ struct PrepareSmem {
     static constexpr int bytes(int group) { return GATES + group * 512; }
 };
 
-// I is the type of A and P. GRAD: the image of the backward, with C = (I + strictlower(G o K K^T) diag(beta))^-1: A = diag(beta) C.
+// GRAD: the image of the backward, with C = (I + strictlower(G o K K^T) diag(beta))^-1: A = diag(beta) C.
 // ONE: as many key heads as value heads. WITH_P: or the scan makes P.
-template <class E, class I, int K, bool GRAD = false, bool ONE = false, bool WITH_P = true>
+template <class E, int K, bool GRAD = false, bool ONE = false, bool WITH_P = true>
 __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps& maps) {
     DYNAMIC_SHARED(smem_raw);
     // On 1024 already, behind the system's 1024 bytes, as there is no static shared memory: no room is left for rounding up. Without these words
@@ -40,7 +40,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
     const int group = ONE ? 1 : p.hv / p.hk;
     const int chunk = blockIdx.x / p.hk, kh = blockIdx.x % p.hk;
     const int token = p.chunks[chunk].token, len = p.chunks[chunk].len;
-    constexpr bool ASKS = GRAD ? ASKS_GRAD<E> : ASKS_CANCELS<E, I>;
+    constexpr bool ASKS = GRAD ? ASKS_GRAD<E> : true;
     constexpr int LOW = GRAD ? GRAD_LOW_BYTES : LOW_BYTES;
     if constexpr (ASKS) {
         if (blockIdx.x == 0)
@@ -161,7 +161,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
             if (tid == 0) bulk_wait_read();
             __syncthreads();
         }
-        form<I, LIE>(kk, qk, c, beta, l, image + (GRAD ? GRAD_P : IMAGE_P), warp, lane);
+        form<E, LIE>(kk, qk, c, beta, l, image + (GRAD ? GRAD_P : IMAGE_P), warp, lane);
         __syncthreads();
         if (tid < 64) {
             substitute<LIE>(l, tid);
@@ -191,7 +191,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
                     }
                 if (tid == 0) p.cancels[blockIdx.x] = cancels;
             }
-            if (cancels) form_rest<I, LIE>(qk, c, beta, low_of(h) + PANEL, warp, lane_id());
+            if (cancels) form_rest<E, LIE>(qk, c, beta, low_of(h) + PANEL, warp, lane_id());
         } else if constexpr (ASKS) {
             cancels = positive(sums);
             if (cancels) {
@@ -201,18 +201,18 @@ __device__ __forceinline__ void prepare(const PrepareArgs& p, const PrepareMaps&
             }
             if (tid == 0) p.cancels[(long long)h * p.places + chunk] = cancels;
             if constexpr (WITH_P)
-                if (cancels) form_rest<I>(qk, c, beta, low_of(h) + LOW_P, warp, lane);
-            if constexpr (INVERTS_IN_PARTS<I>)
+                if (cancels) form_rest<E>(qk, c, beta, low_of(h) + LOW_P, warp, lane);
+            if constexpr (INVERTS_IN_PARTS<E>)
                 if (cancels) {
-                    form<I, LIE, true>(kk, qk, c, beta, l, image + IMAGE_P, warp, ONE ? lane_id() : lane);  // either way, the other spills
+                    form<E, LIE, true>(kk, qk, c, beta, l, image + IMAGE_P, warp, ONE ? lane_id() : lane);  // either way, the other spills
                     __syncthreads();
                 }
         }
         const uint32_t a_at = image + (GRAD ? GRAD_C : IMAGE_A);
         if (ASKS && cancels)
-            invert<I, LIE, ASKS>(l, beta, a_at, low_of(h) + (GRAD ? 0 : LOW_A), warp, lane);
+            invert<E, LIE, ASKS>(l, beta, a_at, low_of(h) + (GRAD ? 0 : LOW_A), warp, lane);
         else
-            invert<I, LIE>(l, beta, a_at, nullptr, warp, lane);
+            invert<E, LIE>(l, beta, a_at, nullptr, warp, lane);
         fence_proxy();
         __syncthreads();
         if (tid == 0) {

@@ -21,9 +21,6 @@
 // `state` has them, and goes on as the careful one; so do the passes of the backward, to which only C_lo is new; `keep` also leaves what
 // rounding e leaves.
 //
-// E is the stored type, I the one in which A, P, W and N are multiplied: the same, or half inside bf16. Half there leaves
-// errors of 3e-3 where bf16 leaves 4.4e-3 (keys alike, cos 0.94: 4.9e-3 for 7.8e-3), for numbers of v below 65504.
-//
 // Barriers: full[s] (the producer's bytes), empty[s] (a lane of each consumer warp), tail (a lane of each warp that zeroes: the last
 // chunk, which is not whole, is there and zeroed; who multiplies waits for it instead of full[s]), made[s] (a lane of each warp that makes P: it is
 // there, and so is the rows' factor), o_full[w] (a lane of each warp of consumer
@@ -90,13 +87,13 @@ __device__ __forceinline__ void load_low(uint32_t to, const char* from, uint32_t
     for (int x = 0; x < 4; x++) bulk_load(to + x * 2048 + x * 512, from + image_columns(x), 2048 - x * 512, bar);
 }
 
-template <class E, class I, int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false, bool CAREFUL = false, bool MAKES = false>
+template <class E, int K, int WG, int STAGES, bool OUT, bool GRAD = false, bool KEEP = false, bool CAREFUL = false, bool MAKES = false>
 __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
     DYNAMIC_SHARED(smem_raw);
     using M = ScanSmem<K, WG, STAGES, OUT, GRAD, KEEP, CAREFUL, MAKES>;
     static_assert(OUT || !MAKES, "P is for outputs");
     static_assert(GRAD ? !OUT : !KEEP, "the image of the backward is for passes without outputs");
-    constexpr bool ASKS = GRAD ? !CAREFUL && ASKS_GRAD<E> : (OUT || !CAREFUL) && ASKS_CANCELS<E, I>;
+    constexpr bool ASKS = GRAD ? !CAREFUL && ASKS_GRAD<E> : OUT || !CAREFUL;
     constexpr long long IMAGE = GRAD ? GRAD_BYTES : IMAGE_BYTES;
     constexpr int PANELS = K / 64;
     const int warpgroup = uniform(threadIdx.x / WARPGROUP), tid = threadIdx.x % WARPGROUP, warp = tid >> 5, lane = tid & 31;
@@ -173,7 +170,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 __syncthreads();
                 // What is left of A takes the place of a stage.
                 static_assert(ScanSmem<K, WG, STAGES - 1, OUT, GRAD, KEEP, true>::BYTES <= M::BYTES, "shared memory of the launch");
-                scan<E, I, K, WG, STAGES - 1, OUT, GRAD, KEEP, true>(p, maps);
+                scan<E, K, WG, STAGES - 1, OUT, GRAD, KEEP, true>(p, maps);
             }
             return;
         }
@@ -258,7 +255,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
             uint32_t which = own_warp;
             if constexpr (ANEW) hold(which);
             const int which_lane = ANEW ? lane_id() : lane;
-            scores<E, I, K, ANEW ? 32 : 64, CAREFUL>(at + M::Q, at + M::KT, at + M::VEC, at + M::P, at + M::P_LO, p.scale, p.l2norm, which, which_lane);
+            scores<E, K, ANEW ? 32 : 64, CAREFUL>(at + M::Q, at + M::KT, at + M::VEC, at + M::P, at + M::P_LO, p.scale, p.l2norm, which, which_lane);
             fence_proxy();
             __syncwarp();
             warp_arrive(made + 8 * s, which_lane);
@@ -340,7 +337,7 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
         auto multiply_low = [&](float (&d)[32], const uint32_t (&a)[16], uint32_t at, auto x_at, int add) {
             const uint64_t tile = desc_step(GRAD ? desc_k_major(x_at) : desc_blocks(x_at), at);
 #pragma unroll
-            for (int x = 0; x < 4; x++) I::template mma_rs<0>(d, a + 4 * x, desc_step(tile, x * (GRAD ? 32 : 2048)), x > 0 || add);
+            for (int x = 0; x < 4; x++) E::template mma_rs<0>(d, a + 4 * x, desc_step(tile, x * (GRAD ? 32 : 2048)), x > 0 || add);
         };
         // U^T = S^T K^T for the tiles of the stage at `at`, S^T rounded step by step, each step a group.
         auto multiply_state = [&](uint32_t at) {
@@ -386,10 +383,10 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 const float* y = u + 4 * b;
                 uint32_t lo = v[b / 2][b % 2 * 2], hi = v[b / 2][b % 2 * 2 + 1];
                 const float x[4] = {fmaf(-c[b].x, y[0], E::lo(lo)), fmaf(-c[b].y, y[1], E::hi(lo)), fmaf(-c[b].x, y[2], E::lo(hi)), fmaf(-c[b].y, y[3], E::hi(hi))};
-                w[2 * b] = I::pack(x[0], x[1]), w[2 * b + 1] = I::pack(x[2], x[3]);
+                w[2 * b] = E::pack(x[0], x[1]), w[2 * b + 1] = E::pack(x[2], x[3]);
                 if constexpr (GRAD) {
-                    rest[2 * b] = I::pack(x[0] - I::lo(w[2 * b]), x[1] - I::hi(w[2 * b]));
-                    rest[2 * b + 1] = I::pack(x[2] - I::lo(w[2 * b + 1]), x[3] - I::hi(w[2 * b + 1]));
+                    rest[2 * b] = E::pack(x[0] - E::lo(w[2 * b]), x[1] - E::hi(w[2 * b]));
+                    rest[2 * b + 1] = E::pack(x[2] - E::lo(w[2 * b + 1]), x[3] - E::hi(w[2 * b + 1]));
                 }
             }
         };
@@ -525,8 +522,8 @@ __device__ __forceinline__ void scan(const ScanArgs& p, const ScanMaps& maps) {
                 }
 #pragma unroll
                 for (int x = 0; x < 16; x++) {
-                    nb[x] = I::pack(u[2 * x], u[2 * x + 1]);
-                    if constexpr (CAREFUL) nb_rest[x] = I::pack(u[2 * x] - I::lo(nb[x]), u[2 * x + 1] - I::hi(nb[x]));
+                    nb[x] = E::pack(u[2 * x], u[2 * x + 1]);
+                    if constexpr (CAREFUL) nb_rest[x] = E::pack(u[2 * x] - E::lo(nb[x]), u[2 * x + 1] - E::hi(nb[x]));
                 }
                 wgmma_wait<4>();
                 hold(o);

@@ -11,7 +11,7 @@ namespace hopper {
 
 // Q, K [64, K] as panels and the image's vectors at `vec`; P to `to`, in columns of 16 like A (`load_low` of scan.cuh), and what its rounding
 // leaves to `rest_to` the same way, if LOW. What lies above the diagonal's blocks is left alone.
-template <class E, class I, int K, int COLUMNS, bool LOW>
+template <class E, int K, int COLUMNS, bool LOW>
 __device__ __forceinline__ void scores(uint32_t q, uint32_t key, uint32_t vec, uint32_t to, uint32_t rest_to, float scale, bool l2norm, int warp, int lane) {
     const int i = lane >> 2, j = lane & 3;
     const uint64_t tile_q = desc_k_major(uniform(q)), tile_k = desc_k_major(uniform(key));
@@ -74,9 +74,9 @@ __device__ __forceinline__ void scores(uint32_t q, uint32_t key, uint32_t vec, u
             for (int e = 0; e < 8; e++) y[e] *= qk[8 * x + e];
             y[0] = first ? 0.f : y[0], y[1] = second ? 0.f : y[1], y[4] = diagonal ? 0.f : y[4], y[5] = diagonal ? 0.f : y[5];
             y[6] = first ? 0.f : y[6], y[7] = second ? 0.f : y[7];
-            stsm(to + block * 2048 + at, I::pack(y[0], y[1]), I::pack(y[2], y[3]), I::pack(y[4], y[5]), I::pack(y[6], y[7]));
+            stsm(to + block * 2048 + at, E::pack(y[0], y[1]), E::pack(y[2], y[3]), E::pack(y[4], y[5]), E::pack(y[6], y[7]));
             if constexpr (LOW)
-                stsm(rest_to + block * 2048 + at, pack_rest<I>(y[0], y[1]), pack_rest<I>(y[2], y[3]), pack_rest<I>(y[4], y[5]), pack_rest<I>(y[6], y[7]));
+                stsm(rest_to + block * 2048 + at, pack_rest<E>(y[0], y[1]), pack_rest<E>(y[2], y[3]), pack_rest<E>(y[4], y[5]), pack_rest<E>(y[6], y[7]));
         }
     }
 }

@@ -120,8 +120,8 @@ pub fn special(pass: &Pass, at: usize, multiprocessors: u32, cut: Option<u32>) -
     let segments = segments(sequences, chunks, cut);
     // Two consumers share the loads of a block; with few blocks, one each fills the device better.
     let consumers = if v % 128 != 0 || 3 * segments * heads < 2 * multiprocessors as u64 { 1 } else { 2 };
-    // With a key head for each value head P saves no product, and where blocks fill the device memory is the bound: the scan then makes it (H200: 4096x8
-    // 16/16 0.235 ms for 0.281, 8 heads 0.131 for 0.150; with 32 blocks of one consumer 0.176 for 0.160, and the same with 64).
+    // With a key head for each value head, P made once per key head saves no product, and where blocks fill the device memory is the bound: the scan
+    // then makes it (H200: 4096x8 16/16 0.235 ms for 0.281, 8/8 0.131 for 0.150; 1x8192 whole, 32 blocks, 0.176 for 0.160).
     let one = (group, k) == (1, 128);
     let makes = one && 3 * segments * scan.grid[1] as u64 * v as u64 / 64 >= 2 * multiprocessors as u64;
     Some(Special {
