@@ -499,6 +499,9 @@ static vector<Case> cases() {
         add("keys alike, f16", {300, 65}, 2, 4, 128, 128, true, Decay::Bench, false, false, false, 3, spread);
         add("keys alike, f16, K 64", {300, 65}, 2, 4, 64, 64, true, Decay::None, true, false, true, 3, spread);
     }
+    // Where the scan makes P, and with it what rounding it leaves.
+    for (bool f16 : {false, true})
+        for (int cut : {0, 2}) add("keys alike, P made", {300, 65}, 4, 4, 128, 128, f16, Decay::Bench, true, f16, false, 3, 0.8f, 0, cut);
     // Heads of which some cancel and others do not, at once.
     add("keys alike, l2norm", {130, 0, 700}, 2, 8, 128, 128, false, Decay::Mixed, true, true, false, 3, 0.9f, 2);
     add("no decay 4096", {4096}, 1, 2, 128, 128, false, Decay::None, false);

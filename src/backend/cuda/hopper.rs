@@ -124,20 +124,16 @@ pub fn special(pass: &Pass, at: usize, multiprocessors: u32, cut: Option<u32>) -
     // then makes it (H200: 4096x8 16/16 0.235 ms for 0.281, 8/8 0.131 for 0.150; 1x8192 whole, 32 blocks, 0.176 for 0.160).
     let one = (group, k) == (1, 128);
     let makes = one && 3 * segments * scan.grid[1] as u64 * v as u64 / 64 >= 2 * multiprocessors as u64;
+    let prepares = match (makes, one) {
+        (true, _) => "keys_",
+        (false, true) => "one_",
+        (false, false) => "",
+    };
     Some(Special {
         launches: 2,
-        prepare: format!(
-            "hopper_prepare_{}{name}_k{k}",
-            if makes {
-                "keys_"
-            } else if one {
-                "one_"
-            } else {
-                ""
-            }
-        ),
+        prepare: format!("hopper_prepare_{prepares}{name}_k{k}"),
         prepare_bytes: prepare_bytes(if makes { Prepare::Keys } else { Prepare::Forward }, k, group),
-        scan: format!("hopper_scan_{}{name}_k{k}_w{consumers}", if makes { "making_" } else { "" }),
+        scan: format!("hopper_scan_{}{name}_k{k}_w{consumers}", making(makes)),
         scan_bytes: scan_bytes(k, consumers, true, makes),
         consumers,
         makes,
@@ -241,6 +237,11 @@ fn scan_bytes(k: u32, consumers: u32, outputs: bool, makes: bool) -> u32 {
 /// ScanSmem::BYTES of scan.cuh for the careful scan, with 2 stages.
 fn careful_bytes(k: u32, makes: bool) -> u32 {
     2 * ((2 * (k / 64) + 1 + 4) * PANEL + vectors(makes)) + PANEL + 128 + 1024
+}
+
+/// In the names of scans that make P.
+fn making(makes: bool) -> &'static str {
+    if makes { "making_" } else { "" }
 }
 
 /// scan_threads of scan.cuh.
@@ -493,8 +494,7 @@ impl Hopper {
         let grid = [places as u32 * hv * (v / 64 / special.consumers), 1, 1];
         calls.push(Call::new("hopper_scan", variant, grid, launch.clone(), Some(15)));
         // Beside it, for the segments that it leaves alone: behind it in line for multiprocessors, as mostly there are none.
-        let making = if special.makes { "making_" } else { "" };
-        let name = format!("hopper_scan_{making}careful_{store}_k{k}");
+        let name = format!("hopper_scan_{}careful_{store}_k{k}", making(special.makes));
         let (threads, bytes) = (scan_threads(1, special.makes), careful_bytes(k, special.makes));
         let variant = self.function(shared, &name, threads, bytes, &[120, 512])?;
         let grid = [places as u32 * hv * (v / 64), 1, 1];
