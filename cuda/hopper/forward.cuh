@@ -25,7 +25,7 @@ constexpr int PANEL = CHUNK * 128;  // bytes of a panel [64, 64]
 constexpr int IMAGE_A = 0;
 constexpr int IMAGE_VEC = 5120;  // f32: [64] e^c rk, [64] e^(c_C - c) rk, [64] s e^c rq, then the numbers below
 constexpr int IMAGE_P = IMAGE_VEC + 1024;
-constexpr int IMAGE_BYTES = IMAGE_P + 5120;  // on 128 bytes, or each copy of it touches a line more: 2 % of a prefill
+constexpr int IMAGE_BYTES = IMAGE_P + 5120;  // on 128 bytes, or each copy of it touches a line more: 1.5 % of a prefill
 // Where the scan makes P: of the vectors, whose last 16 bytes lie where P would, and of A and them.
 constexpr int VEC_BYTES = 1040;
 constexpr int KEYS_BYTES = IMAGE_VEC + VEC_BYTES;

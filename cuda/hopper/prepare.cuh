@@ -1,7 +1,7 @@
 // `prepare`: A, P and the vectors of one chunk for all value heads of one key head.
 //
 // One warpgroup per (chunk, key head): K K^T and Q K^T once by wgmma, kept in registers; then per value head the gates, the
-// inverse and the image. Grid: chunks x Hk. Blocks overlap each other (4 or 6 per SM); there are no roles. Where the scan makes P there is no Q.
+// inverse and the image. Grid: chunks x Hk. Blocks overlap each other (4 to 6 per SM); there are no roles. Where the scan makes P there is no Q.
 #pragma once
 #include "image.cuh"
 

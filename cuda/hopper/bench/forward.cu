@@ -437,8 +437,10 @@ static bool check(const Case& c, int repeats) {
     bool ok = (o.ref == 0 || o.value() <= bound) && ht.value() <= bound && differ == 0 && pad_kept;
     int careful = 0;
     for (unsigned char flag : r.careful_cells()) careful += flag != 0;
-    printf("%-4s %-22s %s K%d V%d %d/%d %-8s %s cut%d careful %d of %d  o %.2e (worst head %.2e) ht %.2e | A %.1e P %.1e vec %.0e %.0e %.0e%s%s\n", ok ? "ok" : "FAIL", c.name,
-           c.f16 ? "f16 " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), r.wg == 2 ? "wg2" : "wg1", c.cut, careful, (int)r.chunks.size() * c.hv, o.value(), worst, ht.value(), images[0], images[1],
+    char of_p[16] = "made";  // by the scan, which leaves it nowhere
+    if (!r.makes) snprintf(of_p, sizeof of_p, "%.1e", images[1]);
+    printf("%-4s %-22s %s K%d V%d %d/%d %-8s %s cut%d careful %d of %d  o %.2e (worst head %.2e) ht %.2e | A %.1e P %s vec %.0e %.0e %.0e%s%s\n", ok ? "ok" : "FAIL", c.name,
+           c.f16 ? "f16 " : "bf16", c.k, c.v, c.hk, c.hv, decay_name(c.decay), r.wg == 2 ? "wg2" : "wg1", c.cut, careful, (int)r.chunks.size() * c.hv, o.value(), worst, ht.value(), images[0], of_p,
            images[2], images[3], images[4], differ ? "  RUNS DIFFER" : "", pad_kept ? "" : "  PAD WRITTEN");
     if (!ok) {
         for (size_t i = 0, shown = 0; i < jobs.size() && shown < 3; i++) {

@@ -25,9 +25,9 @@ use crate::shape::Dtype;
 const IMAGE_BYTES: u64 = 2 * 5120 + 1024;
 /// Where the scan makes P: KEYS_BYTES of forward.cuh.
 const KEYS_BYTES: u32 = 5120 + 1040;
-/// The same for the backward: GRAD_BYTES of forward.cuh.
+/// For the backward: GRAD_BYTES of forward.cuh.
 pub(super) const GRAD_BYTES: u64 = 2 * PANEL as u64 + 2048;
-/// Bytes that it leaves beside them where sums cancel: LOW_BYTES of forward.cuh.
+/// Bytes that the forward leaves beside its image where sums cancel: LOW_BYTES of forward.cuh.
 const LOW_BYTES: u64 = 2 * 5120;
 /// Bytes of a panel `[64, 64]` of 16-bit numbers: PANEL of forward.cuh.
 pub(super) const PANEL: u32 = 64 * 128;
@@ -121,7 +121,7 @@ pub fn special(pass: &Pass, at: usize, multiprocessors: u32, cut: Option<u32>) -
     // Two consumers share the loads of a block; with few blocks, one each fills the device better.
     let consumers = if v % 128 != 0 || 3 * segments * heads < 2 * multiprocessors as u64 { 1 } else { 2 };
     // With a key head for each value head, P made once per key head saves no product, and where blocks fill the device memory is the bound: the scan
-    // then makes it (H200: 4096x8 16/16 0.235 ms for 0.281, 8/8 0.131 for 0.150; 1x8192 whole, 32 blocks, 0.176 for 0.160).
+    // then makes it (H200: 4096x8 16/16 0.235 ms for 0.283, 8/8 0.131 for 0.150; 1x8192 whole, 32 blocks, 0.176 for 0.160).
     let one = (group, k) == (1, 128);
     let makes = one && 3 * segments * scan.grid[1] as u64 * v as u64 / 64 >= 2 * multiprocessors as u64;
     let prepares = match (makes, one) {
