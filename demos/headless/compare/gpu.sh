@@ -97,13 +97,15 @@ run() {
         seconds=$(share 30)
         peers --peers float64 --seconds "$seconds" >>"$out/warm.log" 2>&1 &
         float64=$!
-        heads="16-32 16-64 16-16 2-8 32-32 16-48 4-16 8-32 8-24 8-16 4-8 2-4"
+        forward="16-32 16-64 16-16 2-8 32-32 16-48 4-16 8-32 8-24"
+        backward="16-32 8-16 4-8 2-4"
+        decode="16-32 16-64 16-16"
         lengths='(1x32768|16384.16384|1x8192|1x2048|2048x4|1024x8|4096x8|8k_1seq|8k_8seq|batch.1)$'
         for library in ${WARM:-flash_qla fla}; do
-            for head in $heads; do
-                echo "$library ^[a-z]+/$head/.*$lengths"
-            done
-        done | FLA_CACHE_RESULTS=0 timeout -k 5 "$seconds" xargs -P 10 -L 1 sh -c \
+            for head in $forward; do echo "$library ^forward/$head/.*$lengths"; done
+            for head in $backward; do echo "$library ^backward/$head/.*$lengths"; done
+            [ "$library" = flash_qla ] || for head in $decode; do echo "$library ^decode/$head/.*$lengths"; done
+        done | FLA_CACHE_RESULTS=0 timeout -k 5 "$seconds" xargs -P "$(nproc)" -L 1 sh -c \
             '"$0" "$1" --rows "$2" --warm --seconds "$3" --peers "$4" --match "$5"' \
             "$python" "$here/peers_cuda.py" "$rows" "$seconds" >>"$out/warm.log" 2>&1
         wait $float64

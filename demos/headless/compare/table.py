@@ -3,8 +3,8 @@
 
     table.py rows.json results/*.jsonl > tables.md
 
-Times are medians in milliseconds. A ratio is the other side's time over ours: above 1 we are faster. What was not run says so, and
-what failed says why. A verdict over rows that are not all there says how many it is about.
+Times are medians in milliseconds, of the last file that has them. A ratio is the other side's time over ours: above 1 we are faster. Where the
+other side's file has a time of ours, a run of both, that is the one that counts. What was not run says so, and what failed says why. A verdict over rows that are not all there says how many it is about.
 
 The roof of a row is the larger of operations over the matrix rate and bytes over the copy rate, both as measured on the machine
 (without that, 790 TFLOP/s and 4.3 TB/s). Per chunk of 64 tokens and value head, with C = 64 and K = V = 128:
@@ -41,14 +41,17 @@ def cost(row):
 
 
 class Results:
-    """Lines of all sides: by side and row, and the rest as they are."""
+    """Lines of all sides: by side and row, and the rest as they are; also by run, which is a file."""
 
-    def __init__(self, rows, lines):
-        self.rows, self.by, self.other, self.machine = rows, {}, [], None
+    def __init__(self, rows, runs):
+        self.rows, self.by, self.by_run, self.other, self.machine = rows, {}, {}, [], None
         known = {r["id"] for r in rows}
-        for line in lines:
+        for run, line in ((run, line) for run, lines in enumerate(runs) for line in lines):
             if line.get("bench") == "row" and line["id"] in known:
                 side = side_of(line)
+                line["run"] = run
+                if line.get("right"):
+                    self.by_run[run, side, line["id"]] = line
                 old = self.by.get((side, line["id"]))
                 # A time is not replaced by a failure of a later run.
                 if old is None or "median_s" in line or "median_s" not in old:
@@ -66,6 +69,15 @@ class Results:
         """Seconds, where there is a time of a right answer."""
         line = self.line(side, row)
         return line["median_s"] if line and line.get("right") else None
+
+    def ratio(self, side, ours, row):
+        """A side's time over ours, of the same run if there is one."""
+        other, own = self.time(side, row), self.time(ours, row)
+        if other is None:
+            return None
+        beside = self.by_run.get((self.line(side, row)["run"], ours, row["id"]))
+        own = beside["median_s"] if beside else own
+        return other / own if own is not None else None
 
     def roof(self, row):
         """Seconds, and what bounds them."""
@@ -117,10 +129,6 @@ def cell(results, side, row, notes):
     return text
 
 
-def ratio(other, own):
-    return other / own if other is not None and own is not None else None
-
-
 def times(x):
     return "-" if x is None else f"{x:.2f}"
 
@@ -130,10 +138,10 @@ def geomean(values):
     return math.exp(sum(map(math.log, values)) / len(values)) if values else None
 
 
-def better(results, row):
-    """The faster of FlashQLA and FlashInfer, if FlashInfer could be compared at all."""
-    both = [results.time(side, row) for side in PEERS[:2]]
-    both = [t for t in both if t is not None]
+def better(results, ours, row):
+    """The ratio of the faster of FlashQLA and FlashInfer, if FlashInfer could be compared at all."""
+    both = [results.ratio(side, ours, row) for side in PEERS[:2]]
+    both = [x for x in both if x is not None]
     return min(both) if both else None
 
 
@@ -162,12 +170,12 @@ def section(results, kind, ours, gates):
         own, line = results.time(ours, row), results.line(ours, row)
         cells = [f"{row['hk']}/{row['hv']}", row["lengths"], *(cell(results, side, row, notes) for side in sides)]
         seconds, bound = results.roof(row)
-        cells.append(times(ratio(results.time("flash_qla", row), own)))
+        cells.append(times(results.ratio("flash_qla", ours, row)))
         if kind == "decode":
             rates = results.machine or DEFAULT
             cells.append("-" if own is None else f"{cost(row)[1] / own / rates['copy_byte_per_s'] * 100:.0f}")
         else:
-            cells.append(times(ratio(better(results, row), own)))
+            cells.append(times(better(results, ours, row)))
             cells.append("-" if own is None else f"{own / seconds:.1f} ({bound})")
         error = line.get("relative_error") if line else None
         cells.append("-" if error is None else f"{error:.1e}")
@@ -196,7 +204,7 @@ def verdicts(results, ours):
 
     for kind, least in [("forward", 1.3), ("backward", 1.3)]:
         rows = of(kind)
-        found = {r["id"]: ratio(results.time("flash_qla", r), results.time(ours, r)) for r in rows}
+        found = {r["id"]: results.ratio("flash_qla", ours, r) for r in rows}
         seen = {k: v for k, v in found.items() if v is not None}
         slower = [k for k, v in seen.items() if v < 1]
         worst = min(seen, key=seen.get) if seen else None
@@ -205,7 +213,7 @@ def verdicts(results, ours):
         mean = geomean(seen.values())
         judge(f"{kind}: geometric mean >= {least}x FlashQLA", times(mean), bool(mean and mean >= least), len(seen), len(rows))
     rows = of("forward")
-    found = [ratio(better(results, r), results.time(ours, r)) for r in rows]
+    found = [better(results, ours, r) for r in rows]
     # Only rows at which both had a chance to be the better one.
     found = [x for x, r in zip(found, rows) if x and results.line("flash_qla", r) and results.line("flashinfer", r)]
     mean = geomean(found)
@@ -236,7 +244,7 @@ def means(results, ours):
     for kind in ["forward", "backward", "decode"]:
         rows = [r for r in results.rows if r["kind"] == kind and r["gates"] in ("table", "raw")]
         for side in [*PEERS, *(s for s in results.sides if s.startswith("gatedelta") and s != ours)]:
-            found = {r["id"]: x for r in rows if (x := ratio(results.time(side, r), results.time(ours, r)))}
+            found = {r["id"]: x for r in rows if (x := results.ratio(side, ours, r))}
             if found:
                 worst, best = min(found, key=found.get), max(found, key=found.get)
                 lines.append([kind, name_of(side), times(geomean(found.values())), f"{found[worst]:.2f} at {worst}",
@@ -315,7 +323,7 @@ def main():
     parser.add_argument("--ours", default="gatedelta-cuda", help="the side that is judged, as its column is called in the results (gatedelta-cuda)")
     args = parser.parse_args()
     rows = json.loads(args.rows.read_text())["rows"]
-    results = Results(rows, [line for path in args.results for line in read(path)])
+    results = Results(rows, [read(path) for path in args.results])
     wrong = disagreements(results)
     if wrong:
         sys.exit("not the same inputs: " + "; ".join(wrong[:5]))
