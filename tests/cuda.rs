@@ -8,6 +8,8 @@ mod attend;
 mod bad;
 #[cfg(feature = "cuda")]
 mod compiled;
+#[cfg(feature = "cuda")]
+mod far;
 mod header;
 #[cfg(feature = "cuda")]
 mod hopper;

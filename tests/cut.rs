@@ -1,6 +1,6 @@
 //! Sequences cut into segments: the same answers as whole ones, whatever the heads forget, forward and backward.
 
-use gatedelta::backend::{Backend, Buffer};
+use gatedelta::backend::{Backend, Buffer, View};
 use gatedelta::gdn::{Backward, GradIo, Gradients, Io, Outputs, Prefill};
 use gatedelta::kernel::gdn_cut::{CUT, CutConsts, CutParams};
 use gatedelta::pass::{Pass, Rows};
@@ -52,16 +52,21 @@ fn put(backend: &dyn Backend, bytes: &[u8]) -> Buffer {
     buffer
 }
 
-fn numbers(backend: &dyn Backend, x: &[f32], store: Dtype) -> Buffer {
+/// As they are stored.
+fn bytes_of(x: &[f32], store: Dtype) -> Vec<u8> {
     match store {
-        Dtype::F32 => put(backend, bytemuck::cast_slice(x)),
-        Dtype::F16 => put(backend, &x.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect::<Vec<_>>()),
-        Dtype::Bf16 => put(backend, &x.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect::<Vec<_>>()),
+        Dtype::F32 => bytemuck::cast_slice(x).to_vec(),
+        Dtype::F16 => x.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
+        Dtype::Bf16 => x.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect(),
     }
 }
 
-fn loaded(backend: &dyn Backend, buffer: &Buffer, n: usize, store: Dtype) -> Vec<f32> {
-    let bytes = backend.read(&buffer.view()).unwrap().wait().unwrap();
+pub fn numbers(backend: &dyn Backend, x: &[f32], store: Dtype) -> Buffer {
+    put(backend, &bytes_of(x, store))
+}
+
+pub fn loaded(backend: &dyn Backend, view: &View, n: usize, store: Dtype) -> Vec<f32> {
+    let bytes = backend.read(view).unwrap().wait().unwrap();
     let halves = || bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
     let mut x: Vec<f32> = match store {
         Dtype::F32 => bytemuck::pod_collect_to_vec(&bytes),
@@ -72,8 +77,11 @@ fn loaded(backend: &dyn Backend, buffer: &Buffer, n: usize, store: Dtype) -> Vec
     x
 }
 
-/// Rows of `width` numbers with a gap of NaN before each.
-struct Spread<'a> {
+/// Numbers before a row that are NaN, and must stay so.
+const GUARD: usize = 64;
+
+/// Rows of `width` numbers with a gap before each: of NaN, at its end if it is long.
+pub struct Spread<'a> {
     backend: &'a dyn Backend,
     buffer: Buffer,
     width: usize,
@@ -82,24 +90,50 @@ struct Spread<'a> {
 }
 
 impl<'a> Spread<'a> {
-    fn new(backend: &'a dyn Backend, x: &[f32], width: u64, gap: usize, store: Dtype) -> Self {
+    pub fn new(backend: &'a dyn Backend, x: &[f32], width: u64, gap: usize, store: Dtype) -> Self {
         let width = width as usize;
-        let rows = x.chunks_exact(width).flat_map(|row| std::iter::repeat_n(&f32::NAN, gap).chain(row));
-        let buffer = numbers(backend, &rows.copied().collect::<Vec<_>>(), store);
+        let guarded = |row| std::iter::repeat_n(&f32::NAN, gap.min(GUARD)).chain(row).copied();
+        let rows = x.chunks_exact(width);
+        let buffer = if gap <= GUARD {
+            numbers(backend, &rows.flat_map(guarded).collect::<Vec<_>>(), store)
+        } else {
+            // Row by row: what lies between them is not touched, so that a driver may leave it without memory.
+            let bytes = rows.len() as u64 * (width + gap) as u64 * store.size();
+            let buffer = backend.alloc("test", bytes).unwrap();
+            for (t, row) in rows.enumerate() {
+                let bytes = bytes_of(&guarded(row).collect::<Vec<_>>(), store);
+                backend.write(&guarded_row(&buffer, t, width, gap, store), &bytes).unwrap();
+            }
+            buffer
+        };
         Spread { backend, buffer, width, gap, store }
     }
 
-    fn rows(&self) -> Rows {
+    pub fn rows(&self) -> Rows {
         Rows { view: self.buffer.view(), off: self.gap as u64, stride: (self.width + self.gap) as u64 }
     }
 
     /// The first `n` numbers without the gaps, in which nothing may have been written.
-    fn loaded(&self, n: usize) -> Vec<f32> {
-        let stride = self.width + self.gap;
-        let x = loaded(self.backend, &self.buffer, n / self.width * stride, self.store);
-        assert!(x.chunks_exact(stride).all(|row| row[..self.gap].iter().all(|x| x.is_nan())), "written before a row");
-        x.chunks_exact(stride).flat_map(|row| &row[self.gap..]).copied().collect()
+    pub fn loaded(&self, n: usize) -> Vec<f32> {
+        let (rows, guard) = (n / self.width, self.gap.min(GUARD));
+        let load = |view: &View, rows: usize| loaded(self.backend, view, rows * (guard + self.width), self.store);
+        let x = if self.gap <= GUARD {
+            load(&self.buffer.view(), rows)
+        } else {
+            let row = |t| guarded_row(&self.buffer, t, self.width, self.gap, self.store);
+            (0..rows).flat_map(|t| load(&row(t), 1)).collect()
+        };
+        let rows = || x.chunks_exact(guard + self.width);
+        assert!(rows().all(|row| row[..guard].iter().all(|x| x.is_nan())), "written before a row");
+        rows().flat_map(|row| &row[guard..]).copied().collect()
     }
+}
+
+/// Row `t` and the numbers right before it.
+fn guarded_row(buffer: &Buffer, t: usize, width: usize, gap: usize, store: Dtype) -> View {
+    let end = (t + 1) as u64 * (width + gap) as u64;
+    let numbers = (width + GUARD) as u64;
+    buffer.slice((end - numbers) * store.size(), numbers * store.size()).unwrap()
 }
 
 /// o and ht, and the number of segments.
@@ -122,7 +156,7 @@ pub fn forward(backend: &dyn Backend, batch: &Batch, how: How) -> (Outputs, usiz
     prefill.record(&mut pass, &io).unwrap();
     backend.run(&pass).unwrap();
     let segments = prefill.plan().pieces.iter().map(|p| p.segments.len()).sum();
-    let (o, ht) = (o.loaded(batch.v.len()), loaded(backend, &state, states, Dtype::F32));
+    let (o, ht) = (o.loaded(batch.v.len()), loaded(backend, &state.view(), states, Dtype::F32));
     (Outputs { o, ht }, segments)
 }
 
@@ -433,7 +467,7 @@ pub fn backward(backend: &dyn Backend, batch: &Batch, d_o: &[f32], dht: &[f32], 
     let longest = batch.shape.cu_seqlens().windows(2).map(|pair| pair[1] - pair[0]).max().unwrap();
     assert!(pass.launches.is_empty() || (pass.exact, pass.longest) == (how.exact, longest));
     backend.run(&pass).unwrap();
-    let get = |x: &Buffer, n: usize| loaded(backend, x, n, Dtype::F32);
+    let get = |x: &Buffer, n: usize| loaded(backend, &x.view(), n, Dtype::F32);
     let found = Gradients {
         dq: dq.loaded(batch.q.len()),
         dk: dk.loaded(batch.k.len()),
