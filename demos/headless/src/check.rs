@@ -41,6 +41,9 @@ pub struct Args {
     /// Cut sequences into segments of at most so many chunks, 0 for never; without it, as the device is best used
     #[arg(long, value_name = "CHUNKS")]
     cut: Option<u32>,
+    /// Compute everything so many times: all must give the same bits (a prefill, and gradients in f32, are computed twice at least)
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
     /// Check large shapes too: single sequences of up to 32768 tokens, ragged batches, 70,000 sequences (minutes, 10 GiB of memory)
     #[arg(long)]
     large: bool,
@@ -105,13 +108,14 @@ pub fn run(args: &Args) -> Result<bool> {
         say(&format!("{}\n\n", subject.label));
         let (forward, rest) = worst.split_at_mut(STORES.len());
         let (backward, logits) = rest.split_at_mut(STORES.len());
-        operator(&subject, &cases, &mut tests, forward);
+        operator(&subject, &cases, args.runs, &mut tests, forward);
         say("\n");
         let backend = &subject.backend;
-        grads::check(&subject.label, &**backend, &cases, &mut tests, backward);
+        grads::check(&subject.label, &**backend, &cases, args.runs, &mut tests, backward);
         say("\n");
         let logits = &mut logits[0];
-        checkpoints::check(&subject.label, backend, &checkpoints, &mut tests, |error, at| logits.add(error, at));
+        let note = |error, at: Box<dyn FnOnce() -> String>| logits.add(error, at);
+        checkpoints::check(&subject.label, backend, &checkpoints, args.runs, &mut tests, note);
         say("\n");
         let failed = tests.iter().filter(|t| t.failure.is_some()).count();
         let mut row = vec![subject.label.clone(), tests.len().to_string(), failed.to_string()];
@@ -211,8 +215,8 @@ fn within_default_limits(name: &str) -> Result<Arc<dyn Backend>> {
     Ok(Arc::new(WebGpu::open(found, &options)?))
 }
 
-/// Every case, way and storage type.
-fn operator(subject: &Subject, cases: &[Case], tests: &mut Vec<Test>, worst: &mut [Worst]) {
+/// Every case, way and storage type, `runs` times.
+fn operator(subject: &Subject, cases: &[Case], runs: u32, tests: &mut Vec<Test>, worst: &mut [Worst]) {
     let mut table =
         Table::new(2, &["case", "way", "f32 o", "f32 ht", "f16 o", "f16 ht", "bf16 o", "bf16 ht", "verdict"]);
     let mut failures = String::new();
@@ -223,7 +227,7 @@ fn operator(subject: &Subject, cases: &[Case], tests: &mut Vec<Test>, worst: &mu
             let mut pass = true;
             for (i, &(store, bound)) in STORES.iter().enumerate() {
                 let begin = Instant::now();
-                let result = way.compute(&*subject.backend, case, store);
+                let result = way.compute(&*subject.backend, case, store, runs);
                 let seconds = begin.elapsed().as_secs_f64();
                 let (cells, failure) = judge(case, result, bound, |error, tensor| {
                     worst[i].add(error, || format!("{tensor} of {} {}", case.name, way.name()));
@@ -257,13 +261,13 @@ pub fn progress(text: &str) {
 /// The errors of o and ht for the table, and what is wrong with them, if anything.
 fn judge(
     case: &Case,
-    result: gatedelta::Result<Outputs>,
+    result: Result<Outputs>,
     bound: f64,
     mut note: impl FnMut(f64, &str),
 ) -> ([String; 2], Option<String>) {
     let out = match result {
         Ok(out) => out,
-        Err(error) => return (["-".into(), "-".into()], Some(error.to_string())),
+        Err(error) => return (["-".into(), "-".into()], Some(format!("{error:#}"))),
     };
     let Some(answers) = &case.answers else { return (["-".into(), "-".into()], Some("no answers".into())) };
     let mut wrong = Vec::new();
@@ -306,6 +310,6 @@ mod tests {
     #[test]
     fn an_error_fails() {
         let error = gatedelta::Error::argument("x", 1, 2);
-        assert!(judge(&small(), Err(error), 1.0, |_, _| {}).1.is_some());
+        assert!(judge(&small(), Err(error.into()), 1.0, |_, _| {}).1.is_some());
     }
 }

@@ -12,7 +12,7 @@ use safetensors::SafeTensors;
 use crate::case::{floats, ids};
 use crate::junit::Test;
 use crate::table::{self, Table, verdict};
-use crate::{oracle, say};
+use crate::{oracle, same, say};
 
 /// The largest relative error of logits.
 const BOUND: f64 = 1e-4;
@@ -83,11 +83,12 @@ fn prompts(path: &Path) -> Result<Vec<Prompt>> {
     Ok(prompts)
 }
 
-/// Checks every prompt of every checkpoint; `note` hears of each error and where it is.
+/// Checks every prompt of every checkpoint, `runs` times; `note` hears of each error and where it is.
 pub fn check(
     label: &str,
     backend: &Arc<dyn Backend>,
     checkpoints: &[Checkpoint],
+    runs: u32,
     tests: &mut Vec<Test>,
     mut note: impl FnMut(f64, Box<dyn FnOnce() -> String>),
 ) {
@@ -119,7 +120,9 @@ pub fn check(
         };
         for prompt in &checkpoint.prompts {
             let begin = Instant::now();
-            let (cells, failure) = judge(prompt, &logits(&model, &prompt.ids), |error| {
+            let found =
+                same::repeated(runs, || logits(&model, &prompt.ids), |x| vec![("logits", bytemuck::cast_slice(x))]);
+            let (cells, failure) = judge(prompt, &found, |error| {
                 let at = format!("{} {}", checkpoint.name, prompt.name);
                 note(error, Box::new(|| at));
             });
@@ -128,7 +131,8 @@ pub fn check(
             add(format!("{} logits", prompt.name), begin.elapsed().as_secs_f64(), output, failure);
 
             let begin = Instant::now();
-            let found = greedy(&model, &prompt.ids, prompt.greedy.len());
+            let compute = || greedy(&model, &prompt.ids, prompt.greedy.len());
+            let found = same::repeated(runs, compute, |ids| vec![("greedy ids", ids)]);
             let (same, failure) = judge_ids(&found, &prompt.greedy);
             let pass = pass && failure.is_none();
             add(format!("{} greedy", prompt.name), begin.elapsed().as_secs_f64(), format!("{same} the same"), failure);

@@ -86,9 +86,9 @@ pub fn run(args: &Run) -> Result<()> {
     let case = Case::read(&args.case)?;
     let (backend, _) = device::open(args.device.as_deref())?;
     let of_case = || args.case.display().to_string();
-    let out = args.way.compute(&*backend, &case, args.store).with_context(of_case)?;
+    let out = args.way.compute(&*backend, &case, args.store, 1).with_context(of_case)?;
     let back = match case.cotangents {
-        Some(_) => Some(grads::compute(&*backend, &case, args.store).with_context(of_case)?),
+        Some(_) => Some(grads::compute(&*backend, &case, args.store, 1).with_context(of_case)?),
         None => None,
     };
     let mut tensors = vec![("o", case.o_dims(), &out.o[..]), ("ht", case.state_dims(), &out.ht[..])];

@@ -11,7 +11,7 @@ use crate::case::{self, Case};
 use crate::check::{Worst, progress};
 use crate::junit::Test;
 use crate::table::{self, Table, verdict};
-use crate::{oracle, say};
+use crate::{oracle, same, say};
 
 /// Storage types, simplest first.
 const STORES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
@@ -21,24 +21,19 @@ pub fn bound(store: Dtype) -> f64 {
     if store == Dtype::F32 { 1e-5 } else { 5e-3 }
 }
 
-/// The gradients of a case that has cotangents. In f32 they are computed twice, and the second must give the same bits.
+/// The gradients of a case that has cotangents, computed `runs` times, in f32 twice at least: all must give the same bits.
 ///
 /// # Errors
-/// A case without cotangents, whatever the library reports, and a second result that differs from the first.
-pub fn compute(backend: &dyn Backend, case: &Case, store: Dtype) -> Result<gdn::Gradients> {
+/// A case without cotangents, whatever the library reports, and a run that differs from the first.
+pub fn compute(backend: &dyn Backend, case: &Case, store: Dtype, runs: u32) -> Result<gdn::Gradients> {
     let given = case.cotangents.as_ref().context("tensor do is missing")?;
     let cotangents = gdn::Cotangents { d_o: &given.d_o, dht: given.dht.as_deref() };
-    let again = || gdn::backward(backend, &case.inputs(store), &cotangents);
-    let first = again()?;
-    if store == Dtype::F32 {
-        let second = again()?;
-        let bits =
-            |x: &[f32], y: &[f32]| x.len() == y.len() && x.iter().zip(y).all(|(x, y)| x.to_bits() == y.to_bits());
-        for ((name, first), (_, second)) in named(&first).into_iter().zip(named(&second)) {
-            anyhow::ensure!(bits(first, second), "{name}: a second backward of the same inputs gives other bits");
-        }
-    }
-    Ok(first)
+    let runs = if store == Dtype::F32 { runs.max(2) } else { runs };
+    same::repeated(
+        runs,
+        || Ok(gdn::backward(backend, &case.inputs(store), &cotangents)?),
+        |found| named(found).map(|(name, x)| (name, bytemuck::cast_slice(x))).to_vec(),
+    )
 }
 
 /// Names and gradients.
@@ -67,7 +62,14 @@ pub fn errors(found: &gdn::Gradients, wanted: &case::Gradients) -> [Option<f64>;
 }
 
 /// Checks the cases that have gradients, prints them as a table, and notes the largest errors in `worst`, one a storage type.
-pub fn check(label: &str, backend: &dyn Backend, cases: &[Case], tests: &mut Vec<Test>, worst: &mut [Worst]) {
+pub fn check(
+    label: &str,
+    backend: &dyn Backend,
+    cases: &[Case],
+    runs: u32,
+    tests: &mut Vec<Test>,
+    worst: &mut [Worst],
+) {
     let columns =
         ["case", "f32 dq", "f32 dk", "f32 dv", "f32 dg", "f32 dbeta", "f32 dh0", "f16 worst", "bf16 worst", "verdict"];
     let mut table = Table::new(1, &columns);
@@ -77,7 +79,7 @@ pub fn check(label: &str, backend: &dyn Backend, cases: &[Case], tests: &mut Vec
         for (&store, worst) in STORES.iter().zip(&mut *worst) {
             progress(&format!("{label}: {} backward {store}", case.name));
             let begin = Instant::now();
-            let judged = judge(case, compute(backend, case, store), bound(store));
+            let judged = judge(case, compute(backend, case, store, runs), bound(store));
             let seconds = begin.elapsed().as_secs_f64();
             for (name, error) in &judged.errors {
                 worst.add(*error, || format!("{name} of {}", case.name));
@@ -208,7 +210,7 @@ mod tests {
         case.gradients.as_mut().unwrap().dg[3] += 9.0;
         let backend = gatedelta::device::open(Some("cpu")).unwrap().0;
         let (mut tests, mut worst) = (Vec::new(), vec![Worst::default(); STORES.len()]);
-        check("cpu", &*backend, &[case, Case { gradients: None, ..small() }], &mut tests, &mut worst);
+        check("cpu", &*backend, &[case, Case { gradients: None, ..small() }], 1, &mut tests, &mut worst);
         assert_eq!(tests.len(), 3);
         for (test, worst) in tests.iter().zip(&worst) {
             assert!(test.failure.as_ref().unwrap().starts_with("dg: relative error"), "{:?}", test.failure);

@@ -28,6 +28,7 @@ mod peak;
 mod plot;
 #[path = "../../quiet.rs"]
 mod quiet;
+mod same;
 mod table;
 mod timing;
 mod ways;

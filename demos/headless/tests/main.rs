@@ -342,7 +342,14 @@ fn an_unknown_device_lists_the_choices() {
 
 #[test]
 fn a_command_line_that_cannot_be_understood_is_neither_failure_nor_absence() {
-    for args in [&["check", "--frobnicate"][..], &["run"], &["frobnicate"], &[], &["logits", "--ids", "1,x"]] {
+    for args in [
+        &["check", "--frobnicate"][..],
+        &["check", "--runs", "0"],
+        &["run"],
+        &["frobnicate"],
+        &[],
+        &["logits", "--ids", "1,x"],
+    ] {
         assert_eq!(program(args).status.code(), Some(64), "{args:?}");
     }
     assert_eq!(program(&["--help"]).status.code(), Some(0));
@@ -479,7 +486,7 @@ fn check_fails_on_a_wrong_gradient_and_on_nan() {
 
 #[test]
 fn check_passes_on_the_cpu() {
-    let output = program(&["check", "--device", "cpu"]);
+    let output = program(&["check", "--device", "cpu", "--runs", "2"]);
     assert_eq!(output.status.code(), Some(0), "{}{}", text(&output.stdout), text(&output.stderr));
     let printed = text(&output.stdout);
     assert!(printed.ends_with("0 failed: PASS\n"));
