@@ -79,11 +79,7 @@ fn all(backend: &dyn Backend, store: Dtype) {
 #[test]
 #[ignore = "run by other tests, in a process of its own"]
 fn apart() {
-    let store = match std::env::var("GATEDELTA_TEST_STORE").as_deref() {
-        Ok("f32") => Dtype::F32,
-        Ok("f16") => Dtype::F16,
-        _ => Dtype::Bf16,
-    };
+    let store = super::hopper::asked_store();
     let found = &Cuda::enumerate().found[0];
     all(&Cuda::open(found, &OpenOptions::default()).unwrap(), store);
     // Segments of one chunk, of a kernel that has those.

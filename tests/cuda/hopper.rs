@@ -97,12 +97,11 @@ fn what_is_no_number_stays_none_from_segment_to_segment() {
 }
 
 /// What `GATEDELTA_TEST_STORE` says.
-fn asked_store() -> Dtype {
-    match std::env::var("GATEDELTA_TEST_STORE").as_deref() {
-        Ok("f16") => Dtype::F16,
-        Ok("bf16") => Dtype::Bf16,
-        other => panic!("GATEDELTA_TEST_STORE {other:?}: expected f16 or bf16"),
-    }
+pub fn asked_store() -> Dtype {
+    let asked = std::env::var("GATEDELTA_TEST_STORE");
+    let found =
+        [Dtype::F32, Dtype::F16, Dtype::Bf16].into_iter().find(|dtype| asked.as_deref() == Ok(&dtype.to_string()));
+    found.unwrap_or_else(|| panic!("GATEDELTA_TEST_STORE {asked:?}: expected f32, f16 or bf16"))
 }
 
 /// The number that is stored of this one.

@@ -3,8 +3,9 @@
 
     table.py rows.json results/*.jsonl > tables.md
 
-Times are medians in milliseconds, of the last file that has them. A ratio is the other side's time over ours: above 1 we are faster. Where the
-other side's file has a time of ours, a run of both, that is the one that counts. What was not run says so, and what failed says why. A verdict over rows that are not all there says how many it is about.
+Times are medians in milliseconds, of the last file that has them. A ratio is the other side's time over ours: above 1 we are faster. A file is a
+run: where that of the other side has a time of ours, it is the one that counts. What was not run says so, and what failed says why. A verdict
+over rows that are not all there says how many it is about.
 
 The roof of a row is the larger of operations over the matrix rate and bytes over the copy rate, both as measured on the machine
 (without that, 790 TFLOP/s and 4.3 TB/s). Per chunk of 64 tokens and value head, with C = 64 and K = V = 128:

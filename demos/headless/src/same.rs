@@ -1,6 +1,6 @@
 //! The same inputs give the same bits, every time.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 
 /// Names and words of what was computed.
 pub type Parts<'a> = Vec<(&'static str, &'a [u32])>;
@@ -19,12 +19,9 @@ pub fn repeated<T>(runs: u32, compute: impl Fn() -> Result<T>, parts: impl Fn(&T
                 found == expected,
                 "{name}: run {run} of the same inputs has {found} numbers, the first {expected}"
             );
-            let other = first.iter().zip(again).position(|(first, again)| first != again);
-            ensure!(
-                other.is_none(),
-                "{name}: run {run} of the same inputs gives other bits, first in number {}",
-                other.unwrap_or(0)
-            );
+            if let Some(at) = first.iter().zip(again).position(|(first, again)| first != again) {
+                bail!("{name}: run {run} of the same inputs gives other bits, first in number {at}");
+            }
         }
     }
     Ok(first)
